@@ -1,0 +1,54 @@
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench papers clean .venv
+
+# The first interpreter that runs and is new enough; a pyenv shim may exist and not run.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+BIN := .venv/bin
+WORKERS ?= 2
+DEMO_FLAGS ?=
+PAPERS := blow_up tightness invertible
+BENCH_FLAGS ?= --quick
+
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+
+help:  ## show this list
+	@grep -hE '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z.]+):.*## (.*)/  make \1\t\2/'
+
+demo: .venv/installed  ## train, certify, export and serve a digits classifier in build/demo (DEMO_FLAGS=...)
+	$(BIN)/python examples/digits.py $(DEMO_FLAGS)
+
+test: .venv/installed  ## run every test (WORKERS=2 processes)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+lint: .venv/installed  ## check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: .venv/installed  ## measure speed, memory and sizes into build/bench (BENCH_FLAGS=--quick)
+	$(BIN)/python -m tools.benchmark $(BENCH_FLAGS)
+
+papers: .venv/installed  ## redraw docs/papers from its result files, rerun the small settings in build/papers
+	for program in $(PAPERS); do \
+		$(BIN)/python examples/papers/$$program.py --redraw --folder docs/papers; \
+		$(BIN)/python examples/papers/$$program.py; \
+	done
+
+clean:  ## remove everything made here, .venv too
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv: .venv/installed  ## install the package and its tested dependencies
+
+# The stamp is written last, so an installation that failed half-way is begun again.
+.venv/installed: setup.cfg pyproject.toml constraints.txt
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer" \
+		"is needed. Received: PYTHON='$(PYTHON)' (name one with make PYTHON=/path/to/python)" >&2; exit 1; }
+	rm -f $@
+	"$(PYTHON)" -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[examples,dev]' -c constraints.txt
+	touch $@

@@ -1,0 +1,44 @@
+"""Self-attention with a proven Lipschitz constant, for Keras 3."""
+
+from keras_lipattn.bounds import LipschitzBound
+from keras_lipattn.callbacks import LipschitzMonitor
+from keras_lipattn.certify import Certificate, certify, register_rule
+from keras_lipattn.export import ExportError, export_saved_model
+from keras_lipattn.layers import (
+    CenterNormalization,
+    Inversion,
+    InversionError,
+    InvertibleResidual,
+    InvertibleSequential,
+    L2MultiHeadAttention,
+    LogDeterminant,
+    MaxMin,
+    PositionEmbedding,
+    Residual,
+    SpectralDense,
+    condensed,
+)
+from keras_lipattn.version import __version__
+
+__all__ = [
+    "CenterNormalization",
+    "Certificate",
+    "ExportError",
+    "Inversion",
+    "InversionError",
+    "InvertibleResidual",
+    "InvertibleSequential",
+    "L2MultiHeadAttention",
+    "LipschitzBound",
+    "LipschitzMonitor",
+    "LogDeterminant",
+    "MaxMin",
+    "PositionEmbedding",
+    "Residual",
+    "SpectralDense",
+    "__version__",
+    "certify",
+    "condensed",
+    "export_saved_model",
+    "register_rule",
+]

@@ -1,0 +1,206 @@
+"""Theorem 6 of docs/theory.md: the 2-norm constant near one given input."""
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
+from keras_lipattn.bounds.multihead import certified_layer_bound
+from keras_lipattn.bounds.scalars import s_star
+from keras_lipattn.bounds.unit_head import unit_head_bound
+from keras_lipattn.linalg import SAFETY, operator_norm
+
+# Distances are rounded up or down by this factor, whichever is safe.
+DISTANCE_ROUNDING = 1e-12
+# Entries of the largest intermediate array `(rows, N, d)`.
+BLOCK_ENTRIES = 1 << 22
+
+
+def local_head_bound(
+    y: npt.ArrayLike,
+    radius: float,
+    *,
+    mask: npt.ArrayLike | None = None,
+    covariance: str = "eigenvalue",
+    cap: float | None = None,
+) -> float:
+    """Constant of the unit head on the ball of a radius around its input `y`.
+
+    Args:
+        y: shape `(N, d)`, the head's tokens `X B_h`, without padded tokens.
+        radius: radius of the ball in the 2-norm of all entries, `>= 0`; 0 gives a bound of the
+            Jacobian's norm at `y`.
+        mask: shape `(N, N)`, true where query `i` sees key `j`. The diagonal must be true.
+            Everything is visible by default.
+        covariance: `"eigenvalue"` is sharper, `"trace"` saves `N` eigenvalue problems.
+        cap: a constant valid everywhere; the result is never larger. The degrees of the mask
+            give one by default.
+
+    Returns:
+        A float, `inf` when `y` is not finite.
+
+    Raises:
+        ValueError: if shapes do not fit, the radius is negative, or a token may not attend to
+            itself.
+    """
+    y = np.asarray(y, np.float64)
+    if y.ndim != 2 or 0 in y.shape:
+        raise ValueError(f"`y` must have shape `(N, d)`. Received: shape={y.shape}")
+    if not radius >= 0.0:
+        raise ValueError(f"`radius` must not be negative. Received: radius={radius}")
+    if covariance not in ("eigenvalue", "trace"):
+        raise ValueError(
+            f'`covariance` must be "eigenvalue" or "trace". Received: covariance={covariance!r}'
+        )
+    tokens = len(y)
+    visible = np.ones((tokens, tokens), bool) if mask is None else np.asarray(mask, bool)
+    if visible.shape != (tokens, tokens):
+        raise ValueError(
+            f"`mask` must have shape ({tokens}, {tokens}). Received: shape={visible.shape}"
+        )
+    if not visible.diagonal().all():
+        raise ValueError(
+            "Every token must attend to itself, or no finite bound exists. "
+            f"Received: mask.diagonal()={visible.diagonal()}"
+        )
+    if not np.isfinite(y).all():
+        return math.inf
+    if cap is None:
+        cap = _global_constant(visible)
+    norms = np.empty((tokens, tokens))
+    step = max(1, BLOCK_ENTRIES // y.size)
+    for start in range(0, tokens, step):
+        rows = np.arange(start, min(start + step, tokens))
+        norms[rows] = _block_norms(y, rows, radius, visible[rows], covariance)
+    return min(nonnegative_norm(norms), cap)
+
+
+def local_layer_bound(
+    x: npt.ArrayLike,
+    radius: float,
+    b: npt.ArrayLike,
+    c: npt.ArrayLike,
+    *,
+    mask: npt.ArrayLike | None = None,
+    covariance: str = "eigenvalue",
+    published: float = math.inf,
+) -> LipschitzBound:
+    """Constant of a layer on the ball of a radius around its input `x`, in the 2-norm.
+
+    Args:
+        x: shape `(N, D)`, without padded tokens.
+        radius: radius of the ball in the 2-norm of all entries.
+        b: shape `(H, D, k)`, see `certified_layer_bound`.
+        c: shape `(H, k, O)`.
+        mask: shape `(N, N)` with a true diagonal, everything visible by default.
+        covariance: see `local_head_bound`.
+        published: the published bound, kept in the result.
+
+    Returns:
+        A `LipschitzBound` in the norm `"l2"`.
+
+    Raises:
+        ValueError: see `local_head_bound`.
+    """
+    x, b = np.asarray(x, np.float64), np.asarray(b, np.float64)
+    constants = [
+        # NaN kernels are reported by `certified_layer_bound`.
+        local_head_bound(x @ head, radius * size, mask=mask, covariance=covariance)
+        if math.isfinite(size)
+        else math.nan
+        for head, size in zip(b, SAFETY * operator_norm(b), strict=True)
+    ]
+    return certified_layer_bound(
+        b,
+        c,
+        norm="l2",
+        tokens=len(x),
+        head_constants=constants,
+        head_theorem="Theorem 6",
+        published=published,
+    )
+
+
+def nonnegative_norm(matrix: np.ndarray, *, num_iters: int = 40) -> float:
+    """Upper bound of the operator norm of an entrywise nonnegative matrix.
+
+    By Collatz and Wielandt `||b||^2 <= max_i (b^T b z)_i / z_i` for every positive `z`.
+
+    Args:
+        matrix: shape `(rows, columns)`, no column of zeros.
+        num_iters: number of steps `z <- b^T b z`; the bound holds at every step.
+
+    Returns:
+        A float.
+    """
+    z = np.ones(matrix.shape[1])
+    best = math.inf
+    for _ in range(num_iters):
+        image = matrix.T @ (matrix @ z)
+        best = min(best, float((image / z).max()))
+        z = np.maximum(image / image.max(), 1e-12)
+    return SAFETY * math.sqrt(best)
+
+
+def _global_constant(visible: np.ndarray) -> float:
+    tokens = len(visible)
+    if visible.all():
+        return unit_head_bound(tokens).value
+    if (visible == np.tri(tokens, dtype=bool)).all():
+        return unit_head_bound(tokens, "causal").value
+    keys = int(visible.sum(axis=1).max()) - 1
+    queries = int(visible.sum(axis=0).max()) - 1
+    return unit_head_bound(tokens, "any", n_keys=keys, n_queries=queries).value
+
+
+def _block_norms(
+    y: np.ndarray, rows: np.ndarray, radius: float, visible: np.ndarray, covariance: str
+) -> np.ndarray:
+    """Upper bounds of the norms of the Jacobian's blocks `(i, j)`, shape `(rows, N)`."""
+    index = np.arange(len(rows)), rows
+    others = visible.copy()
+    others[index] = False
+    # Differences, never a Gram expansion, which cancels for tokens far from the origin.
+    edges = y[None] - y[rows][:, None]
+    distance = np.sqrt(np.square(edges).sum(axis=-1))
+    travel = math.sqrt(2.0) * radius
+    near = np.maximum(distance * (1.0 - DISTANCE_ROUNDING) - travel, 0.0)
+    far = distance * (1.0 + DISTANCE_ROUNDING) + travel
+    kernel, upper, lower = (
+        np.where(others, np.exp(-np.square(d)), 0.0) for d in (distance, near, far)
+    )
+    kernel_sum, upper_sum, lower_sum = (
+        k.sum(axis=1, keepdims=True) for k in (kernel, upper, lower)
+    )
+    prob = kernel / (1.0 + kernel_sum)
+    prob_up = upper / (1.0 + upper + lower_sum - lower)
+    prob_down = lower / (1.0 + lower + upper_sum - upper)
+    for probability, mass in ((prob, kernel_sum), (prob_up, lower_sum), (prob_down, upper_sum)):
+        probability[index] = 1.0 / (1.0 + mass[:, 0])
+
+    mean = np.einsum("ij,ijd->id", prob, edges)
+    centred = edges - mean[:, None]
+    reach = np.sqrt(np.square(centred).sum(axis=-1)) * (1.0 + DISTANCE_ROUNDING)
+    spread = radius * np.sqrt(prob_up.max(axis=1))
+    change = np.maximum(prob_up - prob, prob - prob_down)
+    mean_change = (change * reach).sum(axis=1) + spread
+
+    if covariance == "eigenvalue":
+        weighted = centred * np.sqrt(prob_up)[..., None]
+        moments = np.matmul(weighted.transpose(0, 2, 1), weighted)
+        largest = np.maximum(np.linalg.eigvalsh(moments)[:, -1], 0.0)
+    else:
+        largest = (prob_up * np.square(reach)).sum(axis=1)
+    largest = np.square(np.sqrt(largest) + spread)
+
+    shift = radius + mean_change[:, None]
+    square = np.square((reach + shift) * far)
+    inner = np.einsum("ijd,ijd->ij", centred, edges)
+    turn = 1.0 - 2.0 * (inner - reach * travel - distance * shift - travel * shift)
+    root = np.sqrt(np.maximum(np.square(square) + square * turn, 0.0))
+    norms = prob_up * np.sqrt(np.maximum(turn + 2.0 * square + 2.0 * root, 1.0))
+    norms = np.where(others, norms, 0.0)
+    everywhere = np.array([1.0 + 2.0 * s_star(int(n)) for n in others.sum(axis=1)])
+    norms[index] = np.minimum(prob_up[index] + 2.0 * largest, everywhere)
+    return norms

@@ -1,0 +1,363 @@
+"""From folded kernels to the Lipschitz constant of a layer: one formula, several precisions.
+
+A layer is `X -> sum_h g(X B_h) C_h + constant` with the unit head `g`. The functions below
+take the operator norm as an argument and the array namespace `xp` (`numpy` on the host,
+`keras.ops` in a graph), so that a running estimate and a certified number come from the same
+lines. `operator_norm(name, matrix)` gets one of three names, which tells a running estimate
+which vectors to use:
+
+- `"stacked_output"`: `stack(C_h / s_h)`, shape `(H*k, O)`, returns a scalar;
+- `"concatenated_query"`: `[s_h B_h]`, shape `(D, H*k)`, returns a scalar;
+- `"head_query"`: all `B_h`, shape `(H, D, k)`, returns shape `(H,)`.
+
+Shapes: `b` is `(H, D, k)`, the query kernels divided by `key_dim**0.25`; `c` is `(H, k, O)`,
+the folded `C_h = B_h^T W_V^h W_O^h`; a scaling is `(H,)`, positive.
+"""
+
+import math
+import typing
+
+import numpy as np
+import numpy.typing as npt
+
+from keras_lipattn.bounds.content_cache import cached_by_content
+from keras_lipattn.bounds.head_scaling import polished_scaling
+from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
+from keras_lipattn.bounds.unit_head import UnitBound, unit_head_bound
+from keras_lipattn.linalg import SAFETY
+from keras_lipattn.linalg import operator_norm as exact_norm
+
+# `(name, matrix) -> norm`, in the arrays of the namespace that is used.
+OperatorNorm = typing.Callable[[str, typing.Any], typing.Any]
+
+# Relative error of a float64 product `B^T W_V W_O`, per unit of the product of the norms.
+PRODUCT_ROUNDING = 1e-14
+
+COMPOSITION = {"l2": "Theorem 5.1", "token": "Theorem 5.2"}
+
+
+def frobenius_scaling(b: typing.Any, c: typing.Any, xp: typing.Any) -> typing.Any:
+    """The scaling `s_h = sqrt(|C_h|_F / |B_h|_F)` of the heads.
+
+    It minimises the bound of Theorem 5.1 with Frobenius norms in place of operator norms. A
+    head with a zero matrix gets 1: values and gradients are finite everywhere.
+
+    Args:
+        b: shape `(H, D, k)`.
+        c: shape `(H, k, O)`.
+        xp: array namespace, `numpy` or `keras.ops`.
+
+    Returns:
+        Shape `(H,)`, positive and finite.
+    """
+    query, output = _head_sizes(b, xp), _head_sizes(c, xp)
+    usable = xp.minimum(query, output) > 0.0
+    # The inner `where` keeps 0/0 out of the gradient, the outer one out of the value.
+    ratio = xp.where(usable, output, 1.0) / xp.where(usable, query, 1.0)
+    return xp.sqrt(ratio)
+
+
+def split_bound_l2(
+    b: typing.Any,
+    c: typing.Any,
+    scale: typing.Any,
+    operator_norm: OperatorNorm,
+    xp: typing.Any,
+    *,
+    product_error: typing.Any = None,
+) -> typing.Any:
+    """`||stack(C_h / s_h)|| ||[s_h B_h]||`: Theorem 5.1 without the unit head's constant.
+
+    Args:
+        b: shape `(H, D, k)`.
+        c: shape `(H, k, O)`.
+        scale: shape `(H,)`, positive.
+        operator_norm: function of `(name, matrix)`, see the module.
+        xp: array namespace.
+        product_error: shape `(H,)`, upper bounds of the rounding errors of the `C_h`.
+
+    Returns:
+        A scalar of the namespace.
+    """
+    stacked = _stacked_output_norm(c, scale, operator_norm, xp, product_error)
+    wide = xp.transpose(b * _per_head(scale, xp), (1, 0, 2))
+    wide = xp.reshape(wide, (b.shape[1], b.shape[0] * b.shape[2]))
+    return stacked * operator_norm("concatenated_query", wide)
+
+
+def split_bound_token(
+    b: typing.Any,
+    c: typing.Any,
+    scale: typing.Any,
+    operator_norm: OperatorNorm,
+    xp: typing.Any,
+    *,
+    product_error: typing.Any = None,
+) -> typing.Any:
+    """`||stack(C_h / s_h)|| sqrt(sum_h s_h^2 ||B_h||^2)`: Theorem 5.2 without the constant.
+
+    The norm of `[s_h B_h]` would be smaller and wrong.
+
+    Args:
+        b: shape `(H, D, k)`.
+        c: shape `(H, k, O)`.
+        scale: shape `(H,)`, positive.
+        operator_norm: function of `(name, matrix)`, see the module.
+        xp: array namespace.
+        product_error: shape `(H,)`, upper bounds of the rounding errors of the `C_h`.
+
+    Returns:
+        A scalar of the namespace.
+    """
+    stacked = _stacked_output_norm(c, scale, operator_norm, xp, product_error)
+    heads = scale * operator_norm("head_query", b)
+    return stacked * _safe_sqrt(xp.sum(xp.square(heads)), xp)
+
+
+def bound_linf(
+    b: typing.Any,
+    c: typing.Any,
+    row_constant: float,
+    score_constant: float,
+    operator_norm: OperatorNorm,
+    xp: typing.Any,
+    *,
+    product_error: typing.Any = None,
+) -> typing.Any:
+    """Theorem 5.3: bound of the layer in the largest absolute entry.
+
+    Args:
+        b: shape `(H, D, k)`.
+        c: shape `(H, k, O)`.
+        row_constant: `V` of Theorem 4, a float.
+        score_constant: `4 Phi`, a float.
+        operator_norm: function of `(name, matrix)`, see the module.
+        xp: array namespace.
+        product_error: shape `(H,)`, upper bounds of the rounding errors of the `C_h`.
+
+    Returns:
+        A scalar of the namespace.
+    """
+    columns = _safe_sqrt(xp.sum(xp.square(c), axis=1), xp)
+    values = xp.sum(xp.abs(xp.matmul(b, c)), axis=1)
+    spread = xp.expand_dims(norm_2_to_1(b, operator_norm, xp), 1)
+    if product_error is not None:
+        error = xp.expand_dims(product_error, 1)
+        columns = columns + error
+        values = values + spread * error
+    columns = columns * spread
+    heads = xp.minimum(row_constant * columns, values + score_constant * columns)
+    return xp.max(xp.sum(heads, axis=0))
+
+
+def norm_2_to_1(b: typing.Any, operator_norm: OperatorNorm, xp: typing.Any) -> typing.Any:
+    """Upper bound of `max_{|e| = 1} ||B_h e||_1` for every head.
+
+    It is the largest `|B_h^T sign|` over vectors of signs, bounded in three ways.
+
+    Args:
+        b: shape `(H, D, k)`.
+        operator_norm: function of `(name, matrix)`, see the module.
+        xp: array namespace.
+
+    Returns:
+        Shape `(H,)`.
+    """
+    gram = xp.sum(xp.abs(xp.matmul(b, xp.transpose(b, (0, 2, 1)))), axis=(1, 2))
+    column_sums = xp.sum(xp.square(xp.sum(xp.abs(b), axis=1)), axis=1)
+    spectral = math.sqrt(b.shape[1]) * operator_norm("head_query", b)
+    return xp.minimum(_safe_sqrt(xp.minimum(gram, column_sums), xp), spectral)
+
+
+def running_layer_bound(
+    b: typing.Any,
+    c: typing.Any,
+    *,
+    norm: str,
+    unit: UnitBound,
+    operator_norm: OperatorNorm,
+    xp: typing.Any,
+) -> typing.Any:
+    """The bound's formula with one scaling, for use in a graph.
+
+    With exact norms it is a valid upper bound, never below `certified_layer_bound`; with
+    running norms it promises nothing.
+
+    Args:
+        b: shape `(H, D, k)`.
+        c: shape `(H, k, O)`.
+        norm: `"l2"`, `"token"` or `"linf"`.
+        unit: the `UnitBound` of the same norm; its numbers enter the graph as constants.
+        operator_norm: function of `(name, matrix)`, see the module.
+        xp: array namespace.
+
+    Returns:
+        A scalar of the namespace.
+
+    Raises:
+        ValueError: if `unit` is infinite.
+    """
+    if math.isinf(unit.value):
+        raise ValueError(
+            f"A graph needs a finite constant of the unit head: {unit.reason}. "
+            f"Received: unit={unit}"
+        )
+    if norm == "linf":
+        return bound_linf(b, c, unit.value, unit.score_part, operator_norm, xp)
+    split = split_bound_l2 if norm == "l2" else split_bound_token
+    return unit.value * split(b, c, frobenius_scaling(b, c, xp), operator_norm, xp)
+
+
+def certified_layer_bound(
+    b: npt.ArrayLike,
+    c: npt.ArrayLike,
+    *,
+    norm: str,
+    tokens: int | None,
+    mask: str = "full",
+    n_keys: int | None = None,
+    n_queries: int | None = None,
+    head_constants: npt.ArrayLike | None = None,
+    head_theorem: str = "",
+    product_scale: npt.ArrayLike | None = None,
+    published: float = math.inf,
+) -> LipschitzBound:
+    """Certified Lipschitz bound of a layer of L2 attention heads.
+
+    Valid at inference, for a fixed mask that keeps the diagonal and at most `tokens` tokens.
+
+    Args:
+        b: shape `(H, D, k)`, the query kernels divided by `key_dim**0.25`, any real dtype.
+        c: shape `(H, k, O)`, the folded `C_h = B_h^T W_V^h W_O^h`.
+        norm: `"l2"`, `"token"` or `"linf"`.
+        tokens: largest number of tokens, or `None` when unknown.
+        mask: `"full"` (padding included), `"causal"` or `"any"`.
+        n_keys: for `mask="any"`, the largest number of other keys a query sees.
+        n_queries: for `mask="any"`, the largest number of other queries that see a key.
+        head_constants: shape `(H,)`, constants of the heads in place of the unit head's
+            (from Theorem 6, for instance); `norm` is then `"l2"` or `"token"`.
+        head_theorem: where `head_constants` come from.
+        product_scale: scalar or shape `(H,)`, `||B_h|| ||W_V^h|| ||W_O^h||`. When given, an
+            allowance for the rounding of the product `C_h` is added: it matters when the
+            product cancels.
+        published: the published bound, kept in the result.
+
+    Returns:
+        A `LipschitzBound`; `inf` with a reason when the kernels are not finite or no finite
+        constant exists.
+
+    Raises:
+        ValueError: if shapes do not fit or an argument is out of range.
+    """
+    b, c = np.asarray(b, np.float64), np.asarray(c, np.float64)
+    _check_shapes(b, c)
+    if head_constants is None:
+        unit = unit_head_bound(tokens, mask, norm, n_keys=n_keys, n_queries=n_queries)
+        heads = np.ones(len(b))
+    else:
+        if norm not in ("l2", "token"):
+            raise ValueError(
+                f'`head_constants` are for `norm="l2"` or `"token"`. Received: norm={norm!r}'
+            )
+        unit = UnitBound(1.0, head_theorem)
+        heads = np.asarray(head_constants, np.float64)
+    error = np.zeros(len(b))
+    if product_scale is not None:
+        error += PRODUCT_ROUNDING * np.asarray(product_scale, np.float64)
+    reason = ""
+    if not all(np.isfinite(array).all() for array in (b, c, error)):
+        reason = "the kernels hold NaN or infinite entries"
+    elif not np.isfinite(heads).all():
+        reason = "a head has no finite constant"
+    elif math.isinf(unit.value):
+        reason = unit.reason
+    value, theorem = math.inf, ""
+    if not reason:
+        # Kernels of size 1: squares neither overflow nor vanish. The bound is linear in each.
+        b = b * heads.reshape(-1, 1, 1)
+        tiny = np.finfo(np.float64).tiny
+        size_b = max(float(np.abs(b).max()), tiny)
+        size_c = max(float(np.abs(c).max()), float(error.max()), tiny)
+        b, c, error = b / size_b, c / size_c, error / size_c
+        if norm == "linf":
+            unscaled = cached_by_content(_linf, b, c, unit.value, unit.score_part, error)
+            theorem = unit.theorem
+        else:
+            unscaled = unit.value * cached_by_content(_best_split, norm, b, c, error)
+            theorem = f"{COMPOSITION[norm]} with {unit.theorem}"
+        value = SAFETY * unscaled * size_b * size_c
+        if unscaled > 0.0:
+            value = max(value, tiny)
+        if not math.isfinite(value):
+            value, theorem, reason = math.inf, "", "the bound is larger than the largest float64"
+    return LipschitzBound(
+        value=value,
+        norm=norm,
+        kind="certified",
+        theorem=theorem,
+        reason=reason,
+        published=published,
+    )
+
+
+def _best_split(norm: str, b: np.ndarray, c: np.ndarray, error: np.ndarray) -> float:
+    """Smallest split bound found over the scalings of the heads, with exact norms."""
+    split = split_bound_l2 if norm == "l2" else split_bound_token
+
+    def value(scale: np.ndarray) -> float:
+        return float(split(b, c, scale, _exact, np, product_error=error))
+
+    start = frobenius_scaling(b, c, np)
+    if len(b) == 1:
+        return value(start)
+    polished, estimate = polished_scaling(norm, b, c, start)
+    best = value(polished)
+    return best if best <= estimate else min(best, value(start))
+
+
+def _linf(
+    b: np.ndarray, c: np.ndarray, row_constant: float, score_constant: float, error: np.ndarray
+) -> float:
+    return float(bound_linf(b, c, row_constant, score_constant, _exact, np, product_error=error))
+
+
+def _exact(name: str, matrix: np.ndarray) -> typing.Any:
+    return exact_norm(matrix)
+
+
+def _stacked_output_norm(c, scale, operator_norm, xp, product_error):
+    stacked = xp.reshape(c / _per_head(scale, xp), (c.shape[0] * c.shape[1], c.shape[2]))
+    norm = operator_norm("stacked_output", stacked)
+    if product_error is None:
+        return norm
+    return norm + xp.sqrt(xp.sum(xp.square(product_error / scale)))
+
+
+def _head_sizes(matrices, xp):
+    """Frobenius norm of every head's matrix, `(H,)`; a float32 square overflows at 1e19 already."""
+    peak = xp.max(xp.abs(matrices), axis=(1, 2))
+    peak = xp.where(peak > 0.0, peak, 1.0)
+    squares = xp.sum(xp.square(matrices / _per_head(peak, xp)), axis=(1, 2))
+    return peak * _safe_sqrt(squares, xp)
+
+
+def _per_head(scale, xp):
+    return xp.reshape(scale, (-1, 1, 1))
+
+
+def _safe_sqrt(x, xp):
+    # The gradient of a square root is infinite at 0, hence the inner `where`.
+    positive = x > 0.0
+    return xp.where(positive, xp.sqrt(xp.where(positive, x, 1.0)), 0.0)
+
+
+def _check_shapes(b: np.ndarray, c: np.ndarray) -> None:
+    if b.ndim != 3 or c.ndim != 3 or b.shape[0] != c.shape[0] or b.shape[2] != c.shape[1]:
+        raise ValueError(
+            "`b` must have shape `(H, D, k)` and `c` shape `(H, k, O)`. "
+            f"Received: b.shape={b.shape}, c.shape={c.shape}"
+        )
+    if 0 in b.shape or 0 in c.shape:
+        raise ValueError(
+            f"`b` and `c` must not have empty axes. Received: b.shape={b.shape}, c.shape={c.shape}"
+        )

@@ -1,0 +1,48 @@
+"""The two scalars every bound of L2 attention is made of."""
+
+import math
+
+from scipy.special import lambertw
+
+
+def phi_inv(n: float) -> float:
+    """Inverse of `phi(x) = x exp(x + 1)`: the largest trace of a row's covariance.
+
+    Args:
+        n: number of *other* tokens a query can see, `>= 0`.
+
+    Returns:
+        `Phi = W0(n / e)`, a float.
+
+    Raises:
+        ValueError: if `n` is negative or NaN.
+
+    Reference: Kim, Papamakarios and Mnih, "The Lipschitz constant of self-attention",
+        ICML 2021, Theorem 3.2; Lemma 3.1 of docs/theory.md.
+    """
+    return _principal_lambert(n, 1.0)
+
+
+def s_star(n: float) -> float:
+    """The row mass at which a diagonal block of the Jacobian is largest.
+
+    Args:
+        n: number of *other* tokens a query can see, `>= 0`.
+
+    Returns:
+        `S* = W0(n exp(-3/2))`, a float. The largest norm of a diagonal block is `1 + 2 S*`,
+        the exact constant of the token norm is `1 + 4 S*`.
+
+    Raises:
+        ValueError: if `n` is negative or NaN.
+
+    Reference: Lemma 3.1 and Theorem 4 of docs/theory.md.
+    """
+    return _principal_lambert(n, 1.5)
+
+
+def _principal_lambert(n: float, exponent: float) -> float:
+    n = float(n)
+    if not n >= 0.0:
+        raise ValueError(f"`n` must be a number of tokens, at least 0. Received: n={n}")
+    return float(lambertw(n * math.exp(-exponent)).real)

@@ -1,0 +1,46 @@
+"""A fingerprint of the weights of a model."""
+
+import hashlib
+
+import keras
+import numpy as np
+
+from keras_lipattn.layers.lipschitz_layer import LipschitzLayer
+
+
+def fingerprint_of(model: keras.Model) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of the weights, in order.
+
+    The weights with which layers of this package keep count of running norms and penalties are
+    left out: they have no part in what the model computes at inference.
+
+    Args:
+        model: a built model.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    skipped = {
+        id(variable)
+        for layer in model._flatten_layers()
+        if isinstance(layer, LipschitzLayer)
+        for variable in bookkeeping(layer)
+    }
+    for variable in model.weights:
+        if id(variable) in skipped:
+            continue
+        value = np.ascontiguousarray(
+            keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(variable))
+        )
+        name = f"{variable.path} {variable.dtype} {tuple(value.shape)};"
+        digest.update(name.encode())
+        digest.update(value.tobytes())
+    return digest.hexdigest()
+
+
+def bookkeeping(layer: LipschitzLayer) -> list:
+    """Weights of a layer of ours which its output at inference does not depend on."""
+    names = ("running_bound", "penalty_coefficient", "penalty_log_target")
+    kept = [getattr(layer, name, None) for name in names]
+    return [*getattr(layer, "_vectors", {}).values(), *(v for v in kept if v is not None)]

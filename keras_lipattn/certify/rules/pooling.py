@@ -1,0 +1,186 @@
+"""Pooling (docs/theory.md, section 8)."""
+
+import dataclasses
+import math
+
+import keras
+import numpy as np
+
+from keras_lipattn.bounds import layer_constants
+from keras_lipattn.certify.call import Call
+from keras_lipattn.certify.registry import register_rule
+from keras_lipattn.certify.rules.activations import convert
+from keras_lipattn.certify.step import Step
+from keras_lipattn.linalg import SAFETY
+
+_MEAN = "mean over each window"
+_MAX = "windows that contain a position"
+
+
+@register_rule(
+    keras.layers.AveragePooling1D, keras.layers.AveragePooling2D, keras.layers.AveragePooling3D
+)
+def average_pooling(layer, call):
+    pool, strides = tuple(layer.pool_size), tuple(layer.strides)
+    sizes, known, first = _window_axes(layer, call)
+    if known:
+        constant = layer_constants.average_pooling_constant(
+            "l2", pool_size=pool, strides=strides, input_shape=sizes, padding=layer.padding
+        )
+    else:
+        # Windows at the border may hold a single position when the length is not known.
+        least = [k if layer.padding == "valid" else 1 for k in pool]
+        constant = SAFETY * math.sqrt(
+            math.prod(-(-k // s) / m for k, s, m in zip(pool, strides, least, strict=True))
+        )
+    exact = known and pool == strides and layer.padding == "valid"
+    return _linear_pooling(constant, call, first, exact)
+
+
+@register_rule(keras.layers.MaxPooling1D, keras.layers.MaxPooling2D, keras.layers.MaxPooling3D)
+def max_pooling(layer, call):
+    pool, strides = tuple(layer.pool_size), tuple(layer.strides)
+    sizes, known, first = _window_axes(layer, call)
+    if known:
+        constant = layer_constants.max_pooling_constant(
+            "l2",
+            pool_size=pool,
+            strides=strides,
+            input_shape=sizes,
+            padding=layer.padding,
+            channels=1,
+        )
+    else:
+        constant = SAFETY * math.sqrt(
+            math.prod(-(-k // s) for k, s in zip(pool, strides, strict=True))
+        )
+    return _max_step(constant, math.prod(pool), call, first)
+
+
+@register_rule(
+    keras.layers.AdaptiveAveragePooling1D,
+    keras.layers.AdaptiveAveragePooling2D,
+    keras.layers.AdaptiveAveragePooling3D,
+)
+def adaptive_average_pooling(layer, call):
+    loads, _, first = _adaptive(layer, call)
+    if loads is None:
+        return Step(constant=math.inf, reason="its windows depend on a size that varies")
+    constant = SAFETY * math.sqrt(math.prod(float(load.max()) for _, load in loads))
+    return _linear_pooling(constant, call, first, False)
+
+
+@register_rule(
+    keras.layers.AdaptiveMaxPooling1D,
+    keras.layers.AdaptiveMaxPooling2D,
+    keras.layers.AdaptiveMaxPooling3D,
+)
+def adaptive_max_pooling(layer, call):
+    loads, window, first = _adaptive(layer, call)
+    if loads is None:
+        return Step(constant=math.inf, reason="its windows depend on a size that varies")
+    constant = SAFETY * math.sqrt(math.prod(int(count.max()) for count, _ in loads))
+    return _max_step(constant, window, call, first)
+
+
+@register_rule(
+    keras.layers.GlobalAveragePooling1D,
+    keras.layers.GlobalAveragePooling2D,
+    keras.layers.GlobalAveragePooling3D,
+)
+def global_average_pooling(layer, call):
+    first = layer.data_format == "channels_first"
+    fewest = _fewest(call, first)
+    if call.state.masked or call.mask is not None or call.kwargs.get("mask") is not None:
+        # Only the valid tokens count, and there may be a single one.
+        fewest = 1
+    constant = layer_constants.global_average_constant("l2", fewest)
+    step = _linear_pooling(
+        constant, call, first, True, theorem=f"mean over {fewest} tokens or more"
+    )
+    return _without_mask(step)
+
+
+@register_rule(
+    keras.layers.GlobalMaxPooling1D,
+    keras.layers.GlobalMaxPooling2D,
+    keras.layers.GlobalMaxPooling3D,
+)
+def global_max_pooling(layer, call):
+    first = layer.data_format == "channels_first"
+    return _without_mask(_max_step(1.0, call.state.tokens, call, first, exact=True))
+
+
+def _linear_pooling(constant: float, call: Call, first: bool, exact: bool, theorem: str = _MEAN):
+    if call.norm == "token" and first:
+        return _converted(constant, call)
+    if call.norm != "l2":
+        constant, exact = 1.0, True
+    return Step(
+        constant=constant,
+        theorem=theorem,
+        exact=exact,
+        mixes_tokens=not first,
+        domain=None if first else call.state.domain,
+    )
+
+
+def _max_step(constant: float, window: int | None, call: Call, first: bool, exact: bool = False):
+    if call.norm == "token" and not first:
+        sizes = [size for size in (window, call.state.width) if size is not None]
+        if not sizes:
+            return Step(constant=math.inf, reason="neither its window nor its channels are known")
+        constant = SAFETY * math.sqrt(min(sizes))
+        theorem = "at most min(window, channels) tokens meet in one"
+    elif call.norm == "token":
+        return _converted(constant, call)
+    else:
+        constant, theorem = (constant, _MAX) if call.norm == "l2" else (1.0, "maximum of entries")
+    return Step(constant=constant, theorem=theorem, exact=exact and call.norm != "token")
+
+
+def _converted(constant: float, call: Call) -> Step:
+    price = convert("l2", "token", call.state)
+    if math.isinf(price):
+        return Step(constant=math.inf, reason="its number of tokens is not known")
+    return Step(constant=constant * price, theorem="2-norm, converted")
+
+
+def _without_mask(step: Step) -> Step:
+    return dataclasses.replace(step, keeps_mask=False)
+
+
+def _window_axes(layer, call: Call):
+    """Sizes of the pooled axes, whether all are known and fixed, and channels_first."""
+    first = layer.data_format == "channels_first"
+    window = slice(1, None) if first else slice(None, -1)
+    sizes, varies = call.state.shape[window], call.state.dynamic[window]
+    known = None not in sizes and not any(varies)
+    return tuple(size or 0 for size in sizes), known, first
+
+
+def _fewest(call: Call, first: bool) -> int:
+    """Fewest tokens that a global pooling can meet."""
+    window = slice(1, None) if first else slice(None, -1)
+    sizes, varies = call.state.shape[window], call.state.dynamic[window]
+    return math.prod(
+        1 if dynamic or size is None else size for size, dynamic in zip(sizes, varies, strict=True)
+    )
+
+
+def _adaptive(layer, call: Call):
+    """Per axis: windows that contain a position and the sum of 1 / sizes; the largest window."""
+    sizes, known, first = _window_axes(layer, call)
+    if not known:
+        return None, 0, first
+    loads, window = [], 1
+    for length, outputs in zip(sizes, tuple(layer.output_size), strict=True):
+        starts = [i * length // outputs for i in range(outputs)]
+        ends = [-(-(i + 1) * length // outputs) for i in range(outputs)]
+        count, load = np.zeros(length, int), np.zeros(length)
+        for start, end in zip(starts, ends, strict=True):
+            count[start:end] += 1
+            load[start:end] += 1.0 / (end - start)
+        loads.append((count, load))
+        window *= max(end - start for start, end in zip(starts, ends, strict=True))
+    return loads, window, first

@@ -1,0 +1,62 @@
+"""What a certificate speaks of, in words and in numbers."""
+
+import dataclasses
+import math
+
+from keras_lipattn.bounds.lipschitz_bound import NORMS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ThreatModel:
+    """Under what a certificate holds.
+
+    Args:
+        norm: `"l2"`, `"token"` or `"linf"`, of inputs and outputs alike.
+        inputs: the certified inputs, in words; the norm is that of all of them side by side.
+        held: inputs of integers or booleans that stay fixed.
+        output: what the output is, for instance `"pre-softmax logits"`.
+        input_radius: radius of the ball around the origin in which the tokens of the certified
+            inputs stay, `inf` for no restriction.
+        longest: largest number of tokens, `None` when the shapes of the model say it all.
+        mask: class of mask that was assumed for attention layers with an unknown one, or `None`.
+        assumed_masks: layers that compute a mask from a certified input which was assumed fixed.
+    """
+
+    norm: str
+    inputs: tuple[str, ...]
+    held: tuple[str, ...] = ()
+    output: str = "output"
+    input_radius: float = math.inf
+    longest: int | None = None
+    mask: str | None = None
+    assumed_masks: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [
+            f"norm: {NORMS[self.norm]}, of inputs and outputs",
+            "certified inputs: " + (", ".join(self.inputs) or "none"),
+            f"output: {self.output}",
+            "at inference, in real arithmetic, for the weights as they run",
+        ]
+        if len(self.inputs) > 1:
+            lines.append("a change of several inputs is measured side by side, as one tensor")
+        if self.held:
+            lines.append("held fixed: " + ", ".join(self.held))
+        if math.isfinite(self.input_radius):
+            lines.append(
+                "only for inputs whose tokens have a Euclidean norm of at most "
+                f"{self.input_radius:g}"
+            )
+        if self.longest is not None:
+            lines.append(f"for at most {self.longest} tokens that attend to each other")
+        lines.append(
+            "for a fixed mask and a fixed length"
+            + (f"; unknown masks are of class {self.mask!r}" if self.mask else "")
+        )
+        if self.assumed_masks:
+            lines.append(
+                "ASSUMED: the masks computed from certified inputs by "
+                + ", ".join(self.assumed_masks)
+                + " do not change"
+            )
+        return "\n".join(lines)

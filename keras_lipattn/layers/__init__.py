@@ -1,0 +1,33 @@
+"""Layers with a proven Lipschitz constant."""
+
+from keras_lipattn.layers.center_normalization import CenterNormalization
+from keras_lipattn.layers.condensed import condensed, lipschitz_layers
+from keras_lipattn.layers.inversion import Inversion
+from keras_lipattn.layers.inversion_error import InversionError
+from keras_lipattn.layers.invertible_residual import InvertibleResidual
+from keras_lipattn.layers.invertible_sequential import InvertibleSequential
+from keras_lipattn.layers.l2_multi_head_attention import L2MultiHeadAttention
+from keras_lipattn.layers.lipschitz_layer import LipschitzLayer, Tracking
+from keras_lipattn.layers.log_determinant import LogDeterminant
+from keras_lipattn.layers.max_min import MaxMin
+from keras_lipattn.layers.position_embedding import PositionEmbedding
+from keras_lipattn.layers.residual import Residual
+from keras_lipattn.layers.spectral_dense import SpectralDense
+
+__all__ = [
+    "CenterNormalization",
+    "Inversion",
+    "InversionError",
+    "InvertibleResidual",
+    "InvertibleSequential",
+    "L2MultiHeadAttention",
+    "LipschitzLayer",
+    "LogDeterminant",
+    "MaxMin",
+    "PositionEmbedding",
+    "Residual",
+    "SpectralDense",
+    "Tracking",
+    "condensed",
+    "lipschitz_layers",
+]

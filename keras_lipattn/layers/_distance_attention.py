@@ -1,0 +1,151 @@
+"""Attention by distance: `softmax_j(-|y_i - y_j|^2)` applied to the projected tokens themselves."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_lipattn.layers._blocked_attention import attend_in_blocks, block_size_for
+from keras_lipattn.layers._visibility import HIDDEN, visible_pairs
+
+# From this length on the full matrix of weights is not formed: below, blocks only cost time.
+BLOCKED_FROM = 4096
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Who sees whom in one call.
+
+    Attributes:
+        valid: Boolean `(B, T)`, false where a token is padding, or `None`.
+        attention_mask: Boolean, broadcastable to `(B, H, T, T)`, or `None`.
+        use_causal_mask: Whether later tokens are hidden.
+        sliding_window: `None`, or the distance from which on tokens are hidden.
+    """
+
+    valid: Any = None
+    attention_mask: Any = None
+    use_causal_mask: bool = False
+    sliding_window: int | None = None
+
+    @property
+    def all_see_all(self):
+        """Whether all valid tokens see each other."""
+        return (
+            self.attention_mask is None and not self.use_causal_mask and self.sliding_window is None
+        )
+
+    def visible(self, rows, columns, attention_mask):
+        """Visible pairs of some rows, whose part of the attention mask is given; `None` if all."""
+        return visible_pairs(
+            rows,
+            columns,
+            attention_mask=attention_mask,
+            use_causal_mask=self.use_causal_mask,
+            sliding_window=self.sliding_window,
+        )
+
+
+def score_queries(y):
+    """Queries `(B, H, R, k + 1)` for the keys of `score_keys`."""
+    return ops.concatenate([2.0 * y, ops.ones_like(y[..., :1])], axis=-1)
+
+
+def score_keys(y, valid):
+    """Keys `(B, H, T, k + 1)` whose product with a query is `-|y_i - y_j|^2` up to a term in `i`.
+
+    Softmax ignores that term. What depends on the key alone, `-|y_j|^2` and the hiding of padded
+    keys, rides along as one more feature: no pass over the scores is spent on it.
+
+    Args:
+        y: Tensor `(B, H, T, k)`, float32 or float64, near the origin: far from it the expansion of
+            the square loses digits.
+        valid: Boolean `(B, T)` or `None`.
+    """
+    key_bias = -ops.sum(ops.square(y), axis=-1, keepdims=True)
+    if valid is not None:
+        key_bias = ops.where(valid[:, None, :, None], key_bias, HIDDEN)
+    return ops.concatenate([y, key_bias], axis=-1)
+
+
+def attention_weights(y, mask):
+    """The full matrix `softmax_j(-|y_i - y_j|^2)`, `(B, H, T, T)`."""
+    positions = ops.arange(ops.shape(y)[2], dtype="int32")
+    visible = mask.visible(positions, positions, mask.attention_mask)
+    return _softmax_of_products(score_queries(y), score_keys(y, mask.valid), visible)
+
+
+def mixed(y, mask):
+    """`softmax_j(-|y_i - y_j|^2) y`, `(B, H, T, k)`.
+
+    On TensorFlow the derivative is written out: three of the passes over the `T * T` entries that
+    differentiating softmax and both products takes are not needed. Elsewhere the compiler finds
+    them, and forward mode must go through.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return ops.matmul(attention_weights(y, mask), y)
+
+    @ops.custom_gradient
+    def mix(y):
+        weights = attention_weights(y, mask)
+        output = ops.matmul(weights, y)
+
+        def gradient(upstream):
+            shared = ops.sum(upstream * output, axis=-1, keepdims=True)
+            above = ops.concatenate([upstream, -shared], axis=-1)
+            values = ops.concatenate([y, ops.ones_like(shared)], axis=-1)
+            # Derivative of the scores 2 y_i.y_j - |y_j|^2; zero where a pair is hidden.
+            slope = weights * ops.matmul(above, ops.swapaxes(values, -1, -2))
+            of_keys = ops.expand_dims(ops.sum(slope, axis=-2), -1) * y
+            of_pairs = ops.matmul(slope, y) + ops.matmul(ops.swapaxes(slope, -1, -2), y)
+            of_values = ops.matmul(ops.swapaxes(weights, -1, -2), upstream)
+            return 2.0 * (of_pairs - of_keys) + of_values
+
+        return output, gradient
+
+    return mix(y)
+
+
+def causal_weights(y, rows, first, mask):
+    """Weights `(B, H, R, T)` of the queries `rows`, at positions from `first` on, over keys `y`."""
+    positions = first + ops.arange(rows.shape[2], dtype="int32")
+    visible = mask.visible(positions, ops.arange(y.shape[2], dtype="int32"), None)
+    return _softmax_of_products(score_queries(rows), score_keys(y, None), visible)
+
+
+def _softmax_of_products(queries, keys, visible):
+    scores = ops.matmul(queries, ops.swapaxes(keys, -1, -2))
+    if visible is not None:
+        scores = ops.where(visible, scores, HIDDEN)
+    if scores.shape[-1] == 1:
+        # Keras warns of a softmax over a single entry.
+        return ops.ones_like(scores)
+    return ops.softmax(scores, axis=-1)
+
+
+def mixed_in_blocks(y, mask):
+    """`softmax_j(-|y_i - y_j|^2) y` with memory linear in the length, which must be static."""
+    batch, heads, length, _ = y.shape
+    block_size = block_size_for(batch, heads, length)
+    columns = ops.arange(length, dtype="int32")
+    padded = -(-length // block_size) * block_size
+    attention_mask = mask.attention_mask
+    if attention_mask is not None:
+        extra = ((0, 0), (0, 0), (0, padded - length), (0, 0))
+        attention_mask = ops.pad(attention_mask, extra, constant_values=False)
+
+    def hide(scores, start):
+        rows = start + ops.arange(block_size, dtype="int32")
+        part = None
+        if attention_mask is not None:
+            sides = ops.shape(attention_mask)
+            part = ops.slice(
+                attention_mask, (0, 0, start, 0), (sides[0], sides[1], block_size, length)
+            )
+        visible = mask.visible(rows, columns, part)
+        return scores if visible is None else ops.where(visible, scores, HIDDEN)
+
+    return attend_in_blocks(
+        score_queries(y), score_keys(y, mask.valid), y, hide=hide, block_size=block_size
+    )

@@ -1,0 +1,48 @@
+"""Products with the transposed Jacobian of a function, for every backend of Keras."""
+
+import keras
+
+
+def vector_jacobian(function, point, cotangent):
+    """`J^T cotangent` for the Jacobian `J` of `function` at `point`, itself differentiable.
+
+    Args:
+        function: Function of one tensor that returns a tensor.
+        point: Tensor.
+        cotangent: Tensor of the shape of `function(point)`.
+
+    Returns:
+        Tensor of the shape of `point`.
+
+    Raises:
+        RuntimeError: If the backend of Keras has no automatic derivatives.
+    """
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            tape.watch(point)
+            value = function(point)
+        zero = tf.UnconnectedGradients.ZERO
+        return tape.gradient(value, point, [cotangent], unconnected_gradients=zero)
+    if backend == "jax":
+        import jax  # pyright: ignore[reportMissingImports]
+
+        _, pull = jax.vjp(function, point)
+        return pull(cotangent)[0]
+    if backend == "torch":
+        import torch  # pyright: ignore[reportMissingImports]
+
+        # The graph of the derivative is kept only where somebody is going to differentiate it.
+        recording = torch.is_grad_enabled()
+        with torch.enable_grad():
+            watched = point if point.requires_grad else point.detach().requires_grad_()
+            (product,) = torch.autograd.grad(
+                function(watched), watched, cotangent, create_graph=recording
+            )
+        return product
+    raise RuntimeError(
+        "Derivatives need the TensorFlow, JAX or PyTorch backend of Keras. "
+        f"Received: keras.backend.backend()={backend!r}"
+    )

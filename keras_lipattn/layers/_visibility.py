@@ -1,0 +1,134 @@
+"""Who sees whom: padding, masks, and the class of mask that decides which theorem applies."""
+
+from dataclasses import dataclass
+
+from keras import ops
+
+from keras_lipattn.bounds.mask_degrees import mask_degrees
+
+# Far below any score: the own token's score is at least zero. Finite, so that a row in which
+# everything is padded stays finite until it is set to zero.
+HIDDEN = -1e30
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """Class of a mask, as the bounds want it.
+
+    Attributes:
+        mask: `"full"` (padding included), `"causal"` (padding included) or `"any"`.
+        n_keys: For `"any"`, the most other keys a query sees; `None` if unknown.
+        n_queries: For `"any"`, the most other queries that see a key; `None` if unknown.
+    """
+
+    mask: str
+    n_keys: int | None = None
+    n_queries: int | None = None
+
+
+def classify(mask, *, sliding_window=None):
+    """`Visibility` of `mask`: `"full"`, `"causal"`, `"any"`, or an array `(..., T, T)`.
+
+    A window is narrower than what the theorems of full and causal masks speak of (their column
+    sums run over all tokens), so it makes any mask one that is known by its degrees only.
+
+    Raises:
+        ValueError: If `mask` is none of these.
+    """
+    degrees = (None, None)
+    if not isinstance(mask, str):
+        degrees, mask = mask_degrees(mask), "any"
+    if mask not in ("full", "causal", "any"):
+        raise ValueError(
+            '`mask` must be "full", "causal", "any" or a boolean array of shape `(T, T)`. '
+            f"Received: mask={mask!r}"
+        )
+    if sliding_window is None:
+        return Visibility(mask, *degrees)
+    reach = sliding_window - 1
+    seen = reach if mask == "causal" else 2 * reach
+    n_keys, n_queries = (seen if d is None else min(d, seen) for d in degrees)
+    return Visibility("any", n_keys, n_queries)
+
+
+def visible_pairs(rows, columns, *, attention_mask, use_causal_mask, sliding_window):
+    """Boolean tensor, broadcastable to `(B, H, R, T)`, of the pairs a mask leaves visible.
+
+    The diagonal is always visible: without it no Lipschitz constant exists. `None` if all is.
+
+    Args:
+        rows: Positions of the queries, an integer tensor `(R,)`.
+        columns: Positions of the keys, an integer tensor `(T,)`.
+        attention_mask: Boolean tensor broadcastable to `(B, H, R, T)`, or `None`.
+        use_causal_mask: Whether later keys are hidden.
+        sliding_window: `None`, or the distance from which on keys are hidden.
+    """
+    lag = ops.expand_dims(rows, 1) - ops.expand_dims(columns, 0)
+    parts = []
+    if attention_mask is not None:
+        parts.append(attention_mask)
+    if use_causal_mask:
+        parts.append(lag >= 0)
+    if sliding_window is not None:
+        parts.append(ops.abs(lag) < sliding_window)
+    if not parts:
+        return None
+    visible = parts[0]
+    for part in parts[1:]:
+        visible = ops.logical_and(visible, part)
+    return ops.logical_or(visible, ops.equal(lag, 0))
+
+
+def check_masks(query_shape, length, num_heads, token_masks, attention_mask):
+    """Raises a `ValueError` for a mask that does not fit the query.
+
+    Args:
+        query_shape: Static shape `(B, ..., D)`.
+        length: Static number of tokens, or `None`.
+        num_heads: Number of heads.
+        token_masks: Masks per token by name, each a tensor or `None`.
+        attention_mask: A tensor or `None`.
+    """
+    for name, mask in token_masks.items():
+        if mask is not None and not _fits(mask.shape, query_shape[:-1]):
+            raise ValueError(
+                f"`{name}` must have the shape of `query` without its last axis, "
+                f"{tuple(query_shape[:-1])}. Received: {name} of shape {tuple(mask.shape)}"
+            )
+    if attention_mask is None:
+        return
+    shape = tuple(attention_mask.shape)
+    # A side of 1 broadcasts, but not among the tokens: those are the same for queries and keys.
+    lead = (query_shape[0], num_heads)[: len(shape) - 2]
+    lead = [1 if side == 1 else full for side, full in zip(shape, lead, strict=False)]
+    if not _fits(shape, (*lead, length, length)):
+        raise ValueError(
+            "`attention_mask` must have shape `(T, T)`, `(B, T, T)` or `(B, H, T, T)` for queries "
+            f"and keys that are the same T={length} tokens, in B={query_shape[0]} examples and "
+            f"H={num_heads} heads. Received: attention_mask of shape {shape}"
+        )
+
+
+def _fits(shape, expected):
+    return len(shape) == len(expected) and all(
+        side is None or full is None or side == full
+        for side, full in zip(shape, expected, strict=True)
+    )
+
+
+def with_head_axis(attention_mask):
+    """A mask `(T, T)`, `(B, T, T)` or `(B, H, T, T)` as booleans that broadcast to the last."""
+    mask = ops.cast(attention_mask, "bool")
+    if len(mask.shape) == 3:
+        return ops.expand_dims(mask, 1)
+    return mask[None, None] if len(mask.shape) == 2 else mask
+
+
+def valid_tokens(masks):
+    """The tokens `(B, T)` which every given mask calls valid; `None` if none is given."""
+    valid = None
+    for mask in masks:
+        if mask is not None:
+            mask = ops.cast(mask, "bool")
+            valid = mask if valid is None else ops.logical_and(valid, mask)
+    return valid

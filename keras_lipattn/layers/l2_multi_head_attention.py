@@ -1,0 +1,799 @@
+"""Multi-head self-attention with a proven Lipschitz constant."""
+
+import math
+import threading
+from typing import Any
+
+import keras
+import numpy as np
+from keras import constraints as keras_constraints
+from keras import initializers, ops, regularizers
+
+from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
+from keras_lipattn.bounds.mask_degrees import mask_degrees
+from keras_lipattn.bounds.multihead import (
+    certified_layer_bound,
+    frobenius_scaling,
+    running_layer_bound,
+    split_bound_l2,
+    split_bound_token,
+)
+from keras_lipattn.bounds.published import published_layer_bound
+from keras_lipattn.bounds.unit_head import unit_head_bound
+from keras_lipattn.layers._arguments import (
+    as_tuple,
+    describe,
+    require_norm,
+    require_positive,
+    require_positive_integer,
+    require_probability,
+)
+from keras_lipattn.layers._as_run import is_finite_as_run
+from keras_lipattn.layers._attention_axes import AttentionAxes
+from keras_lipattn.layers._condensed_attention import CondensedAttention, HeldAttention
+from keras_lipattn.layers._distance_attention import (
+    BLOCKED_FROM,
+    Mask,
+    attention_weights,
+    causal_weights,
+    mixed,
+    mixed_in_blocks,
+)
+from keras_lipattn.layers._operator_norms import GramNorms, quiet
+from keras_lipattn.layers._visibility import (
+    Visibility,
+    check_masks,
+    classify,
+    valid_tokens,
+    with_head_axis,
+)
+from keras_lipattn.layers.lipschitz_layer import LipschitzLayer
+
+_PROJECTIONS = ("query", "value", "output")
+# The operator norms which the bound of a layer is made of.
+_BOUND_NORMS = {
+    "l2": ("concatenated_query", "stacked_output"),
+    "token": ("stacked_output", "head_query"),
+    "linf": ("head_query",),
+}
+_CROSS_ATTENTION = (
+    "L2MultiHeadAttention is self-attention: `{name}` must be omitted or be the very object "
+    "passed as `query`, since no Lipschitz bound exists for cross-attention. Received: {name}={got}"
+)
+
+
+@keras.saving.register_keras_serializable(package="keras_lipattn")
+class L2MultiHeadAttention(LipschitzLayer):
+    """Multi-head L2 self-attention: a drop-in for `keras.layers.MultiHeadAttention` with a proof.
+
+    With tokens `X` of shape `(T, D)`, head `h` projects `Y = X W_Q / key_dim**0.25` once, for
+    queries, keys and values alike, and attends by distance:
+
+    ```
+    P_ij   = softmax_j(-|y_i - y_j|^2)
+    output = sum_h P_h Y_h (W_Q,h^T / key_dim**0.25) W_V,h W_O,h + bias
+    ```
+
+    Queries and keys are tied and the factor `W_Q W_Q^T / sqrt(key_dim)` stands between attention
+    and values: without either no finite Lipschitz constant exists. `lipschitz()` returns the
+    certified constant. Nothing but the output has a bias: one of the query moves every token alike
+    and changes nothing, one of the value is absorbed.
+
+    **Masks.** The diagonal is always visible: whatever the masks say, a token attends to itself, or
+    no bound exists. A token is padded when any of `query_mask`, `value_mask`, `key_mask` or the
+    Keras mask of the input says so: nobody sees it (not even a NaN in it) and its output row is
+    zero. The certificate is for a fixed mask.
+
+    Args:
+        num_heads: Number of attention heads.
+        key_dim: Size of each head for query and key.
+        value_dim: Size of each head for value; `key_dim` by default.
+        dropout: Dropout probability of attention weights, in training.
+        use_bias: Whether the output has a bias.
+        output_shape: Shape of an output token, an integer or a tuple; the input's by default.
+        attention_axes: Axes over which attention is applied; all but batch and features by
+            default. Several axes are flattened row-major into one sequence.
+        sliding_window: If set to `w`, a query sees tokens less than `w` positions away. The bound
+            does not depend on the sequence length then.
+        flash_attention: Accepted for compatibility; the computation is the same.
+        spectral_norm: If set to `c`, caps the operator norms of the query, value and output
+            kernels, as the matrices `(D, H*key_dim)`, `(D, H*value_dim)`, `(H*value_dim, output)`.
+        lipschitz_bound: If set to `L`, caps the constant of the whole layer in `lipschitz_norm` by
+            scaling its output (before the bias) by `min(1, L / bound)`.
+        lipschitz_norm: Norm of `lipschitz_bound`: `"l2"` (2-norm of all entries), `"token"`
+            (largest 2-norm of a token) or `"linf"` (largest absolute entry).
+        max_sequence_length: Number of tokens `lipschitz_bound` is for. The static length seen in
+            `build` by default. A longer input is an error, or NaN rows where its length is not
+            known before running.
+        kernel_initializer: Initializer of the three kernels, as the matrices above.
+        bias_initializer: Initializer of the output bias.
+        kernel_regularizer: Regularizer of the three kernels.
+        bias_regularizer: Regularizer of the output bias.
+        activity_regularizer: Regularizer of the layer's output.
+        kernel_constraint: Constraint of the three kernels.
+        bias_constraint: Constraint of the output bias.
+        seed: Seed of the dropout.
+        **kwargs: Arguments of `keras.layers.Layer`, such as `name` and `dtype`.
+
+    Caps only ever shrink, and gradients flow through them. In training they use running norms,
+    which follow the weights without guarantee; at inference they hold for whatever weights are
+    loaded. They are the same for every length of the input up to `max_sequence_length`.
+
+    Call arguments:
+        query: Tensor `(B, ..., T, D)`.
+        value: Omitted, or `query` itself.
+        key: Omitted, or `query` itself.
+        query_mask: Boolean `(B, T)`, false where a token is padding.
+        value_mask: The same.
+        key_mask: The same.
+        attention_mask: Boolean `(T, T)`, `(B, T, T)` or `(B, H, T, T)`, true where a query (row)
+            may see a key (column). Its diagonal counts as true.
+        return_attention_scores: Whether to return the attention weights too.
+        training: Whether to run in training mode (dropout, running norms).
+        use_causal_mask: Whether a token sees only itself and those before it.
+
+    Returns:
+        Tensor `(B, ..., T, D_out)`; with `return_attention_scores` also the weights `(B, H, T, T)`.
+
+    Raises:
+        ValueError: For `value` or `key` other than the query, arguments out of range, masks which
+            are not square, `lipschitz_bound` with an unknown length, or an input longer than the
+            length `lipschitz_bound` is for.
+
+    Example:
+
+    >>> layer = L2MultiHeadAttention(num_heads=4, key_dim=16, lipschitz_bound=1.0)
+    >>> x = keras.random.normal((2, 10, 64))
+    >>> layer(x).shape
+    (2, 10, 64)
+    >>> layer.lipschitz().value <= 1.0
+    True
+
+    Reference:
+        Kim, Papamakarios, Mnih, "The Lipschitz constant of self-attention", ICML 2021, Section 4
+        (the layer); docs/theory.md, Sections 3 to 5 (the bounds).
+    """
+
+    def __init__(
+        self,
+        num_heads,
+        key_dim,
+        value_dim=None,
+        dropout=0.0,
+        use_bias=True,
+        output_shape=None,
+        attention_axes=None,
+        sliding_window=None,
+        flash_attention=None,
+        spectral_norm=None,
+        lipschitz_bound=None,
+        lipschitz_norm="l2",
+        max_sequence_length=None,
+        kernel_initializer="glorot_uniform",
+        bias_initializer="zeros",
+        kernel_regularizer=None,
+        bias_regularizer=None,
+        activity_regularizer=None,
+        kernel_constraint=None,
+        bias_constraint=None,
+        seed=None,
+        **kwargs,
+    ):
+        if kwargs.pop("use_gate", False):
+            raise ValueError(
+                "`use_gate` is not supported: multiplying by a gate computed from the input has no "
+                "Lipschitz bound. Received: use_gate=True"
+            )
+        require_positive_integer("num_heads", num_heads)
+        require_positive_integer("key_dim", key_dim)
+        require_positive_integer("value_dim", value_dim, optional=True)
+        require_positive_integer("sliding_window", sliding_window, optional=True)
+        require_positive_integer("max_sequence_length", max_sequence_length, optional=True)
+        require_positive("spectral_norm", spectral_norm)
+        require_positive("lipschitz_bound", lipschitz_bound)
+        require_probability("dropout", dropout)
+        require_norm("lipschitz_norm", lipschitz_norm)
+        super().__init__(activity_regularizer=activity_regularizer, **kwargs)
+        self.supports_masking = True
+        self.num_heads = num_heads
+        self.key_dim = key_dim
+        self.value_dim = value_dim or key_dim
+        self.dropout = dropout
+        self.use_bias = use_bias
+        self._output_shape = as_tuple("output_shape", output_shape)
+        for side in self._output_shape or ():
+            require_positive_integer("output_shape", side)
+        self.attention_axes = as_tuple("attention_axes", attention_axes)
+        self.sliding_window = sliding_window
+        self.flash_attention = flash_attention
+        self.spectral_norm = spectral_norm
+        self.lipschitz_bound = lipschitz_bound
+        self.lipschitz_norm = lipschitz_norm
+        self.max_sequence_length = max_sequence_length
+        self.kernel_initializer = initializers.get(kernel_initializer)
+        self.bias_initializer = initializers.get(bias_initializer)
+        self.kernel_regularizer = regularizers.get(kernel_regularizer)
+        self.bias_regularizer = regularizers.get(bias_regularizer)
+        self.kernel_constraint = keras_constraints.get(kernel_constraint)
+        self.bias_constraint = keras_constraints.get(bias_constraint)
+        self.seed = seed
+        # Degrees of a constant mask, handed from `__call__` to `call`, which sees only tensors.
+        # Replicas of a strategy trace in threads of their own.
+        self._call_degrees = threading.local()
+
+    # Building -------------------------------------------------------------------------------
+
+    def build(self, query_shape, value_shape=None, key_shape=None):
+        for name, shape in (("value_shape", value_shape), ("key_shape", key_shape)):
+            if shape is not None and tuple(shape) != tuple(query_shape):
+                raise ValueError(_CROSS_ATTENTION.format(name=name[:-6], got=f"{tuple(shape)}"))
+        rank = len(query_shape)
+        if rank < 3:
+            raise ValueError(
+                "`query` must have at least three axes, `(batch, tokens, features)`. "
+                f"Received: query_shape={tuple(query_shape)}"
+            )
+        features = query_shape[-1]
+        if not features:
+            raise ValueError(
+                "The last axis of `query` must be static and not empty. "
+                f"Received: query_shape={tuple(query_shape)}"
+            )
+        self._axes = AttentionAxes(rank, self.attention_axes, query_shape)
+        static_length = self._axes.length(query_shape)
+        if self.max_sequence_length is None and self.lipschitz_bound is not None:
+            if not static_length:
+                raise ValueError(
+                    "`lipschitz_bound` needs the number of tokens: pass `max_sequence_length`, or "
+                    "an input of static length that is not empty. "
+                    f"Received: query_shape={tuple(query_shape)}"
+                )
+            # Frozen: a cap that followed the length of each call would change outputs on common
+            # tokens whenever a batch is padded further.
+            self.max_sequence_length = static_length
+        # What the certificate is for unless told otherwise. Nothing is known of an empty sequence.
+        self._length = max(self.max_sequence_length or 0, static_length or 0) or None
+        self._check_length(static_length)
+        self.input_spec = keras.layers.InputSpec(ndim=rank, axes={-1: features})
+        self._features = features
+        self._output_token = self._output_shape or (features,)
+        heads, key_dim, value_dim = self.num_heads, self.key_dim, self.value_dim
+        self.query_kernel = self._add_kernel("query_kernel", (features, heads, key_dim), 1)
+        self.value_kernel = self._add_kernel("value_kernel", (features, heads, value_dim), 1)
+        self.output_kernel = self._add_kernel(
+            "output_kernel", (heads, value_dim, *self._output_token), 2
+        )
+        self.output_bias = None
+        if self.use_bias:
+            self.output_bias = self.add_weight(
+                name="output_bias",
+                shape=self._output_token,
+                initializer=self.bias_initializer,
+                regularizer=self.bias_regularizer,
+                constraint=self.bias_constraint,
+            )
+        self._seed_generator = None
+        if self.dropout > 0.0:
+            self._seed_generator = keras.random.SeedGenerator(self.seed)
+        self._add_running_state()
+
+    def _add_kernel(self, name, shape, input_axes):
+        """A kernel whose first `input_axes` axes are the rows of the operator it stands for."""
+        rows, cols = math.prod(shape[:input_axes]), math.prod(shape[input_axes:])
+        initializer = self.kernel_initializer
+        if isinstance(initializer, initializers.Initializer):
+            # A copy draws other numbers, as long as no seed is given.
+            initializer = initializer.__class__.from_config(initializer.get_config())
+        return self.add_weight(
+            name=name,
+            shape=shape,
+            # Fans are those of the matrix, not of a stack of small ones.
+            initializer=lambda shape, dtype: ops.reshape(
+                initializer((rows, cols), dtype=dtype), shape
+            ),
+            regularizer=self.kernel_regularizer,
+            constraint=self.kernel_constraint,
+        )
+
+    def _check_length(self, length):
+        if self.lipschitz_bound is None or length is None or self.max_sequence_length is None:
+            return
+        if length > self.max_sequence_length:
+            raise ValueError(
+                f"`lipschitz_bound={self.lipschitz_bound}` holds for at most "
+                f"{self.max_sequence_length} tokens (`max_sequence_length`, or the length this "
+                f"layer was built with). Received: an input of {length} tokens"
+            )
+
+    # What the base class asks for -------------------------------------------------------------
+
+    def _kernels(self):
+        return [self.query_kernel, self.value_kernel, self.output_kernel]
+
+    def _norm_shapes(self):
+        features, outputs = self._features, math.prod(self._output_token)
+        heads, key_dim, value_dim = self.num_heads, self.key_dim, self.value_dim
+        return {
+            "query": (features, heads * key_dim),
+            "value": (features, heads * value_dim),
+            "output": (heads * value_dim, outputs),
+            "concatenated_query": (features, heads * key_dim),
+            "stacked_output": (heads * key_dim, outputs),
+            "head_query": (heads, features, key_dim),
+        }
+
+    def _capped_norms(self):
+        names = list(_PROJECTIONS) if self.spectral_norm is not None else []
+        if self.lipschitz_bound is not None:
+            names += _BOUND_NORMS[self.lipschitz_norm]
+        return names
+
+    def _request_norms(self, kernels, norms, names, xp):
+        for name, kernel in zip(_PROJECTIONS, kernels, strict=True):
+            if name in names:
+                norms(name, self._as_operator(name, kernel, xp))
+        b, c = self._fold(*self._capped(kernels, norms, xp), xp)
+        if "stacked_output" in names:
+            split = split_bound_l2 if "concatenated_query" in names else split_bound_token
+            split(b, c, frobenius_scaling(b, c, xp), norms, xp)
+        if "head_query" in names:
+            norms("head_query", b)
+
+    def _capped(self, kernels, norms, xp):
+        """Kernels under their caps, by head: `(H, D, K)`, `(H, D, V)` and `(H, V, O)`."""
+        if self.spectral_norm is not None:
+            kernels = [
+                kernel
+                * self._cap_factor(
+                    norms(name, self._as_operator(name, kernel, xp)),
+                    self.spectral_norm,
+                    self._norm_shapes()[name],
+                    xp,
+                )
+                for name, kernel in zip(_PROJECTIONS, kernels, strict=True)
+            ]
+        query, value, output = kernels
+        output = xp.reshape(output, (self.num_heads, self.value_dim, -1))
+        return xp.transpose(query, (1, 0, 2)), xp.transpose(value, (1, 0, 2)), output
+
+    def _fold(self, query, value, output, xp):
+        """`B_h = W_Q,h / key_dim**0.25` `(H, D, K)` and `C_h = B_h^T W_V,h W_O,h` `(H, K, O)`."""
+        b = self._rounded(query * self.key_dim**-0.25, xp)
+        return b, xp.matmul(xp.matmul(xp.transpose(b, (0, 2, 1)), value), output)
+
+    def _as_operator(self, name, kernel, xp):
+        return xp.reshape(kernel, self._norm_shapes()[name])
+
+    def _layer_factor(self, b, c, norms, visibility, xp):
+        """What `lipschitz_bound` multiplies the output with."""
+        if self.lipschitz_bound is None:
+            return 1.0
+        bound = self._formula(
+            b, c, self.lipschitz_norm, self.max_sequence_length, visibility, norms, xp
+        )
+        if self.lipschitz_norm == "linf":
+            # Made of sums in the norm dtype, which may be low by a roundoff for every term. Applied
+            # on the host too: both must come to the same factor.
+            terms = self._features + self.key_dim + self.num_heads
+            bound = bound * (1.0 + 2.0 * terms * float(np.finfo(self._norm_dtype).eps))
+        shape = self._norm_shapes()["stacked_output"]
+        return self._cap_factor(bound, self.lipschitz_bound, shape, xp)
+
+    @staticmethod
+    def _formula(b, c, norm, tokens, visibility, norms, xp):
+        unit = unit_head_bound(
+            tokens,
+            visibility.mask,
+            norm,
+            n_keys=visibility.n_keys,
+            n_queries=visibility.n_queries,
+        )
+        return running_layer_bound(b, c, norm=norm, unit=unit, operator_norm=norms, xp=xp)
+
+    def _condense(self):
+        return CondensedAttention(self)
+
+    def _hold(self, mask):
+        b, c, _ = self._weights(classify(mask, sliding_window=self.sliding_window), training=False)
+        return HeldAttention(b, c)
+
+    # Certificate ------------------------------------------------------------------------------
+
+    def lipschitz(self, sequence_length=None, norm="l2", mask: Any = "full") -> LipschitzBound:
+        """Certified Lipschitz constant at inference, for the weights now loaded.
+
+        Args:
+            sequence_length: Largest number of tokens; by default the length the layer was built
+                with (`max_sequence_length`, else the static length of its input).
+            norm: `"l2"` (2-norm of all entries), `"token"` (largest 2-norm of a token) or `"linf"`
+                (largest absolute entry), of inputs and outputs alike.
+            mask: What the layer is called with: `"full"` or `"causal"` (either with any padding),
+                `"any"` for an `attention_mask` whose entries are not known, or a boolean array
+                `(T, T)` of visible pairs, whose degrees and length count. The layer's window is
+                added. With `lipschitz_bound` each of them has a cap of its own.
+
+        Returns:
+            A `LipschitzBound` of kind `"certified"`: an upper bound in real arithmetic for a fixed
+            mask. Its value is `inf`, with the reason, when weights are not finite or the length is
+            not known.
+
+        Raises:
+            ValueError: If the layer is not built, or an argument is out of range.
+        """
+        self._require_built("asking for its Lipschitz constant")
+        require_norm("norm", norm)
+        require_positive_integer("sequence_length", sequence_length, optional=True)
+        visibility = classify(mask, sliding_window=self.sliding_window)
+        tokens = sequence_length or self._length
+        if not isinstance(mask, str):
+            tokens = max(sequence_length or 1, np.shape(mask)[-1])
+        if not is_finite_as_run(self.output_bias, self.compute_dtype):
+            return LipschitzBound(
+                value=math.inf,
+                norm=norm,
+                kind="certified",
+                theorem="",
+                reason="the output bias holds NaN or infinite entries",
+            )
+        state = self._condensed or CondensedAttention(self)
+        b, c = state.heads(visibility)
+        return certified_layer_bound(
+            b,
+            c,
+            norm=norm,
+            tokens=tokens,
+            mask=visibility.mask,
+            n_keys=visibility.n_keys,
+            n_queries=visibility.n_queries,
+            product_scale=state.product_scale(visibility),
+            published=self._published(state, norm, tokens, visibility),
+        )
+
+    def graph_bound(self, *, norm="l2", sequence_length=None, mask="full"):
+        if self._condensed is not None:
+            return self.lipschitz(sequence_length, norm, mask).value
+        visibility = classify(mask, sliding_window=self.sliding_window)
+        tokens = sequence_length or self._length
+        kernels = self._graph_kernels()
+        norms = self._norms_for(kernels, training=False)
+        b, c = self._fold(*self._capped(kernels, norms, ops), ops)
+        bound = self._formula(b, c, norm, tokens, visibility, GramNorms(), ops)
+        return bound * self._layer_factor(b, c, norms, visibility, ops)
+
+    def _published(self, state, norm, tokens, visibility):
+        """The bound of Kim et al. for the weights that run."""
+        if tokens is None:
+            return math.inf
+        query, value, output = state.kernels
+        # Their bound is linear in the output kernel, which is where the layer's factor goes.
+        with quiet():
+            output = output * state.factor(visibility)
+        return published_layer_bound(query, value, output, norm=norm, tokens=tokens)
+
+    # Calling ----------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        query,
+        value=None,
+        key=None,
+        query_mask=None,
+        value_mask=None,
+        key_mask=None,
+        attention_mask=None,
+        **kwargs,
+    ):
+        # Here and not only in `call`: Keras converts every argument on its own, after which a
+        # tensor passed twice may be two tensors. Then only the query goes on.
+        _require_self_attention(query, value, key)
+        if isinstance(attention_mask, list | tuple):
+            attention_mask = np.asarray(attention_mask)
+        masks = {
+            "query_mask": query_mask,
+            "value_mask": value_mask,
+            "key_mask": key_mask,
+            "attention_mask": attention_mask,
+        }
+        kwargs.update((name, mask) for name, mask in masks.items() if mask is not None)
+        # One mask for all examples, written down where the layer is called, is a constant. One per
+        # example is data: one example's mask must not change the cap of another.
+        if isinstance(attention_mask, np.ndarray) and attention_mask.ndim == 2:
+            rows, columns = attention_mask.shape
+            if rows == columns:
+                self._call_degrees.value = mask_degrees(attention_mask)
+        try:
+            return super().__call__(query, **kwargs)
+        finally:
+            self._call_degrees.value = (None, None)
+
+    def call(
+        self,
+        query,
+        value=None,
+        key=None,
+        query_mask=None,
+        value_mask=None,
+        key_mask=None,
+        attention_mask=None,
+        return_attention_scores=False,
+        training=None,
+        use_causal_mask=False,
+    ):
+        _require_self_attention(query, value, key)
+        token_masks = {
+            "query_mask": query_mask,
+            "value_mask": value_mask,
+            "key_mask": key_mask,
+            "mask of query": getattr(query, "_keras_mask", None),
+        }
+        self._check_call(query, token_masks, attention_mask, self._axes)
+        visibility = self._call_visibility(attention_mask, use_causal_mask)
+        tokens = self._axes.flatten(query)
+        if attention_mask is not None:
+            attention_mask = self._axes.repeat_mask(with_head_axis(attention_mask), query)
+        mask = Mask(
+            valid_tokens(
+                [self._axes.flatten_mask(m) for m in token_masks.values() if m is not None]
+            ),
+            attention_mask,
+            use_causal_mask,
+            self.sliding_window,
+        )
+        b, c, bias = self._weights(visibility, bool(training))
+        heads, scores = self._attend(tokens, b, mask, training, return_attention_scores)
+        output = ops.matmul(heads, c)
+        if bias is not None:
+            output = output + bias
+        if self.lipschitz_bound is not None and tokens.shape[1] is None:
+            too_long = ops.greater(ops.shape(tokens)[1], self.max_sequence_length)
+            output = ops.where(too_long, ops.cast(np.nan, output.dtype), output)
+        if mask.valid is not None:
+            output = ops.where(ops.expand_dims(mask.valid, -1), output, ops.zeros_like(output))
+        output = self._axes.restore(output, query)
+        output = self._shape_token(output)
+        if return_attention_scores:
+            return output, scores
+        return output
+
+    def _check_call(self, query, token_masks, attention_mask, axes):
+        length = axes.length(query.shape)
+        self._check_length(length)
+        check_masks(query.shape, length, self.num_heads, token_masks, attention_mask)
+
+    def _shape_token(self, output):
+        if len(self._output_token) == 1:
+            return output
+        return ops.reshape(output, (*ops.shape(output)[:-1], *self._output_token))
+
+    def _call_visibility(self, attention_mask, use_causal_mask):
+        if attention_mask is None:
+            mask = "causal" if use_causal_mask else "full"
+            return classify(mask, sliding_window=self.sliding_window)
+        n_keys, n_queries = getattr(self._call_degrees, "value", (None, None))
+        window = classify(
+            "causal" if use_causal_mask else "any", sliding_window=self.sliding_window
+        )
+        return Visibility("any", _least(n_keys, window.n_keys), _least(n_queries, window.n_queries))
+
+    def _weights(self, visibility, training):
+        """Effective weights of this call: `B` `(D, H*K)`, `C` `(H*K, O)`, bias `(O,)` or `None`."""
+        if self._condensed is not None:
+            b, c = self._condensed.tensors(visibility)
+        else:
+            kernels = self._graph_kernels()
+            norms = self._norms_for(kernels, training)
+            b, c = self._fold(*self._capped(kernels, norms, ops), ops)
+            factor = self._layer_factor(b, c, norms, visibility, ops)
+            if training and self._tracking is not None:
+                self._track(b, c, factor, norms, visibility)
+            if training and norms is not None:
+                norms.commit()
+            b, c = _beside(b, ops), ops.reshape(c * factor, (-1, c.shape[-1]))
+        bias = self.output_bias
+        return (
+            ops.cast(b, self.compute_dtype),
+            ops.cast(c, self.compute_dtype),
+            None if bias is None else ops.reshape(ops.cast(bias, self.compute_dtype), (-1,)),
+        )
+
+    def _track(self, b, c, factor, norms, visibility):
+        tokens = self._tracking.sequence_length or self._length
+        if tokens is None and visibility.n_keys is None:
+            raise ValueError(
+                f"The running bound of layer {self.path!r} needs a number of tokens: give the "
+                "monitor a `sequence_length`, or the layer a `max_sequence_length`. Received: an "
+                "input of unknown length"
+            )
+        bound = self._formula(b, c, self._tracking.norm, tokens, visibility, norms, ops)
+        self._record(bound * factor)
+
+    def _attend(self, tokens, b, mask, training, return_scores):
+        """Mixed projections `(B, T, H*K)`, and the attention weights if asked for."""
+        # Distances do not change under a shift, their expansion loses digits far from the origin.
+        x = ops.cast(tokens, self._norm_dtype)
+        if mask.valid is not None:
+            x = ops.where(ops.expand_dims(mask.valid, -1), x, ops.zeros_like(x))
+        centre = ops.stop_gradient(_centre(x, mask))
+        near = self._split_heads(ops.matmul(ops.cast(x - centre, self.compute_dtype), b))
+        shift = ops.matmul(ops.cast(centre, self.compute_dtype), b)
+        y = ops.cast(near, self._norm_dtype)
+        drop = bool(training) and self.dropout > 0.0
+        if not (drop or return_scores):
+            length = tokens.shape[1]
+            if length is not None and length >= BLOCKED_FROM:
+                heads = ops.cast(mixed_in_blocks(y, mask), self.compute_dtype)
+                return self._join_heads(heads) + shift, None
+            # Only where a step will be taken: a served graph stays one of plain operations.
+            if training and self.compute_dtype == self._norm_dtype:
+                return self._join_heads(mixed(y, mask)) + shift, None
+        weights = ops.cast(attention_weights(y, mask), self.compute_dtype)
+        if drop:
+            kept = keras.random.dropout(weights, self.dropout, seed=self._seed_generator)
+            # Rows no longer sum to one: the centre must be weighted like the tokens.
+            heads = self._join_heads(ops.matmul(kept, near + self._split_heads(shift)))
+        else:
+            heads = self._join_heads(ops.matmul(weights, near)) + shift
+        if return_scores and mask.valid is not None:
+            rows = mask.valid[:, None, :, None]
+            weights = ops.where(rows, weights, ops.zeros_like(weights))
+        return heads, weights
+
+    def _join_heads(self, heads):
+        batch, _, length, _ = ops.shape(heads)
+        joined = ops.transpose(heads, (0, 2, 1, 3))
+        return ops.reshape(joined, (batch, length, self.num_heads * self.key_dim))
+
+    def _split_heads(self, projected):
+        # The batch is spelled out: an empty tensor leaves no size to infer.
+        batch, length, _ = ops.shape(projected)
+        heads = ops.reshape(projected, (batch, length, self.num_heads, self.key_dim))
+        return ops.transpose(heads, (0, 2, 1, 3))
+
+    # Decoding ---------------------------------------------------------------------------------
+
+    def init_cache(self, batch_size, length):
+        """An empty cache for `decode`: one tensor, since keys are values.
+
+        Args:
+            batch_size: Number of sequences.
+            length: Number of tokens that will be decoded at most.
+
+        Returns:
+            Tensor `(batch_size, length, num_heads * key_dim)`, half of what keys and values of the
+            standard layer take.
+
+        Raises:
+            ValueError: If the layer is not built, has not one attention axis of rank-3 input, or
+                `length` exceeds the length `lipschitz_bound` is for.
+        """
+        require_positive_integer("batch_size", batch_size)
+        require_positive_integer("length", length)
+        if not self.built or not self._axes.is_plain:
+            raise ValueError(
+                "Decoding needs a built layer with inputs `(batch, tokens, features)`. "
+                f"Received: built={self.built}, attention_axes={self.attention_axes}"
+            )
+        self._check_length(length)
+        return ops.zeros((batch_size, length, self.num_heads * self.key_dim), self.compute_dtype)
+
+    def decode(self, inputs, cache, position):
+        """Causal attention of a few new tokens over those decoded before.
+
+        Gives what the layer gives with `use_causal_mask=True` on the whole sequence, at inference.
+        Each call prepares the weights anew; inside `condensed(model)` they are constants.
+
+        Args:
+            inputs: Tensor `(B, S, D)`, the tokens at positions `position` to `position + S - 1`.
+            cache: What `init_cache` or the previous call returned.
+            position: Number of tokens decoded before, an integer or a scalar tensor.
+
+        Returns:
+            A pair: the output `(B, S, D_out)` and the new cache.
+        """
+        mask = Mask(use_causal_mask=True, sliding_window=self.sliding_window)
+        visibility = classify("causal", sliding_window=self.sliding_window)
+        b, c, bias = self._weights(visibility, training=False)
+        new = ops.matmul(ops.cast(inputs, self.compute_dtype), b)
+        position = ops.cast(position, "int32")
+        cache = ops.slice_update(cache, (0, position, 0), new)
+        # The first token is seen by every other: the origin it was in the full pass.
+        origin = ops.cast(cache[:, :1], self._norm_dtype)
+        near = self._split_heads(ops.cast(cache, self._norm_dtype) - origin)
+        rows = self._split_heads(ops.cast(new, self._norm_dtype) - origin)
+        mixed = ops.matmul(causal_weights(near, rows, position, mask), near)
+        heads = ops.cast(self._join_heads(mixed) + origin, self.compute_dtype)
+        output = ops.matmul(heads, c)
+        return self._shape_token(output if bias is None else output + bias), cache
+
+    # Keras ------------------------------------------------------------------------------------
+
+    def compute_mask(self, inputs, previous_mask=None):
+        return previous_mask
+
+    def compute_output_shape(self, query_shape, value_shape=None, key_shape=None):
+        return (*query_shape[:-1], *(self._output_shape or (query_shape[-1],)))
+
+    def compute_output_spec(
+        self,
+        query,
+        value=None,
+        key=None,
+        query_mask=None,
+        value_mask=None,
+        key_mask=None,
+        attention_mask=None,
+        return_attention_scores=False,
+        training=None,
+        use_causal_mask=False,
+    ):
+        _require_self_attention(query, value, key)
+        axes = AttentionAxes(len(query.shape), self.attention_axes, query.shape)
+        token_masks = {"query_mask": query_mask, "value_mask": value_mask, "key_mask": key_mask}
+        self._check_call(query, token_masks, attention_mask, axes)
+        output = keras.KerasTensor(self.compute_output_shape(query.shape), self.compute_dtype)
+        if not return_attention_scores:
+            return output
+        batch, length = axes.batch(query.shape), axes.length(query.shape)
+        scores = keras.KerasTensor((batch, self.num_heads, length, length), self.compute_dtype)
+        return output, scores
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "num_heads": self.num_heads,
+            "key_dim": self.key_dim,
+            "value_dim": self.value_dim,
+            "dropout": self.dropout,
+            "use_bias": self.use_bias,
+            "output_shape": self._output_shape,
+            "attention_axes": self.attention_axes,
+            "sliding_window": self.sliding_window,
+            "flash_attention": self.flash_attention,
+            "spectral_norm": self.spectral_norm,
+            "lipschitz_bound": self.lipschitz_bound,
+            "lipschitz_norm": self.lipschitz_norm,
+            "max_sequence_length": self.max_sequence_length,
+            "kernel_initializer": initializers.serialize(self.kernel_initializer),
+            "bias_initializer": initializers.serialize(self.bias_initializer),
+            "kernel_regularizer": regularizers.serialize(self.kernel_regularizer),
+            "bias_regularizer": regularizers.serialize(self.bias_regularizer),
+            "kernel_constraint": keras_constraints.serialize(self.kernel_constraint),
+            "bias_constraint": keras_constraints.serialize(self.bias_constraint),
+            "seed": self.seed,
+        }
+
+
+def _require_self_attention(query, value, key):
+    for name, tensor in (("value", value), ("key", key)):
+        if tensor is not None and tensor is not query:
+            raise ValueError(_CROSS_ATTENTION.format(name=name, got=describe(tensor)))
+
+
+def _beside(b, xp):
+    """`(H, D, K)` as one matrix `(D, H*K)`."""
+    heads, features, key_dim = b.shape
+    return xp.reshape(xp.transpose(b, (1, 0, 2)), (features, heads * key_dim))
+
+
+def _centre(x, mask):
+    """A point near the tokens, `(B, 1, D)`: their mean, or the first one where some are hidden.
+
+    With a causal mask the mean would let rounding errors depend on tokens a query may not see.
+    """
+    valid = mask.valid
+    if not mask.all_see_all:
+        if valid is None:
+            return x[:, :1]
+        first = ops.logical_and(valid, ops.equal(ops.cumsum(ops.cast(valid, "int32"), axis=1), 1))
+        return ops.sum(
+            ops.where(ops.expand_dims(first, -1), x, ops.zeros_like(x)), axis=1, keepdims=True
+        )
+    if valid is None:
+        count = ops.cast(ops.shape(x)[1], x.dtype)
+    else:
+        count = ops.sum(ops.cast(valid, x.dtype), axis=1)[:, None, None]
+    return ops.sum(x, axis=1, keepdims=True) / ops.maximum(count, 1.0)
+
+
+def _least(a, b):
+    return b if a is None else a if b is None else min(a, b)

@@ -1,0 +1,84 @@
+"""Running estimate of an operator norm: one power step on a persistent vector."""
+
+import math
+
+import numpy as np
+from keras import ops
+
+WARM_UP_STEPS = 30
+
+
+def power_step(matrix, vector):
+    """One power-iteration step; a lower bound of the spectral norm, differentiable in `matrix`.
+
+    The estimate is `u^T W v` for the unit vectors `u ~ W vector` and `v ~ W^T u`, whose gradient is
+    that of the norm itself once `v` has converged. It is safeguarded from below by
+    `|W|_F / sqrt(min(m, n))`, a lower bound too, which keeps a cold vector from seeing nothing.
+
+    Args:
+        matrix: Tensor `(..., m, n)`.
+        vector: Tensor `(..., n)`, right singular vector estimate. Any vector not orthogonal to the
+            leading one will do.
+
+    Returns:
+        A pair: the estimate `(...)` and the new vector `(..., n)`, no gradient flowing through it.
+        A vector of zeros or NaN, given or reached (by a zero matrix, say), is replaced by a fixed
+        one: the next step starts afresh.
+    """
+    fixed = ops.stop_gradient(matrix)
+    left = _unit(ops.matmul(fixed, _or_cold(ops.expand_dims(vector, -1))))
+    right = _unit(ops.matmul(ops.swapaxes(fixed, -1, -2), left))
+    left, right = ops.stop_gradient(left), ops.stop_gradient(right)
+    sigma = ops.sum(left * ops.matmul(matrix, right), axis=(-2, -1))
+    floor = _safe_frobenius(matrix) / math.sqrt(min(matrix.shape[-2], matrix.shape[-1]))
+    return ops.maximum(sigma, floor), ops.squeeze(_or_cold(right), -1)
+
+
+def cold_vector(shape):
+    """Unit vectors `(..., n)` to start from, with no reason to be orthogonal to a leading one.
+
+    Random, but always the same: every replica and every restart begins alike.
+    """
+    return _host_unit(np.random.default_rng(0).standard_normal(shape))
+
+
+def warm_vector(matrix, *, steps=WARM_UP_STEPS):
+    """Right singular vector of `matrix` `(..., m, n)` after `steps` power steps, on the host."""
+    matrix = np.asarray(matrix, np.float64)
+    vector = cold_vector(matrix.shape[:-2] + matrix.shape[-1:])
+    for _ in range(steps):
+        moved = np.einsum("...mn,...n->...m", matrix, vector)
+        moved = np.einsum("...mn,...m->...n", matrix, moved)
+        # A zero or non-finite matrix has no leading vector: keep the cold one.
+        usable = np.isfinite(moved).all(-1, keepdims=True) & (np.abs(moved).max(-1) > 0)[..., None]
+        vector = np.where(usable, _host_unit(np.where(usable, moved, 1.0)), vector)
+    return vector
+
+
+def _or_cold(column):
+    # A comparison with NaN is false.
+    usable = ops.sum(ops.square(column), axis=-2, keepdims=True) > 0
+    cold = cold_vector(column.shape[-2:-1])[:, None]
+    return ops.where(usable, column, ops.convert_to_tensor(cold, dtype=column.dtype))
+
+
+def _unit(column):
+    # Scaling by the largest entry first keeps the squares from under- or overflowing.
+    peak = ops.max(ops.abs(column), axis=-2, keepdims=True)
+    column = column / ops.where(peak > 0, peak, ops.ones_like(peak))
+    length = ops.sqrt(ops.sum(ops.square(column), axis=-2, keepdims=True))
+    return column / ops.where(length > 0, length, ops.ones_like(length))
+
+
+def _safe_frobenius(matrix):
+    peak = ops.stop_gradient(ops.max(ops.abs(matrix), axis=(-2, -1), keepdims=True))
+    peak = ops.where(peak > 0, peak, ops.ones_like(peak))
+    squares = ops.sum(ops.square(matrix / peak), axis=(-2, -1))
+    positive = squares > 0
+    # Two `where`: the derivative of sqrt at zero is infinite and would turn into NaN.
+    root = ops.where(positive, ops.sqrt(ops.where(positive, squares, 1.0)), 0.0)
+    return ops.squeeze(peak, axis=(-2, -1)) * root
+
+
+def _host_unit(vector):
+    return vector / np.linalg.norm(vector, axis=-1, keepdims=True)

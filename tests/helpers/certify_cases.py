@@ -1,0 +1,588 @@
+"""One generator of layers for every test of certificates: a rule that is new gets one line here."""
+
+import contextlib
+import dataclasses
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import layers, ops
+from keras.src.random.seed_generator import global_seed_generator
+
+import keras_lipattn
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCase:
+    """A layer, or a few of them, between an input and an output.
+
+    Attributes:
+        name: Name of the case.
+        shape: Shape of one example.
+        build: From the input to the output.
+        attained: Norms in which the constant of the rule is attained to 1 %.
+        points: Inputs to look at besides random ones; numbers fill the whole input.
+        spread: Size of the random inputs.
+        skip_norms: Norms without a finite constant.
+        options: Further arguments of `certify`.
+        dtype: Dtype policy; float32 for layers that TensorFlow has in no more.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    build: Callable
+    attained: tuple[str, ...] = ()
+    points: tuple = ()
+    spread: float = 1.0
+    skip_norms: tuple[str, ...] = ()
+    options: tuple = ()
+    dtype: str = "float64"
+
+
+ALL = ("l2", "token", "linf")
+BOTH = ("l2", "linf")
+EUCLID = ("l2", "token")
+
+
+def _case(name, shape, build, attained=(), **fields):
+    return LayerCase(name, shape, build, attained, **fields)
+
+
+def _layer(make, *args, **kwargs):
+    """A case's `build` from a layer class: a fresh layer every time."""
+    return lambda x: make(*args, **kwargs)(x)
+
+
+def layer_cases() -> list[LayerCase]:
+    """The layer kinds with a rule, with the arguments that change their constants."""
+    return [
+        *_dense_cases(),
+        *_activation_cases(),
+        *_convolution_cases(),
+        *_normalization_cases(),
+        *_pooling_cases(),
+        *_reshaping_cases(),
+        *_merging_cases(),
+        *_operation_cases(),
+        *_own_cases(),
+    ]
+
+
+def _dense_cases():
+    return [
+        _case("dense", (3, 4), _layer(layers.Dense, 5), ALL),
+        _case("dense_flat", (6,), _layer(layers.Dense, 3, use_bias=False), ALL),
+        _case("dense_relu", (3, 4), _layer(layers.Dense, 5, activation="relu")),
+        _case("einsum_last", (3, 4), _layer(layers.EinsumDense, "abc,cd->abd", (3, 5)), ALL),
+        _case("einsum_ellipsis", (2, 3, 4), _layer(layers.EinsumDense, "...x,xy->...y", 5), ALL),
+        _case("einsum_heads", (3, 4), _layer(layers.EinsumDense, "abc,cde->abde", (3, 2, 5)), ALL),
+        _case(
+            "einsum_swapped", (3, 4), _layer(layers.EinsumDense, "abc,cde->aebd", (5, 3, 2)), BOTH
+        ),
+        _case("einsum_tokens", (3, 4), _layer(layers.EinsumDense, "abc,bd->adc", (5, 4)), BOTH),
+        _case("einsum_merge", (3, 2, 4), _layer(layers.EinsumDense, "abcd,cde->abe", (3, 5)), BOTH),
+        _case("einsum_shared", (3, 4), _layer(layers.EinsumDense, "abc,bcd->abd", (3, 5)), BOTH),
+        _case("dense_lora", (3, 4), _layer(layers.Dense, 5, lora_rank=2), ALL),
+        _case("time_distributed", (3, 4), _layer(layers.TimeDistributed, layers.Dense(2)), ALL),
+        _case(
+            "spectral_normalization",
+            (3, 4),
+            _layer(layers.SpectralNormalization, layers.Dense(2)),
+            ALL,
+        ),
+    ]
+
+
+# Where the slope of an activation is largest.
+_STEEPEST = {
+    "gelu": 1.41421,
+    "silu": 2.39936,
+    "mish": 1.49068,
+    "selu": -1e-6,
+    "hard_silu": 2.999999,
+    "celu": 1.0,
+    "elu": 1.0,
+    "relu": 1.0,
+    "relu6": 1.0,
+    "leaky_relu": 1.0,
+    "softplus": 40.0,
+    "squareplus": 400.0,
+    "log_sigmoid": -40.0,
+    "soft_shrink": 2.0,
+    "sparse_plus": 2.0,
+    "tanh_shrink": 40.0,
+}
+
+
+def _activation_cases():
+    names = (
+        "celu elu gelu hard_sigmoid hard_silu hard_tanh leaky_relu linear log_sigmoid mish relu "
+        "relu6 selu sigmoid silu soft_shrink softplus softsign sparse_plus sparse_sigmoid "
+        "squareplus tanh tanh_shrink"
+    ).split()
+    cases = [
+        _case(
+            f"activation_{name}",
+            (2, 3),
+            _layer(layers.Activation, name),
+            ALL,
+            points=(_STEEPEST.get(name, 0.0),),
+            spread=3.0,
+        )
+        for name in names
+    ]
+    return [
+        *cases,
+        _case("softmax", (2, 4), _layer(layers.Softmax), ALL, points=("two_high",), spread=3.0),
+        _case("softmax_axis", (3, 4), _layer(layers.Softmax, axis=1), spread=3.0),
+        _case("softmax_axes", (3, 4), _layer(layers.Softmax, axis=(1, 2)), spread=3.0),
+        _case(
+            "log_softmax",
+            (2, 4),
+            _layer(layers.Activation, "log_softmax"),
+            EUCLID,
+            points=("one_high",),
+            spread=3.0,
+        ),
+        _case("relu_slope", (2, 3), _layer(layers.ReLU, max_value=2.0, negative_slope=0.2), ALL),
+        _case("leaky_steep", (2, 3), _layer(layers.LeakyReLU, 1.7), ALL, points=(-1.0,)),
+        _case("elu_steep", (2, 3), _layer(layers.ELU, alpha=2.5), ALL, points=(-1e-6,)),
+        _case("prelu", (2, 3), _layer(layers.PReLU), points=(-1.0, 1.0)),
+        _case("prelu_shared", (2, 3), _layer(layers.PReLU, shared_axes=[1]), points=(-1.0,)),
+        _case("gelu_tanh", (2, 3), lambda x: ops.gelu(x, True), ALL, points=(1.41421,)),
+        _case("exponential", (2, 3), _bounded(_layer(layers.Activation, "exponential"))),
+        _case(
+            "dense_leaky_layer",
+            (2, 3),
+            _layer(layers.Dense, 4, activation=layers.LeakyReLU(1.5)),
+        ),
+    ]
+
+
+def _bounded(build):
+    return lambda x: build(layers.Activation("tanh")(x))
+
+
+def _convolution_cases():
+    conv1, conv2 = layers.Conv1D, layers.Conv2D
+    same = dict(padding="same")
+    return [
+        _case("conv1d", (7, 2), _layer(conv1, 3, 3)),
+        _case("conv1d_causal", (7, 2), _layer(conv1, 3, 3, padding="causal")),
+        _case("conv1d_dilated", (9, 2), _layer(conv1, 3, 3, dilation_rate=2, **same)),
+        _case("conv1d_patches", (8, 2), _layer(conv1, 3, 4, strides=4), BOTH),
+        _case("conv1d_point", (5, 4), _layer(conv1, 3, 1), ALL),
+        _case("conv1d_strided", (9, 2), _layer(conv1, 3, 3, strides=2, **same)),
+        _case("conv2d", (5, 5, 2), _layer(conv2, 3, 3, **same)),
+        _case("conv2d_patches", (4, 4, 2), _layer(conv2, 6, 2, strides=2), BOTH),
+        _case("conv2d_groups", (5, 5, 4), _layer(conv2, 6, 3, groups=2)),
+        _case("conv2d_strided", (5, 6, 2), _layer(conv2, 3, (3, 2), strides=(2, 1), **same)),
+        _case("conv2d_relu", (4, 4, 2), _layer(conv2, 3, 3, activation="relu")),
+        _case("conv2d_wide", (12, 12, 2), _layer(conv2, 2, 3, **same)),
+        _case("conv3d", (3, 3, 3, 2), _layer(layers.Conv3D, 2, 2)),
+        _case("depthwise1d", (6, 3), _layer(layers.DepthwiseConv1D, 3, depth_multiplier=2)),
+        _case("depthwise2d", (4, 4, 3), _layer(layers.DepthwiseConv2D, 3, **same)),
+        _case("separable1d", (6, 3), _layer(layers.SeparableConv1D, 4, 3)),
+        _case("separable2d", (4, 4, 3), _layer(layers.SeparableConv2D, 4, 3, **same)),
+        _case("transposed1d", (4, 3), _layer(layers.Conv1DTranspose, 2, 3, strides=2)),
+        _case("transposed1d_same", (4, 3), _layer(layers.Conv1DTranspose, 2, 3, **same)),
+        _case("transposed2d", (3, 3, 2), _layer(layers.Conv2DTranspose, 3, 2, strides=2), ALL),
+        _case("transposed2d_wide", (3, 3, 2), _layer(layers.Conv2DTranspose, 3, 3, strides=(1, 2))),
+        _case("transposed3d", (2, 2, 2, 2), _layer(layers.Conv3DTranspose, 2, 2)),
+        _case(
+            "conv_then_batch_norm",
+            (5, 5, 2),
+            lambda x: layers.BatchNormalization()(layers.Conv2D(4, 2, strides=2)(x)),
+        ),
+    ]
+
+
+def _normalization_cases():
+    norm = layers.LayerNormalization
+    return [
+        _case("layer_norm", (3, 5), _layer(norm), EUCLID, points=(0.0, 2.0), spread=0.1),
+        _case("layer_norm_plain", (4,), _layer(norm, scale=False), EUCLID, points=(1.0,)),
+        _case("layer_norm_axis", (3, 5), _layer(norm, axis=1), points=(0.0,)),
+        _case("layer_norm_axes", (3, 5), _layer(norm, axis=(1, 2)), points=(0.0,)),
+        _case("rms_norm", (3, 5), _layer(layers.RMSNormalization), EUCLID, points=(0.0,)),
+        _case("group_norm", (3, 6), _layer(layers.GroupNormalization, 3), points=(0.0,)),
+        _case("batch_norm", (3, 4), _layer(layers.BatchNormalization), ALL),
+        _case("batch_norm_axis", (3, 4), _layer(layers.BatchNormalization, axis=1), ALL),
+        _case("unit_norm", (3, 4), _layer(layers.UnitNormalization), EUCLID, spread=1e-14),
+        _case("unit_norm_axis", (3, 4), _layer(layers.UnitNormalization, axis=1), spread=1e-14),
+        _case(
+            "normalization",
+            (3, 2),
+            _layer(layers.Normalization, mean=[1.0, 2.0], variance=[0.25, 4.0]),
+            ALL,
+        ),
+        _case("rescaling", (3, 4), _layer(layers.Rescaling, -0.5, offset=1.0), ALL),
+        _case("rescaling_list", (3, 2), _layer(layers.Rescaling, [0.5, 2.0]), ALL),
+        _case("center_norm", (3, 5), _layer(keras_lipattn.CenterNormalization), ALL),
+        _case(
+            "ops_layer_norm", (3, 4), lambda x: ops.layer_normalization(x), EUCLID, points=(1.0,)
+        ),
+        _case("ops_rms_norm", (3, 4), lambda x: ops.rms_normalization(x), EUCLID, points=(0.0,)),
+        _case(
+            "ops_normalize", (3, 4), lambda x: ops.normalize(x, epsilon=1e-3), EUCLID, spread=1e-5
+        ),
+    ]
+
+
+def _pooling_cases():
+    cases = []
+    for pool in (layers.AveragePooling1D, layers.MaxPooling1D):
+        average = pool is layers.AveragePooling1D
+        linear = ALL if average else BOTH
+        name = "average" if average else "max"
+        cases += [
+            _case(f"{name}_pool1d", (6, 2), _layer(pool, 2), linear),
+            _case(f"{name}_pool1d_overlap", (7, 2), _layer(pool, 3, strides=2)),
+            _case(f"{name}_pool1d_same", (7, 2), _layer(pool, 3, strides=2, padding="same")),
+        ]
+    single = dict(dtype="float32")
+    return [
+        *cases,
+        _case("average_pool2d", (4, 4, 2), _layer(layers.AveragePooling2D, 2), ALL),
+        _case("average_pool2d_same", (5, 5, 1), _layer(layers.AveragePooling2D, 3, 1, "same")),
+        _case("max_pool2d", (4, 4, 2), _layer(layers.MaxPooling2D, 2), BOTH),
+        _case("average_pool3d", (2, 2, 2, 2), _layer(layers.AveragePooling3D, 2), ALL, **single),
+        _case("max_pool3d", (2, 2, 2, 2), _layer(layers.MaxPooling3D, 2), BOTH, **single),
+        _case("global_average1d", (5, 3), _layer(layers.GlobalAveragePooling1D), ALL),
+        _case("global_average2d", (3, 3, 2), _layer(layers.GlobalAveragePooling2D), ALL),
+        _case("global_average3d", (2, 2, 2, 2), _layer(layers.GlobalAveragePooling3D), ALL),
+        _case("global_max1d", (5, 3), _layer(layers.GlobalMaxPooling1D), BOTH),
+        _case("global_max2d", (3, 3, 2), _layer(layers.GlobalMaxPooling2D), BOTH),
+        _case("global_max3d", (2, 2, 2, 2), _layer(layers.GlobalMaxPooling3D), BOTH),
+        _case("adaptive_average1d", (7, 2), _layer(layers.AdaptiveAveragePooling1D, 3)),
+        _case("adaptive_average2d", (5, 4, 2), _layer(layers.AdaptiveAveragePooling2D, (2, 3))),
+        _case("adaptive_max1d", (7, 2), _layer(layers.AdaptiveMaxPooling1D, 3)),
+        _case("adaptive_max2d", (5, 4, 2), _layer(layers.AdaptiveMaxPooling2D, (2, 3))),
+    ]
+
+
+def _reshaping_cases():
+    return [
+        _case("flatten", (3, 4), _layer(layers.Flatten), ALL),
+        _case("reshape_split", (3, 4), _layer(layers.Reshape, (6, 2)), ALL),
+        _case("reshape_join", (4, 3), _layer(layers.Reshape, (2, 6)), ALL),
+        _case("reshape_across", (4, 3), _layer(layers.Reshape, (3, 4)), BOTH),
+        _case("permute", (3, 4), _layer(layers.Permute, (2, 1)), ALL),
+        _case("permute_tokens", (2, 3, 4), _layer(layers.Permute, (2, 1, 3)), ALL),
+        _case("repeat_vector", (4,), _layer(layers.RepeatVector, 3), ALL),
+        _case("up_sampling1d", (3, 2), _layer(layers.UpSampling1D, 3), ALL),
+        _case("up_sampling2d", (2, 2, 2), _layer(layers.UpSampling2D, (2, 3)), ALL),
+        _case("up_sampling3d", (2, 2, 2, 1), _layer(layers.UpSampling3D, 2), ALL),
+        _case("zero_padding1d", (3, 2), _layer(layers.ZeroPadding1D, 1), ALL),
+        _case("zero_padding2d", (3, 2, 2), _layer(layers.ZeroPadding2D, 1), ALL),
+        _case("zero_padding3d", (2, 2, 2, 1), _layer(layers.ZeroPadding3D, 1), ALL),
+        _case("cropping1d", (4, 2), _layer(layers.Cropping1D, 1), ALL),
+        _case("cropping2d", (4, 4, 2), _layer(layers.Cropping2D, 1), ALL),
+        _case("cropping3d", (3, 3, 3, 1), _layer(layers.Cropping3D, 1), ALL),
+        *(
+            _case(f"identity_{make.__name__}", (3, 4), _layer(make, *args), ALL)
+            for make, args in (
+                (layers.Dropout, (0.5,)),
+                (layers.AlphaDropout, (0.5,)),
+                (layers.GaussianDropout, (0.5,)),
+                (layers.GaussianNoise, (0.5,)),
+                (layers.SpatialDropout1D, (0.5,)),
+                (layers.ActivityRegularization, ()),
+                (layers.Identity, ()),
+            )
+        ),
+    ]
+
+
+def _merging_cases():
+    def merged(make, **kwargs):
+        return lambda x: make(**kwargs)([layers.Dense(4)(x), layers.Dense(4)(x)])
+
+    return [
+        # Two linear branches of one input are one matrix.
+        _case("add", (3, 4), merged(layers.Add), ALL),
+        _case("subtract", (3, 4), merged(layers.Subtract), ALL),
+        _case("average", (3, 4), merged(layers.Average), ALL),
+        _case("maximum", (3, 4), merged(layers.Maximum)),
+        _case("minimum", (3, 4), merged(layers.Minimum)),
+        _case("concatenate", (3, 4), merged(layers.Concatenate), ALL),
+        _case("concatenate_tokens", (3, 4), merged(layers.Concatenate, axis=1), ("token", "linf")),
+        _case(
+            "gate",
+            (3, 4),
+            lambda x: layers.Multiply()(
+                [layers.Dense(4, activation="sigmoid")(x), layers.Dense(4, activation="tanh")(x)]
+            ),
+        ),
+        _case(
+            "residual_linear",
+            (3, 4),
+            lambda x: keras_lipattn.Residual()([x, layers.Dense(4)(x)]),
+            ALL,
+        ),
+        _case(
+            "residual_convex",
+            (3, 4),
+            lambda x: keras_lipattn.Residual(0.3)([x, layers.Dense(4)(x)]),
+            ALL,
+        ),
+        _case("dense_dense", (3, 4), lambda x: layers.Dense(4)(layers.Dense(6)(x)), ALL),
+        _case(
+            "dense_pool_dense",
+            (3, 4),
+            lambda x: layers.Dense(4)(layers.GlobalAveragePooling1D()(layers.Dense(6)(x))),
+            ALL,
+        ),
+        _case(
+            "layer_norm_dense",
+            (3, 5),
+            lambda x: layers.Dense(4)(layers.LayerNormalization()(x)),
+            EUCLID,
+            points=(0.0,),
+        ),
+    ]
+
+
+def _operation_cases():
+    table = np.array([[2.0, -1.0, 0.5, 1.0]])
+    mixing = np.array([[1.0, 2.0, 0.0], [0.5, -1.0, 1.0]])
+    kernel = np.array([[1.0, 2.0], [0.0, -1.0], [3.0, 0.5], [1.0, 1.0]])
+    return [
+        _case("ops_add_constant", (3, 4), lambda x: x + table, ALL),
+        _case("ops_scale", (3, 4), lambda x: x * table, ALL),
+        _case("ops_scale_up", (1, 4), lambda x: x * np.ones((1, 3, 4)), ALL),
+        _case("ops_divide", (3, 4), lambda x: x / 4.0, ALL),
+        _case("ops_negative", (3, 4), lambda x: x + -(0.5 * x), ALL),
+        _case("ops_subtract", (3, 4), lambda x: 2.0 * x - x, ALL),
+        _case("ops_matmul", (3, 4), lambda x: ops.matmul(x, kernel), ALL),
+        _case("ops_mix_tokens", (3, 4), lambda x: ops.matmul(mixing, x), ALL),
+        _case("ops_einsum", (3, 4), lambda x: ops.einsum("btd,df->btf", x, kernel), ALL),
+        _case("ops_einsum_first", (3, 4), lambda x: ops.einsum("st,btd->bsd", mixing, x), BOTH),
+        _case("ops_mean", (3, 4), lambda x: ops.mean(x, axis=1), ALL),
+        _case("ops_mean_last", (3, 4), lambda x: ops.mean(x, axis=-1), BOTH),
+        _case("ops_mean_keep", (3, 4), lambda x: ops.mean(x, axis=-1, keepdims=True), ALL),
+        _case("ops_sum", (3, 4), lambda x: ops.sum(x, axis=1), ALL),
+        _case("ops_sum_all", (3, 4), lambda x: ops.sum(x, axis=(1, 2), keepdims=True), ALL),
+        _case("ops_max", (3, 4), lambda x: ops.max(x, axis=1), BOTH),
+        _case("ops_max_last", (3, 4), lambda x: ops.max(x, axis=-1), BOTH),
+        _case("ops_logsumexp", (3, 4), lambda x: ops.logsumexp(x, axis=-1, keepdims=True)),
+        _case("ops_where", (3, 4), lambda x: ops.where(np.eye(3, 4) > 0, x, 2.0 * x)),
+        _case("ops_maximum", (3, 4), lambda x: ops.maximum(x, 0.3), ALL),
+        _case("ops_clip", (3, 4), lambda x: ops.clip(x, -1.0, 1.0), ALL, points=(0.0,)),
+        _case("ops_absolute", (3, 4), lambda x: ops.absolute(x), ALL),
+        _case("ops_sin", (3, 4), lambda x: ops.sin(x), ALL, points=(0.0,)),
+        _case("ops_cos", (3, 4), lambda x: ops.cos(x), ALL, points=(1.5708,)),
+        _case("ops_erf", (3, 4), lambda x: ops.erf(x), ALL, points=(0.0,)),
+        _case("ops_square", (3, 4), lambda x: ops.square(ops.tanh(x))),
+        _case("ops_reshape", (3, 4), lambda x: ops.reshape(x, (-1, 12)), ALL),
+        _case("ops_transpose", (3, 4), lambda x: ops.transpose(x, (0, 2, 1)), ALL),
+        _case("ops_swapaxes", (3, 4), lambda x: ops.swapaxes(x, 1, 2), ALL),
+        _case("ops_moveaxis", (2, 3, 4), lambda x: ops.moveaxis(x, 1, 2), ALL),
+        _case("ops_squeeze", (1, 4), lambda x: ops.squeeze(x, 1), ALL),
+        _case("ops_expand", (3, 4), lambda x: ops.expand_dims(x, 2), ALL),
+        _case("ops_first_token", (3, 4), lambda x: x[:, 0], ALL),
+        _case("ops_some_entries", (3, 4), lambda x: x[:, 1:, ::2], ALL),
+        _case("ops_one_entry", (3, 4), lambda x: x[..., 1], BOTH),
+        _case("ops_split", (3, 4), lambda x: ops.concatenate(ops.split(x, 2, axis=-1), axis=1)),
+        _case("ops_stack", (3, 4), lambda x: ops.stack([x, 2.0 * x], axis=1), ("token", "linf")),
+        _case("ops_concatenate", (3, 4), lambda x: ops.concatenate([x, 2.0 * x], axis=-1), ALL),
+        _case("ops_flip", (3, 4), lambda x: ops.flip(x, axis=1), ALL),
+        _case("ops_roll", (3, 4), lambda x: ops.roll(x, 1, axis=2), ALL),
+        _case("ops_pad", (3, 4), lambda x: ops.pad(x, ((0, 0), (1, 0), (0, 0))), ALL),
+        _case("ops_repeat", (3, 4), lambda x: ops.repeat(x, 3, axis=1), ALL),
+        _case("ops_tile", (3, 4), lambda x: ops.tile(x, (1, 1, 2)), ALL),
+        _case("ops_stop_gradient_free", (3, 4), lambda x: ops.cast(x, "float64"), ALL),
+    ]
+
+
+def _own_cases():
+    attention = keras_lipattn.L2MultiHeadAttention
+    return [
+        _case("l2_attention", (4, 4), _layer(attention, 2, 2)),
+        _case("l2_attention_wide", (3, 4), _layer(attention, 1, 4), spread=2.0),
+        _case("l2_attention_causal", (4, 4), lambda x: attention(2, 2)(x, use_causal_mask=True)),
+        _case(
+            "l2_attention_masked",
+            (4, 4),
+            lambda x: attention(2, 2)(x, attention_mask=np.tri(4, k=1, dtype=bool)),
+        ),
+        _case("l2_attention_capped", (4, 4), _layer(attention, 2, 2, lipschitz_bound=1.0)),
+        _case("max_min", (3, 4), _layer(keras_lipattn.MaxMin), ALL),
+        _case("position_embedding", (3, 4), _layer(keras_lipattn.PositionEmbedding), ALL),
+        _case("spectral_dense", (3, 4), _layer(keras_lipattn.SpectralDense, 5), ("l2", "token")),
+        _case(
+            "spectral_dense_free", (3, 4), _layer(keras_lipattn.SpectralDense, 5, None, True, None)
+        ),
+        _case(
+            "dot_attention",
+            (4, 4),
+            lambda x: _attend(layers.LayerNormalization(epsilon=1.0)(x)),
+        ),
+        _case(
+            "dot_attention_causal",
+            (4, 4),
+            lambda x: _attend(layers.RMSNormalization(epsilon=1.0)(x), use_causal_mask=True),
+        ),
+        _case(
+            "dot_attention_masked",
+            (4, 4),
+            lambda x: _attend(
+                layers.Activation("tanh")(x), attention_mask=np.tri(4, k=1, dtype=bool)[None]
+            ),
+        ),
+        _case(
+            "dot_attention_ball",
+            (4, 4),
+            _attend_alone,
+            options=(("input_radius", 2.0),),
+            spread=0.5,
+        ),
+    ]
+
+
+def _attend(x, **kwargs):
+    return layers.MultiHeadAttention(2, 3)(x, x, **kwargs)
+
+
+def _attend_alone(x):
+    return _attend(x)
+
+
+@contextlib.contextmanager
+def default_dtype(policy: str) -> Iterator[None]:
+    """Layers made inside have this dtype policy."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def model_of(case: LayerCase, *, dtype: str | None = None, seed: int = 0) -> keras.Model:
+    """The case as a model with random weights."""
+    with default_dtype(dtype or case.dtype):
+        inputs = keras.Input(case.shape, dtype=keras.config.dtype_policy().compute_dtype)
+        model = keras.Model(inputs, case.build(inputs))
+    randomise(model, seed)
+    return model
+
+
+def randomise(model: keras.Model, seed: int = 0) -> None:
+    """Random weights for kernels, scales, biases and moving averages."""
+    rng = np.random.default_rng(seed)
+    for variable in model.weights:
+        if any(name in variable.path for name in _KEPT):
+            continue
+        value = rng.normal(size=variable.shape)
+        if "variance" in variable.path:
+            value = 0.2 + np.square(value)
+        elif len(variable.shape) > 1:
+            value = value / np.sqrt(variable.shape[0])
+        variable.assign(value)
+
+
+# Bookkeeping of layers of ours, and the parameters of the Normalization layer.
+_KEPT = ("_vector", "running_bound", "penalty_", "seed_generator", "alpha_logit")
+
+
+def points_of(case: LayerCase, *, count: int = 4, seed: int = 0) -> np.ndarray:
+    """Inputs to measure at, shape `(points, *case.shape)`."""
+    rng = np.random.default_rng(seed)
+    points = [case.spread * rng.normal(size=case.shape) for _ in range(count)]
+    for point in case.points:
+        if point == "two_high":
+            value = np.full(case.shape, -30.0)
+            value[..., :2] = 0.0
+        elif point == "one_high":
+            value = np.full(case.shape, -30.0)
+            value[..., 0] = 0.0
+        else:
+            value = np.full(case.shape, float(point))
+        points.append(value)
+    points = np.stack(points)
+    if ("input_radius", 2.0) in case.options:
+        norms = np.linalg.norm(points, axis=-1, keepdims=True)
+        points = points * np.minimum(1.0, 2.0 / norms)
+    return points
+
+
+def array_of(value: Any) -> np.ndarray:
+    """A variable or tensor as an array of its own."""
+    return np.array(ops.convert_to_numpy(ops.convert_to_tensor(value)))
+
+
+def snapshot(model):
+    """Everything about a model that certifying might touch."""
+    inner = model._flatten_layers()
+    optimizer = getattr(model, "optimizer", None)
+    variables = [*model.variables, *(optimizer.variables if optimizer else [])]
+    # Made on first use, out of Python's random state.
+    generator = global_seed_generator()
+    return {
+        "values": [array_of(v).tobytes() for v in variables],
+        "variables": [id(v) for v in variables],
+        "nodes": [(len(x._inbound_nodes), len(x._outbound_nodes)) for x in inner],
+        "losses": [len(x._losses) for x in inner],
+        "attributes": [{name: id(value) for name, value in vars(x).items()} for x in inner],
+        "functions": [id(getattr(model, f"{name}_function", None)) for name in ("train", "test")],
+        "built": [x.built for x in inner],
+        "numpy": str(np.random.get_state(legacy=False)),
+        "python": random.getstate(),
+        "keras": array_of(generator.state).tobytes(),
+        "tensorflow": tf.random.get_global_generator().state.numpy().tobytes(),
+        "dtype": keras.config.dtype_policy().name,
+    }
+
+
+def jacobians(function: Callable, points: np.ndarray) -> np.ndarray:
+    """Jacobians at some points, shape `(points, outputs, inputs)`, examples being independent."""
+    count, size = len(points), int(np.prod(points.shape[1:]))
+    outputs = int(np.prod(function(tf.constant(points[:1])).shape[1:]))
+    repeated = tf.constant(np.repeat(points, outputs, axis=0))
+    with tf.GradientTape() as tape:
+        tape.watch(repeated)
+        value = tf.reshape(function(repeated), (count * outputs, outputs))
+        picked = tf.reduce_sum(
+            value * np.tile(np.eye(outputs), (count, 1)).astype(value.dtype.name)
+        )
+    gradient = tape.gradient(picked, repeated, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+    return np.asarray(gradient, np.float64).reshape(count, outputs, size)
+
+
+def jacobian_norm(jacobian: np.ndarray, norm: str, widths: tuple[int, int], seed: int = 0) -> float:
+    """Operator norm of a Jacobian, a lower bound of it in the token norm.
+
+    Args:
+        jacobian: shape `(outputs, inputs)`.
+        norm: `"l2"`, `"token"` or `"linf"`.
+        widths: last axes of input and output.
+        seed: of the search in the token norm.
+    """
+    if norm == "l2":
+        return float(np.linalg.norm(jacobian, 2))
+    if norm == "linf":
+        return float(np.abs(jacobian).sum(axis=1).max())
+    width_in, width_out = widths
+    blocks = jacobian.reshape(-1, width_out, jacobian.shape[1] // width_in, width_in)
+    rng = np.random.default_rng(seed)
+    best = 0.0
+    for block in blocks:
+        # max_u sum_j |J_j^T u| over unit u: a convex function, climbed from several starts.
+        starts = [*np.eye(width_out)[:2], *rng.normal(size=(2, width_out))]
+        wide = block.reshape(width_out, -1)
+        starts.append(np.linalg.svd(wide, full_matrices=False)[0][:, 0])
+        for u in starts:
+            u = u / np.linalg.norm(u)
+            for _ in range(25):
+                pulls = np.einsum("otw,o->tw", block, u)
+                sizes = np.linalg.norm(pulls, axis=1, keepdims=True)
+                best = max(best, float(sizes.sum()))
+                step = np.einsum("otw,tw->o", block, pulls / np.maximum(sizes, 1e-300))
+                if np.linalg.norm(step) < 1e-300:
+                    break
+                u = step / np.linalg.norm(step)
+    return best

@@ -1,0 +1,226 @@
+"""One generator of legal cases of `L2MultiHeadAttention`: constructor x call x dtype.
+
+A new option or a new kind of mask is one line here, and every property is tried on it.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_lipattn import L2MultiHeadAttention
+
+BATCH, LENGTH, FEATURES, HEADS, KEY_DIM = 2, 5, 4, 2, 3
+PADDING = -7.0
+
+# Constructor options, and the axes of one example where they are not those of a sequence.
+OPTIONS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    "plain": ({}, (LENGTH,)),
+    "one head": ({"num_heads": 1}, (LENGTH,)),
+    "value dim": ({"value_dim": 5}, (LENGTH,)),
+    "no bias": ({"use_bias": False}, (LENGTH,)),
+    "output shape": ({"output_shape": 3}, (LENGTH,)),
+    "output shapes": ({"output_shape": (2, 3)}, (LENGTH,)),
+    "window": ({"sliding_window": 2}, (LENGTH,)),
+    "dropout": ({"dropout": 0.5, "seed": 3}, (LENGTH,)),
+    "one token": ({}, (1,)),
+    "two axes": ({}, (2, 3)),
+    "first axis": ({"attention_axes": 1}, (3, 2)),
+    "last axis": ({"attention_axes": (-2,)}, (2, 3)),
+    "outer axes": ({"attention_axes": (3, 1)}, (2, 2, 2)),
+}
+
+# Ways of capping, all of them at work for the weights of `Case.layer`.
+CAPS: dict[str, dict[str, Any]] = {
+    "spectral": {"spectral_norm": 0.8},
+    "l2": {"lipschitz_bound": 0.5},
+    "token": {"lipschitz_bound": 0.5, "lipschitz_norm": "token"},
+    "linf": {"lipschitz_bound": 0.5, "lipschitz_norm": "linf"},
+    "both": {"spectral_norm": 1.0, "lipschitz_bound": 0.1},
+}
+
+
+def valid_tokens(batch, sides):
+    """`(B, ...)`: every example keeps its first token and loses a few of the others."""
+    keep = np.random.default_rng(5).random((batch, *sides)) < 0.6
+    keep[(slice(None), *(0 for _ in sides))] = True
+    return keep
+
+
+def _pairs(*shape):
+    # Half of the pairs, the diagonal not excepted: the layer makes it visible.
+    return np.random.default_rng(6).random(shape) < 0.5
+
+
+# Ways of calling: from the shape of one example without features, its number of tokens and the
+# number of heads to the arguments of the call. `implicit` is padding that Keras carries along.
+CALLS: dict[str, Callable[..., dict[str, Any]]] = {
+    "no mask": lambda sides, tokens, heads: {},
+    "causal": lambda sides, tokens, heads: {"use_causal_mask": True},
+    "query mask": lambda sides, tokens, heads: {"query_mask": valid_tokens(BATCH, sides)},
+    "value mask": lambda sides, tokens, heads: {"value_mask": valid_tokens(BATCH, sides)},
+    "key mask": lambda sides, tokens, heads: {"key_mask": valid_tokens(BATCH, sides)},
+    "implicit": lambda sides, tokens, heads: {"implicit": valid_tokens(BATCH, sides)},
+    "pairs": lambda sides, tokens, heads: {"attention_mask": _pairs(tokens, tokens)},
+    "pairs per example": lambda sides, tokens, heads: {
+        "attention_mask": _pairs(BATCH, tokens, tokens)
+    },
+    "pairs per head": lambda sides, tokens, heads: {
+        "attention_mask": _pairs(BATCH, heads, tokens, tokens)
+    },
+    "nothing visible": lambda sides, tokens, heads: {
+        "attention_mask": np.zeros((tokens, tokens), bool)
+    },
+    "everything": lambda sides, tokens, heads: {
+        "use_causal_mask": True,
+        "attention_mask": _pairs(1, tokens, tokens),
+        "query_mask": valid_tokens(BATCH, sides),
+        "implicit": valid_tokens(BATCH, sides[::-1]).reshape(BATCH, *sides),
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A layer and a way of calling it.
+
+    Attributes:
+        options: Name in `OPTIONS`.
+        call: Name in `CALLS`.
+        cap: Name in `CAPS`, or `None`.
+        dtype: A dtype policy.
+    """
+
+    options: str = "plain"
+    call: str = "no mask"
+    cap: str | None = None
+    dtype: str = "float64"
+
+    def __str__(self):
+        parts = (self.options, self.call, self.cap and f"cap {self.cap}", self.dtype)
+        return ", ".join(part for part in parts if part)
+
+    @property
+    def constructor(self):
+        """Arguments of the layer."""
+        common = {"num_heads": HEADS, "key_dim": KEY_DIM, "dtype": self.dtype}
+        return {**common, **OPTIONS[self.options][0], **(CAPS[self.cap] if self.cap else {})}
+
+    @property
+    def sides(self):
+        """Axes of an example without the features."""
+        return OPTIONS[self.options][1]
+
+    @property
+    def axes(self):
+        """Axes over which attention goes."""
+        chosen = self.constructor.get("attention_axes", range(1, len(self.sides) + 1))
+        chosen = (chosen,) if isinstance(chosen, int) else chosen
+        return tuple(sorted(axis % (len(self.sides) + 2) for axis in chosen))
+
+    @property
+    def tokens(self):
+        """Number of tokens that attend to each other."""
+        return int(np.prod([(BATCH, *self.sides)[axis] for axis in self.axes]))
+
+    def layer(self, *, scale=0.8, seed=1, **changes):
+        """The layer, built, with random weights of size `scale`, the bias included."""
+        layer = L2MultiHeadAttention(**{**self.constructor, **changes})
+        layer.build((BATCH, *self.sides, FEATURES))
+        randomise(layer, scale=scale, seed=seed)
+        return layer
+
+    def inputs(self, *, offset=0.0, scale=1.0, seed=2):
+        """Random inputs `(B, ..., D)`; `offset` moves all of them from the origin."""
+        rng = np.random.default_rng(seed)
+        x = rng.normal(size=(BATCH, *self.sides, FEATURES)) * scale + offset
+        implicit = self.call_arguments().get("implicit")
+        if implicit is not None:
+            x[~implicit] = PADDING
+        return x
+
+    def call_arguments(self):
+        """Arguments of the call, with `implicit` for padding that the input carries."""
+        heads = self.constructor["num_heads"]
+        return CALLS[self.call](self.sides, self.tokens, heads)
+
+    def run(self, layer, x, **more):
+        """Calls the layer in the way of the case."""
+        arguments = {**self.call_arguments(), **more}
+        if "implicit" in arguments:
+            del arguments["implicit"]
+            x = keras.layers.Masking(PADDING, dtype=self.dtype)(x)
+        return layer(x, **arguments)
+
+    def valid(self):
+        """`(B, ...)`, what all token masks together leave, or `None` without any."""
+        given = self.call_arguments()
+        names = ("query_mask", "value_mask", "key_mask", "implicit")
+        masks = [given[name] for name in names if name in given]
+        return functools.reduce(np.logical_and, masks) if masks else None
+
+    def loop_arguments(self):
+        """The same call for `loop_attention.attend_over_axes`."""
+        given = self.call_arguments()
+        return {
+            "axes": self.axes,
+            "valid": self.valid(),
+            "attention_mask": given.get("attention_mask"),
+            "causal": given.get("use_causal_mask", False),
+            "window": self.constructor.get("sliding_window"),
+        }
+
+    def run_copies(self, layer, x, example=0):
+        """Calls the layer on copies `(n, ..., D)` of one example, with its masks."""
+        given, count = {}, len(x)
+        valid = self.valid()
+        if valid is not None:
+            given["query_mask"] = np.repeat(valid[example : example + 1], count, axis=0)
+        pairs = self.call_arguments().get("attention_mask")
+        if pairs is not None:
+            own = pairs.ndim > 2 and len(pairs) > 1
+            given["attention_mask"] = (
+                np.repeat(pairs[example : example + 1], count, axis=0) if own else pairs
+            )
+        causal = self.call_arguments().get("use_causal_mask", False)
+        return layer(x, use_causal_mask=causal, **given)
+
+    def visible(self):
+        """Visible pairs `(T, T)` as the certificate wants them: a name, or an array."""
+        given = self.call_arguments()
+        pairs = given.get("attention_mask")
+        if pairs is None:
+            return "causal" if given.get("use_causal_mask") else "full"
+        pairs = pairs.reshape(-1, self.tokens, self.tokens)
+        return np.tril(pairs) if given.get("use_causal_mask") else pairs
+
+
+def randomise(layer, *, scale=0.8, seed=1):
+    """Gives every trainable weight of a layer of ours random numbers of size `scale`."""
+    rng = np.random.default_rng(seed)
+    for weight in layer.trainable_variables:
+        weight.assign(rng.normal(size=weight.shape) * scale)
+
+
+def kernels(layer):
+    """The three kernels and the bias of an attention layer in float64, as they run."""
+    cast = [
+        keras.ops.convert_to_numpy(keras.ops.cast(weight.value, layer.compute_dtype))
+        for weight in layer.trainable_variables
+    ]
+    weights = [weight.astype(np.float64) for weight in cast]
+    return weights[:3], (weights[3] if layer.use_bias else None)
+
+
+def cases(*, options=tuple(OPTIONS), calls=tuple(CALLS), caps=(None,), dtypes=("float64",)):
+    """The product of what is asked for, as a list of `Case`."""
+    return [
+        Case(option, call, cap, dtype)
+        for option in options
+        for call in calls
+        for cap in caps
+        for dtype in dtypes
+    ]

@@ -1,0 +1,125 @@
+"""L2 attention in float64 loops, written from its formula and from nothing in the package.
+
+With tokens `x_i`, head `h` and `A_h = W_Q,h W_Q,h^T / sqrt(key_dim)`:
+
+    P_ij     = exp(-|(x_i - x_j) W_Q,h|^2 / sqrt(key_dim)) / (sum of these over the j that i sees)
+    output_i = sum_h sum_j P_ij x_j A_h W_V,h W_O,h + bias
+"""
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+
+
+def sees(i, j, *, attention_mask: Any = None, causal=False, window=None):
+    """Whether query `i` sees key `j`, padding apart: a token always sees itself."""
+    if i == j:
+        return True
+    if causal and j > i:
+        return False
+    if window is not None and abs(i - j) >= window:
+        return False
+    return attention_mask is None or bool(attention_mask[i][j])
+
+
+def attend(
+    x, kernels, bias=None, *, valid=None, attention_mask: Any = None, causal=False, window=None
+):
+    """One sequence.
+
+    Args:
+        x: tokens, `(T, D)`.
+        kernels: `(D, H, K)`, `(D, H, V)` and `(H, V, ...)`.
+        bias: `(...)` or `None`.
+        valid: `(T,)`, false where a token is padding.
+        attention_mask: `(T, T)` or `(H, T, T)`.
+        causal: whether later tokens are hidden.
+        window: distance from which on tokens are hidden.
+
+    Returns:
+        `(output, scores)` of shapes `(T, ...)` and `(H, T, T)`.
+    """
+    query, value, output = (np.asarray(kernel, np.float64) for kernel in kernels)
+    x = np.asarray(x, np.float64)
+    length, heads, key_dim = len(x), query.shape[1], query.shape[2]
+    flat = output.reshape(heads, output.shape[1], -1)
+    result = np.zeros((length, flat.shape[-1]))
+    scores = np.zeros((heads, length, length))
+    for h in range(heads):
+        pull = query[:, h] @ query[:, h].T / math.sqrt(key_dim)
+        mask = attention_mask if np.ndim(attention_mask) != 3 else attention_mask[h]
+        for i in range(length):
+            if valid is not None and not valid[i]:
+                continue
+            keys = [
+                j
+                for j in range(length)
+                if (valid is None or valid[j])
+                and sees(i, j, attention_mask=mask, causal=causal, window=window)
+            ]
+            squares = [np.square((x[i] - x[j]) @ query[:, h]).sum() for j in keys]
+            logits = [-square / math.sqrt(key_dim) for square in squares]
+            weights = [math.exp(logit - max(logits)) for logit in logits]
+            mixed = np.zeros(x.shape[1])
+            for j, weight in zip(keys, weights, strict=True):
+                scores[h, i, j] = weight / math.fsum(weights)
+                mixed += scores[h, i, j] * x[j]
+            result[i] += mixed @ pull @ value[:, h] @ flat[h]
+    for i in range(length):
+        if bias is not None and (valid is None or valid[i]):
+            result[i] += np.asarray(bias, np.float64).reshape(-1)
+    return result.reshape(length, *output.shape[2:]), scores
+
+
+def attend_over_axes(
+    x, kernels, bias, *, axes, valid=None, attention_mask: Any = None, causal=False, window=None
+):
+    """A batch `(B, ..., D)` with attention over some axes, every other index a sequence of its own.
+
+    Returns:
+        `(output, scores)`, `(B, ..., O)` and `(B', H, T, T)`, sequences in row-major order.
+    """
+    x = np.asarray(x, np.float64)
+    axes = sorted(axis % x.ndim for axis in axes)
+    others = [axis for axis in range(x.ndim - 1) if axis not in axes]
+    result, all_scores = None, []
+    for other in itertools.product(*(range(x.shape[axis]) for axis in others)):
+        places = []
+        for position in itertools.product(*(range(x.shape[axis]) for axis in axes)):
+            place = dict(zip((*others, *axes), (*other, *position), strict=True))
+            places.append(tuple(place[axis] for axis in range(x.ndim - 1)))
+        mask = attention_mask
+        if np.ndim(mask) > 2:
+            mask = mask[other[0] if len(mask) > 1 else 0]
+        output, scores = attend(
+            np.array([x[place] for place in places]),
+            kernels,
+            bias,
+            valid=None if valid is None else [valid[place] for place in places],
+            attention_mask=mask,
+            causal=causal,
+            window=window,
+        )
+        if result is None:
+            result = np.zeros((*x.shape[:-1], *output.shape[1:]))
+        for place, row in zip(places, output, strict=True):
+            result[place] = row
+        all_scores.append(scores)
+    return result, np.array(all_scores)
+
+
+def capped(kernels, cap):
+    """The three kernels with the norms of their operators cut down to `cap`."""
+    query, value, output = (np.asarray(kernel, np.float64) for kernel in kernels)
+    matrices = (
+        query.reshape(query.shape[0], -1),
+        value.reshape(value.shape[0], -1),
+        output.reshape(output.shape[0] * output.shape[1], -1),
+    )
+    norms = [np.linalg.svd(matrix, compute_uv=False)[0] for matrix in matrices]
+    return [
+        kernel * min(1.0, cap / norm)
+        for kernel, norm in zip((query, value, output), norms, strict=True)
+    ]

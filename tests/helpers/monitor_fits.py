@@ -1,0 +1,44 @@
+"""The same fits with a monitor, whatever the distribution strategy in force."""
+
+import keras
+import numpy as np
+from helpers import monitor_models
+
+from keras_lipattn.callbacks import LipschitzMonitor
+
+
+def penalty_gradient():
+    """Minus the step which the penalty alone makes plain gradient descent of rate 1 take."""
+    keras.utils.set_random_seed(11)
+    model = monitor_models.compiled(
+        monitor_models.functional(), learning_rate=1.0, loss=monitor_models.without_loss
+    )
+    before = monitor_models.weights(model)
+    monitor = LipschitzMonitor(penalty=0.3, target=0.1)
+    monitor_models.fit(model, monitor, batch_size=8)
+    return before - monitor_models.weights(model)
+
+
+def record():
+    """Arrays which must not depend on the number of replicas, and the model of the last ones."""
+    results = {"gradient": penalty_gradient()}
+    keras.utils.set_random_seed(12)
+    x, y = monitor_models.data(32)
+    model = monitor_models.compiled(monitor_models.capped(), learning_rate=0.05)
+    monitor = LipschitzMonitor(penalty=lambda epoch: 0.1 * (epoch + 1), target=0.1, running_every=1)
+    history = model.fit(
+        x,
+        y,
+        batch_size=8,
+        epochs=3,
+        shuffle=False,
+        verbose=0,
+        validation_data=(x, y),
+        callbacks=[monitor],
+    ).history
+    results |= {key: np.array(values) for key, values in history.items()}
+    results |= {f"batch_{key}": np.array(values) for key, values in monitor.running_history.items()}
+    results["weights"] = monitor_models.weights(model)
+    results["coefficient"] = model.get_layer("head").penalty_coefficient.numpy()
+    results["evaluated"] = np.array(model.evaluate(x, y, batch_size=8, verbose=0))
+    return results, model

@@ -1,0 +1,136 @@
+"""The norms inference scales with: bounds for any weights, exact once remembered, never stale."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from helpers.layer_cases import CAPS, FEATURES, LENGTH, Case, randomise
+
+from keras_lipattn import SpectralDense
+from keras_lipattn.layers import lipschitz_layer
+from keras_lipattn.layers._operator_norms import GramNorms
+from keras_lipattn.layers._visibility import Visibility
+
+# Gram iteration overestimates each of the norms of these small matrices by less than this.
+GRAM_SLACK = 2e-3
+
+
+@pytest.fixture
+def gram_used(monkeypatch):
+    """Function that says whether a call used Gram iteration. For eager calls."""
+    used = []
+
+    class Spied(GramNorms):
+        def __init__(self):
+            used.append(True)
+            super().__init__()
+
+    monkeypatch.setattr(lipschitz_layer, "GramNorms", Spied)
+
+    def asked(function):
+        used.clear()
+        function()
+        return bool(used)
+
+    return asked
+
+
+@pytest.fixture
+def x():
+    return np.random.default_rng(0).normal(size=(2, LENGTH, FEATURES))
+
+
+CHANGES = {
+    "assign": lambda layer, model, x: layer.output_kernel.assign(1.001 * layer.output_kernel),
+    "one bit": lambda layer, model, x: layer.value_kernel.assign(
+        np.nextafter(np.asarray(layer.value_kernel), np.inf)
+    ),
+    "optimizer": lambda layer, model, x: model.train_on_batch(x, x),
+    "set_weights": lambda layer, model, x: layer.set_weights(
+        [2.0 * np.asarray(w) for w in layer.weights]
+    ),
+    "load_weights": lambda layer, model, x: layer.load_own_variables(
+        {str(i): np.asarray(w) for i, w in enumerate(Case(cap="both").layer(seed=9).weights)}
+    ),
+    "NaN": lambda layer, model, x: layer.query_kernel.assign(
+        np.full(layer.query_kernel.shape, np.nan)
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_any_change_of_a_weight_makes_the_memory_invalid(change, x, gram_used):
+    layer = Case(cap="both").layer()
+    inputs = keras.Input((LENGTH, FEATURES))
+    model = keras.Model(inputs, layer(inputs))
+    model.compile("sgd", "mse")
+    assert gram_used(lambda: layer(x))
+    layer.condense()
+    assert not gram_used(lambda: layer(x))
+    CHANGES[change](layer, model, x)
+    assert gram_used(lambda: layer(x))
+    layer.condense()
+    # Nothing equals NaN, and nothing is remembered of it.
+    assert gram_used(lambda: layer(x)) == (change == "NaN")
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "mixed_bfloat16", "mixed_float16"])
+def test_the_memory_serves_every_precision(dtype, x, gram_used):
+    for layer in (Case(cap="both", dtype=dtype).layer(), SpectralDense(3, dtype=dtype)):
+        layer(x)
+        assert gram_used(lambda layer=layer: layer(x))
+        layer.condense()
+        assert not gram_used(lambda layer=layer: layer(x))
+        # Back at the weights it was made for, it holds again.
+        kernel = layer._kernels()[0]
+        before = np.copy(kernel)
+        kernel.assign(2.0 * before)
+        assert gram_used(lambda layer=layer: layer(x))
+        kernel.assign(before)
+        assert not gram_used(lambda layer=layer: layer(x))
+
+
+def test_the_memory_is_checked_inside_graphs(x):
+    layer = Case(cap="both").layer()
+    graph = tf.function(layer)
+    layer.condense()
+    exact = graph(x)
+    for seed in (8, 9):
+        randomise(layer, seed=seed)
+        after = graph(x)
+        np.testing.assert_allclose(after, layer(x), rtol=0, atol=1e-12)
+        assert not np.allclose(after, exact)
+
+
+@pytest.mark.parametrize("cap", CAPS)
+def test_unremembered_factors_are_smaller_but_hardly(cap):
+    layer = Case(cap=cap).layer()
+
+    def matrices():
+        b, c, _ = layer._weights(Visibility("full"), training=False)
+        return np.asarray(b), np.asarray(c)
+
+    loose = matrices()
+    layer.condense()
+    exact = matrices()
+    for one, two in zip(loose, exact, strict=True):
+        ratio = np.vdot(one, two) / np.vdot(two, two)
+        np.testing.assert_allclose(one, ratio * two, atol=1e-12)
+        # Exact norms are remembered with an allowance of 1e-6 each, and one is a product of three.
+        assert 1.0 - 4 * GRAM_SLACK <= ratio <= 1.0 + 6e-6
+
+
+def test_layers_without_caps_have_nothing_to_remember(x, gram_used):
+    for layer in (Case().layer(), SpectralDense(3, spectral_norm=None)):
+        before = np.asarray(layer(x))
+        layer.condense()
+        assert not gram_used(lambda layer=layer: layer(x))
+        np.testing.assert_array_equal(layer(x), before)
+
+
+def test_remembering_adds_no_weights():
+    layer = Case(cap="both").layer()
+    names = [weight.name for weight in layer.weights]
+    layer.condense()
+    assert [weight.name for weight in layer.weights] == names
+    assert not any(weight.trainable for weight in layer.non_trainable_weights)

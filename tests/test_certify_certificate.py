@@ -1,0 +1,318 @@
+"""The certificate as a value: margins, words, JSON, fingerprint, pictures, the command line."""
+
+import builtins
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from helpers.certify_cases import randomise
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from keras import layers
+
+import keras_lipattn
+from keras_lipattn.certify import Certificate, CertificateRow, certify
+from keras_lipattn.certify.margins import MOST_PAIRED_CLASSES
+
+TOOL = pathlib.Path(__file__).parents[1] / "tools" / "certify.py"
+
+
+def classifier(classes=4, activation=None, scale=None, seed=1):
+    x = keras.Input((6,))
+    features = layers.Dense(5, activation="tanh")(x)
+    logits = layers.Dense(classes, activation=activation if scale is None else None)(features)
+    if scale is not None:
+        logits = layers.Activation(activation)(layers.Rescaling(scale)(logits))
+    model = keras.Model(x, logits, name="classifier")
+    randomise(model, seed)
+    return model
+
+
+def norms_of(model):
+    first, last = (layer.get_weights()[0] for layer in model.layers if layer.get_weights())
+    return np.linalg.norm(first, 2), last
+
+
+@pytest.mark.parametrize("activation", [None, "softmax", "log_softmax"])
+@pytest.mark.parametrize("scale", [None, 3.0])
+def test_margins_use_the_columns_of_the_last_kernel(activation, scale):
+    model = classifier(activation=activation, scale=scale and 3.0)
+    certificate = certify(model)
+    features, kernel = norms_of(model)
+    kernel = kernel * (scale or 1.0)
+    assert certificate.total == pytest.approx(features * np.linalg.norm(kernel, 2), rel=1e-5)
+    logits = np.array([3.0, 1.0, -2.0, 0.5])
+    expected = [
+        math.inf
+        if j == 0
+        else (3.0 - logits[j]) / (features * np.linalg.norm(kernel[:, 0] - kernel[:, j]))
+        for j in range(4)
+    ]
+    np.testing.assert_allclose(certificate.pair_radius(logits), expected, rtol=1e-5)
+    assert certificate.radius(logits) == pytest.approx(min(expected), rel=1e-5)
+    # Never worse than by the constant of the logits.
+    assert certificate.radius(logits) >= 2.0 / (math.sqrt(2.0) * certificate.total)
+    assert certificate.head == ("logits" if activation is None else "softmax")
+    assert ("pre-softmax" in str(certificate)) == (activation is not None)
+
+
+@pytest.mark.parametrize("norm", ["l2", "token", "linf"])
+def test_no_attack_within_the_radius_changes_the_class(norm):
+    model = classifier(activation="softmax")
+    certificate = certify(model, norm=norm)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40, 6)).astype("float32")
+    logits = (
+        keras.Model(model.input, model.layers[-1].input)(x).numpy()
+        @ (model.layers[-1].get_weights()[0])
+        + model.layers[-1].get_weights()[1]
+    )
+    radii = certificate.radius(logits)
+    assert (radii > 0.0).all()
+    for _ in range(50):
+        step = rng.normal(size=x.shape)
+        size = np.abs(step).max(1) if norm == "linf" else np.linalg.norm(step, axis=1)
+        moved = x + (0.999 * radii / size)[:, None] * step
+        assert (model(moved.astype("float32")).numpy().argmax(-1) == logits.argmax(-1)).all()
+
+
+def test_one_sigmoid_unit():
+    model = classifier(1, "sigmoid")
+    certificate = certify(model)
+    features, kernel = norms_of(model)
+    assert certificate.head == "sigmoid"
+    assert "sigmoid" in certificate.threat_model.output
+    assert certificate.total == pytest.approx(features * np.linalg.norm(kernel), rel=1e-5)
+    radii = certificate.radius(np.array([[2.0], [-1.0], [0.0], [np.nan]]))
+    np.testing.assert_allclose(radii, np.array([2.0, 1.0, 0.0, 0.0]) / certificate.total, rtol=1e-6)
+    assert certificate.radius(2.0) == pytest.approx(2.0 / certificate.total)
+    # Several sigmoid units are several answers, not one class.
+    many = certify(classifier(3, "sigmoid"))
+    assert many.total < 0.3 * features * 10.0 and many.head == "logits"
+
+
+def test_ties_and_broken_logits_certify_nothing():
+    certificate = certify(classifier())
+    logits = np.array([[1.0, 1.0, 0.0, 0.0], [np.nan, 1.0, 0.0, 0.0], [np.inf, 1.0, 0.0, 0.0]])
+    np.testing.assert_array_equal(certificate.radius(logits), 0.0)
+    near = np.array([1.0, 1.0 - 1e-3, 0.0, 0.0])
+    assert certificate.radius(near) > 0.0
+    assert certificate.radius(near, allowance=1e-2) == 0.0
+
+
+def test_equal_columns_never_meet():
+    model = classifier(2)
+    kernel, bias = model.layers[-1].get_weights()
+    model.layers[-1].set_weights([np.stack([kernel[:, 0]] * 2, axis=1), bias])
+    certificate = certify(model)
+    assert certificate.radius([1.0, 0.0]) == math.inf
+    assert certificate.radius([1.0, 1.0]) == 0.0
+
+
+def test_nothing_is_certified_without_a_constant():
+    x = keras.Input((5, 4))
+    model = keras.Model(x, layers.Dense(3)(layers.LSTM(4)(x)))
+    certificate = certify(model)
+    np.testing.assert_array_equal(certificate.radius(np.eye(3)), 0.0)
+
+
+def test_many_classes_fall_back_to_the_constant_of_the_logits():
+    model = classifier(MOST_PAIRED_CLASSES + 1)
+    certificate = certify(model)
+    assert certificate.pairs == ()
+    logits = np.zeros(MOST_PAIRED_CLASSES + 1)
+    logits[3] = 1.0
+    assert certificate.radius(logits) == pytest.approx(1.0 / math.sqrt(2.0) / certificate.total)
+
+
+def test_logits_must_fit():
+    certificate = certify(classifier(4))
+    for logits in (np.zeros(3), np.zeros((2, 5)), 1.0):
+        with pytest.raises(ValueError, match="Received"):
+            certificate.radius(logits)
+    x = keras.Input((5, 4))
+    sequence = certify(keras.Model(x, layers.Dense(3)(x)))
+    with pytest.raises(ValueError, match="Received"):
+        sequence.radius(np.zeros(3))
+
+
+def demo():
+    x = keras.Input((8, 6), name="tokens")
+    y = keras_lipattn.L2MultiHeadAttention(2, 3, name="attention")(x)
+    y = keras_lipattn.Residual(0.5)([x, y])
+    y = layers.LayerNormalization()(y)
+    return keras.Model(x, layers.Dense(3)(layers.GlobalAveragePooling1D()(y)), name="demo")
+
+
+def test_the_published_total_is_of_the_same_graph():
+    model = demo()
+    certificate = certify(model)
+    row = certificate.row("attention")
+    bound = model.layers[1].lipschitz()
+    assert (row.constant, row.published) == (bound.value, bound.published)
+    ratio = (0.5 + 0.5 * row.published) / (0.5 + 0.5 * row.constant)
+    assert certificate.published_total == pytest.approx(ratio * certificate.total, rel=1e-6)
+
+
+def test_vacuous_is_said_in_words():
+    modest = certify(classifier())
+    assert modest.vacuous == ""
+    x = keras.Input((6,))
+    loud = certify(keras.Model(x, layers.Rescaling(2000.0)(x)))
+    assert "vacuous" in loud.vacuous and "10^3.3" in loud.vacuous
+    assert "vacuous" in str(loud)
+
+
+def test_totals_beyond_floats_keep_their_logarithm():
+    x = y = keras.Input((6,))
+    for _ in range(30):
+        y = layers.Activation("relu")(layers.Rescaling(1e30)(y))
+    certificate = certify(keras.Model(x, y))
+    assert certificate.total == math.inf
+    assert certificate.log10 == pytest.approx(900.0)
+    assert "too large" in certificate.reasons[0]
+    assert Certificate.from_json(certificate.to_json()) == certificate
+
+
+def test_a_constant_function_has_constant_zero():
+    x = keras.Input((6,))
+    model = keras.Model(x, layers.Dense(2, kernel_initializer="zeros", bias_initializer="ones")(x))
+    certificate = certify(model)
+    assert certificate.total == 0.0
+    assert certificate.log10 == -math.inf
+    assert Certificate.from_json(certificate.to_json()) == certificate
+
+
+@pytest.mark.parametrize("norm", ["l2", "token", "linf"])
+def test_json_is_legal_and_goes_both_ways(norm):
+    for model in (demo(), classifier(activation="softmax")):
+        certificate = certify(model, norm=norm)
+        text = certificate.to_json()
+        # `parse_constant` is called for NaN and Infinity, which JSON does not have.
+        content = json.loads(text, parse_constant=lambda name: pytest.fail(name))
+        assert content["schema"] == 1
+        assert Certificate.from_json(text) == certificate
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"schema": 99}', "3"])
+def test_other_texts_are_no_certificates(text):
+    with pytest.raises(ValueError, match="Received"):
+        Certificate.from_json(text)
+
+
+_numbers = st.floats(0.0, allow_nan=False)
+
+
+@settings(max_examples=30, deadline=None)
+@given(_numbers, _numbers, st.floats(allow_nan=False), st.text(max_size=8))
+def test_any_row_survives_json(constant, radius, cost, text):
+    certificate = certify(_IDENTITY)
+    row = CertificateRow(
+        path=text, layer="L", constant=constant, published=constant, radius=radius, cost=cost
+    )
+    changed = dataclasses.replace(certificate, rows=(row,))
+    assert Certificate.from_json(changed.to_json()) == changed
+
+
+_IDENTITY = keras.Sequential([keras.Input((2,)), layers.Identity()])
+
+
+def test_a_certificate_is_frozen():
+    certificate = certify(_IDENTITY)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(certificate, "total", 0.0)  # noqa: B010
+    with pytest.raises(KeyError, match="Received"):
+        certificate.row("nothing")
+
+
+def test_the_fingerprint_is_of_every_bit_of_the_weights(tmp_path):
+    model = demo()
+    certificate = certify(model)
+    assert certificate.matches(model)
+    model.save(tmp_path / "model.keras")
+    loaded: Any = keras.saving.load_model(tmp_path / "model.keras")
+    assert certificate.matches(loaded)
+    weight = model.layers[-1].kernel
+    value = weight.numpy()
+    before = value[0, 0]
+    value[0, 0] = np.nextafter(before, np.float32(2.0))
+    weight.assign(value)
+    assert not certificate.matches(model)
+    value[0, 0] = before
+    weight.assign(value)
+    assert certificate.matches(model)
+    # Counters of the monitor have no part in the function.
+    model.layers[1].penalty_coefficient.assign(0.5)
+    assert certificate.matches(model)
+    assert not certificate.matches(classifier())
+
+
+def test_the_table_reads_well():
+    text = str(certify(demo()))
+    for piece in (
+        "attention",
+        "Theorem 3.B",
+        "published",
+        "tokens",
+        "2-norm",
+        "fixed mask",
+    ):
+        assert piece in text
+    assert max(map(len, text.splitlines())) < 180
+
+
+def test_plot(tmp_path):
+    certify(demo()).plot(tmp_path / "costs.png")
+    assert (tmp_path / "costs.png").stat().st_size > 5000
+
+
+def test_plot_without_matplotlib(tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.startswith("matplotlib"):
+            raise ImportError(f"No module named {name!r}")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match="pip install"):
+        certify(_IDENTITY).plot(tmp_path / "costs.png")
+
+
+def run_tool(*arguments):
+    return subprocess.run(
+        [sys.executable, str(TOOL), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=TOOL.parents[1],
+        env={**os.environ, "PYTHONPATH": str(TOOL.parents[1])},
+    )
+
+
+def test_the_command_line_is_a_gate(tmp_path):
+    path = tmp_path / "model.keras"
+    model = classifier(activation="softmax")
+    model.save(path)
+    total = certify(model).total
+    output = tmp_path / "certificate.json"
+    passed = run_tool(path, f"--max={total * 1.01}", f"--json={output}")
+    assert passed.returncode == 0, passed.stderr
+    assert "Lipschitz constant of 'classifier'" in passed.stdout
+    assert Certificate.from_json(output.read_text()).matches(model)
+    failed = run_tool(path, f"--max={total * 0.99}", "--norm=l2")
+    assert failed.returncode == 1
+    assert "above --max" in failed.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["one", "two"], ["model.keras", "--norm=l7"]])
+def test_wrong_usage_has_an_exit_code_of_its_own(arguments):
+    assert run_tool(*arguments).returncode == 2

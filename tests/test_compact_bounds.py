@@ -1,0 +1,229 @@
+"""Attention on bounded tokens: dot products in a ball and scaled cosines, under attack."""
+
+import math
+
+import numpy as np
+import pytest
+from helpers import bounds_cases as cases
+
+from keras_lipattn.bounds.compact import (
+    column_mass,
+    combine_heads,
+    cosine_constants,
+    dot_product_constants,
+)
+from keras_lipattn.linalg import SAFETY, operator_norm
+
+# Central differences with step 1e-6 of functions of size 1.
+DIFFERENCES = 1e-6
+
+
+def softmax(logits, mask):
+    logits = np.where(mask, logits, -np.inf)
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def dot_product_head(query_kernel, key_kernel, query_bias, key_bias, mask):
+    def head(x):
+        logits = (x @ query_kernel + query_bias) @ (x @ key_kernel + key_bias).T
+        return softmax(logits / math.sqrt(len(query_bias)), mask) @ x
+
+    return head
+
+
+def cosine_head(query, keys, values, epsilon, temperature, mask):
+    def normalised(z):
+        return z / np.sqrt(np.square(z).sum(axis=1, keepdims=True) + epsilon)
+
+    def head(x):
+        logits = temperature * normalised(x @ query) @ normalised(x @ keys).T
+        return softmax(logits, mask) @ normalised(x @ values)
+
+    return head
+
+
+def jacobian(function, x):
+    h = 1e-6
+    columns = [
+        (function(x + h * e.reshape(x.shape)) - function(x - h * e.reshape(x.shape))) / (2 * h)
+        for e in np.eye(x.size)
+    ]
+    return np.stack(columns, axis=-1).reshape(*columns[0].shape, *x.shape)
+
+
+def measured_norms(function, x):
+    jac = jacobian(function, x)
+    return cases.attained(jac, "l2")[0], cases.attained(jac, "token")[0]
+
+
+def tokens_in_ball(rng, tokens, width, radius, center):
+    """Tokens inside, on the sphere, or at its two poles along one direction."""
+    x = rng.normal(size=(tokens, width))
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    kind = rng.integers(3)
+    if kind == 1:
+        x *= rng.random((tokens, 1))
+    if kind == 2:
+        x = rng.choice([-1.0, 1.0], size=(tokens, 1)) * x[:1]
+    return center + radius * x
+
+
+def masks(tokens, rng):
+    """Masks of every class; `"any"` need not keep the diagonal here."""
+    free = rng.random((tokens, tokens)) < 0.5
+    free[np.arange(tokens), rng.integers(tokens, size=tokens)] = True
+    return {
+        "full": np.ones((tokens, tokens), bool),
+        "causal": np.tri(tokens, dtype=bool),
+        "any": free,
+    }
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_dot_product_attention_stays_below_theorem_7_1(seed):
+    rng = np.random.default_rng(seed)
+    for _ in range(12):
+        tokens, width, key = rng.integers([2, 1, 1], [7, 4, 4])
+        query_kernel, key_kernel = rng.normal(size=(2, width, key)) * rng.choice([0.3, 1.0, 3.0])
+        query_bias, key_bias = rng.normal(size=(2, key))
+        center = rng.normal(size=width) * rng.choice([0.0, 1.0])
+        radius = rng.choice([0.3, 1.0, 2.0])
+        x = tokens_in_ball(rng, tokens, width, radius, center)
+        for name, mask in masks(tokens, rng).items():
+            bound = dot_product_constants(
+                query_kernel,
+                key_kernel,
+                radius=radius,
+                tokens=int(tokens),
+                mask=name,
+                center=center,
+                query_bias=query_bias,
+            )
+            head = dot_product_head(query_kernel, key_kernel, query_bias, key_bias, mask)
+            l2, token = measured_norms(head, x)
+            assert l2 <= bound.l2 * (1 + DIFFERENCES) + DIFFERENCES
+            assert token <= bound.token * (1 + DIFFERENCES) + DIFFERENCES
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_cosine_attention_stays_below_theorem_7_2(seed):
+    rng = np.random.default_rng(seed)
+    for _ in range(10):
+        tokens, width, key = rng.integers([2, 1, 1], [6, 4, 4])
+        query, keys, values = rng.normal(size=(3, width, key))
+        epsilon, temperature = rng.choice([0.01, 0.3, 1.0]), rng.choice([1.0, -2.0, 5.0])
+        x = rng.normal(size=(tokens, width)) * rng.choice([0.05, 0.3, 1.0])
+
+        for name, mask in masks(tokens, rng).items():
+            bound = cosine_constants(
+                operator_norm(query),
+                operator_norm(keys),
+                temperature=temperature,
+                epsilon=epsilon,
+                value_radius=1.0,
+                value_constant=operator_norm(values) / math.sqrt(epsilon),
+                tokens=int(tokens),
+                mask=name,
+            )
+            head = cosine_head(query, keys, values, epsilon, temperature, mask)
+            l2, token = measured_norms(head, x)
+            assert l2 <= bound.l2 * (1 + DIFFERENCES) + DIFFERENCES
+            assert token <= bound.token * (1 + DIFFERENCES) + DIFFERENCES
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.5, 3.0, 50.0, 1000.0])
+@pytest.mark.parametrize("mask", ["full", "causal", "any"])
+def test_column_mass_dominates_columns_and_grows(spread, mask):
+    rng = np.random.default_rng(0)
+    previous = 0.0
+    for tokens in (1, 2, 5, 12):
+        mass = column_mass(spread, tokens, mask)
+        assert mass >= previous
+        previous = mass
+        visible = masks(tokens, rng)[mask]
+        for _ in range(20):
+            logits = rng.choice([0.0, spread], size=(tokens, tokens))
+            assert softmax(logits, visible).sum(axis=0).max() <= mass * (1 + 1e-12)
+
+
+def test_column_mass_without_a_length():
+    assert column_mass(2.0, None, "full") == pytest.approx(math.exp(2.0))
+    assert column_mass(2.0, None, "full") >= column_mass(2.0, 10**9, "full")
+    assert column_mass(1e4, None, "full") == math.inf
+    assert column_mass(2.0, None, "causal") == math.inf
+    assert column_mass(2.0, None, "any") == math.inf
+    assert column_mass(2.0, None, "any", n_queries=5) == 5.0
+    assert column_mass(2.0, 3, "any", n_queries=5) == 3.0
+    with pytest.raises(ValueError, match="Received: mask='hub'"):
+        column_mass(2.0, 3, "hub")
+
+
+def test_is_below_the_bound_of_castin_ablin_and_peyre():
+    rng = np.random.default_rng(1)
+    for tokens in (1, 2, 10, 1000):
+        for _ in range(10):
+            query, key = rng.normal(size=(2, 4, 3)) * rng.choice([0.1, 1.0, 5.0])
+            radius = rng.uniform(0.1, 3.0)
+            gain = operator_norm(query @ key.T) / math.sqrt(3) * radius**2
+            earlier = math.sqrt(3.0 * (gain**2 * (4 * tokens + 1) + tokens))
+            for mask in ("full", "causal", "any"):
+                bound = dot_product_constants(query, key, radius=radius, tokens=tokens, mask=mask)
+                assert bound.l2 <= earlier
+
+
+def test_heads_of_a_batch_are_the_heads_one_by_one():
+    rng = np.random.default_rng(2)
+    query, key = rng.normal(size=(2, 3, 5, 2))
+    bias, center = rng.normal(size=(3, 2)), rng.normal(size=5)
+    together = dot_product_constants(
+        query, key, radius=1.0, tokens=6, query_bias=bias, center=center
+    )
+    for h in range(3):
+        alone = dot_product_constants(
+            query[h], key[h], radius=1.0, tokens=6, query_bias=bias[h], center=center
+        )
+        assert together.l2[h] == pytest.approx(alone.l2, rel=1e-12)
+        assert together.token[h] == pytest.approx(alone.token, rel=1e-12)
+        assert type(alone.l2) is float
+
+
+@pytest.mark.filterwarnings("error")
+def test_broken_numbers_are_infinite():
+    query = np.ones((2, 3, 2))
+    broken = query.copy()
+    broken[0, 0, 0] = np.nan
+    bound = dot_product_constants(broken, query, radius=1.0, tokens=4)
+    assert np.isinf(bound.l2).all() and np.isinf(bound.token).all()
+    assert dot_product_constants(query[0], query[0], radius=math.inf, tokens=4).l2 == math.inf
+    assert combine_heads(broken, np.ones(2)) == math.inf
+    assert combine_heads(query, [1.0, math.inf]) == math.inf
+
+
+def test_kernels_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"Received: query_kernel\.shape=\(3, 2\)"):
+        dot_product_constants(np.ones((3, 2)), np.ones((3, 4)), radius=1.0, tokens=2)
+
+
+@pytest.mark.parametrize("norm", ["l2", "token"])
+def test_combined_heads_dominate_sums_of_linear_heads(norm):
+    # Heads that are linear maps of each token: both norms are operator norms.
+    rng = np.random.default_rng(3)
+    for _ in range(30):
+        heads, width, inner, outer = rng.integers(1, 5, size=4)
+        maps = rng.normal(size=(heads, width, inner)) * rng.choice([0.1, 1.0], size=(heads, 1, 1))
+        kernels = rng.normal(size=(heads, inner, outer))
+        total = operator_norm(np.einsum("hij,hjk->ik", maps, kernels))
+        constants = operator_norm(maps)
+        combined = combine_heads(kernels, constants)
+        assert total <= SAFETY * combined
+        assert combined <= SAFETY**2 * np.sum(operator_norm(kernels) * constants)
+
+
+def test_heads_that_are_zero_cost_nothing():
+    rng = np.random.default_rng(4)
+    kernels = rng.normal(size=(3, 2, 4))
+    kernels[1] = 0.0
+    alone = combine_heads(kernels[[0, 2]], [1.0, 2.0])
+    assert combine_heads(kernels, [1.0, 5.0, 2.0]) == pytest.approx(alone)
+    assert combine_heads(kernels, [0.0, 5.0, 0.0]) == 0.0

@@ -1,0 +1,165 @@
+"""What is installed is what is written here, and set-up cannot stop half-way unseen."""
+
+import configparser
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+import keras_lipattn
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SETUP = configparser.ConfigParser()
+SETUP.read(ROOT / "setup.cfg")
+SOURCES = ("keras_lipattn", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
+
+
+def _requirements(text):
+    lines = (line.strip() for line in text.splitlines())
+    names = (re.match(r"[\w.-]+", line) for line in lines if not line.startswith("#"))
+    return {match.group().lower().replace("_", "-") for match in names if match}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    # A copy: building leaves files beside the sources.
+    source = tmp_path_factory.mktemp("source")
+    for name in SOURCES:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, source / name)
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "--quiet", "-w", folder, source], check=True)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel):
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "keras_lipattn").rglob("*.py")}
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert packed == sources
+
+
+def test_the_wheel_says_what_it_is(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith("/METADATA")]
+        metadata = archive.read(name).decode()
+    for line in (
+        "Name: keras-lipattn",
+        f"Version: {keras_lipattn.__version__}",
+        "License-Expression: Apache-2.0",
+        "Requires-Python: >=3.11",
+        "Provides-Extra: examples",
+        "Provides-Extra: dev",
+    ):
+        assert line in metadata.splitlines()
+
+
+def test_the_wheel_works_on_its_own(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    program = "import keras_lipattn; print(keras_lipattn.__file__); keras_lipattn.SpectralDense(2)"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == str(tmp_path / "keras_lipattn" / "__init__.py")
+
+
+def test_every_direct_requirement_has_a_tested_version():
+    wanted = _requirements(SETUP["options"]["install_requires"])
+    for extra in SETUP["options.extras_require"].values():
+        wanted |= _requirements(extra)
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {
+        line.split("==")[0].lower().replace("_", "-") for line in lines if not line.startswith("#")
+    }
+    assert wanted <= pinned
+    assert all("==" in line for line in lines if not line.startswith("#"))
+
+
+def test_everything_public_exists_and_is_documented():
+    assert sorted(keras_lipattn.__all__) == list(keras_lipattn.__all__)
+    for name in keras_lipattn.__all__:
+        assert name == "__version__" or getattr(keras_lipattn, name).__doc__
+
+
+def test_ci_runs_what_the_readme_tells():
+    commands = re.findall(r"^make \w+$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    assert commands == ["make lint", "make test"]
+    for command in (*commands, "make demo"):
+        assert command in (ROOT / "README.md").read_text()
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def _python(folder, body):
+    """A stand-in for Python, a shell script; `$real` is the true one."""
+    path = folder / "python"
+    path.write_text(f"#!/bin/sh\nreal={sys.executable}\n{body}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    for name in ("Makefile", "setup.cfg", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def _make(checkout, *arguments):
+    # Not the flags of a make that runs the tests, else this one would share its jobs.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+    return subprocess.run(
+        ["make", *arguments], cwd=checkout, env=environment, capture_output=True, text=True
+    )
+
+
+# What a virtual environment is made of here: a folder whose python does `body`.
+_FAKE_VENV = (
+    'case "$*" in *venv*) mkdir -p .venv/bin; '
+    "printf '#!/bin/sh\\n%s\\n' \"{body}\" > .venv/bin/python; chmod +x .venv/bin/python;; "
+    '*) exec "$real" "$@";; esac'
+)
+
+
+def test_an_installation_that_fails_is_begun_again(checkout, tmp_path):
+    failing = _python(tmp_path, _FAKE_VENV.format(body="echo broken >&2; exit 3"))
+    for _ in range(2):
+        done = _make(checkout, ".venv", f"PYTHON={failing}")
+        assert done.returncode != 0
+        assert "broken" in done.stderr
+    working = _python(tmp_path, _FAKE_VENV.format(body="exit 0"))
+    assert _make(checkout, ".venv", f"PYTHON={working}").returncode == 0
+
+
+def test_an_installation_is_made_anew_when_requirements_change(checkout, tmp_path):
+    python = _python(tmp_path, _FAKE_VENV.format(body="echo installing"))
+    assert "installing" in _make(checkout, ".venv", f"PYTHON={python}").stdout
+    assert "installing" not in _make(checkout, ".venv", f"PYTHON={python}").stdout
+    for name in ("setup.cfg", "pyproject.toml", "constraints.txt"):
+        stamp = (checkout / ".venv" / "installed").stat().st_mtime
+        os.utime(checkout / name, (stamp + 1, stamp + 1))
+        assert "installing" in _make(checkout, ".venv", f"PYTHON={python}").stdout
+        os.utime(checkout / name, (stamp - 1, stamp - 1))
+
+
+@pytest.mark.parametrize("python", ["", "/no/such/python"])
+def test_without_a_new_enough_python_the_error_says_so(python, checkout):
+    done = _make(checkout, ".venv", f"PYTHON={python}")
+    assert done.returncode != 0
+    assert "Python 3.11 or newer is needed. Received:" in done.stderr
+    assert not (checkout / ".venv" / "installed").exists()

@@ -1,0 +1,158 @@
+"""The programs of the papers: what they measure is right, what is kept was measured by them."""
+
+# Keras's tensors are TensorFlow's here, which pyright cannot know.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false
+
+import json
+import pathlib
+import shutil
+
+import blow_up
+import invertible
+import numpy as np
+import pytest
+import report
+import tensorflow as tf
+import tightness
+
+KEPT = pathlib.Path(__file__).parents[1] / "docs" / "papers"
+PROGRAMS = {"blow_up": blow_up, "tightness": tightness, "invertible": invertible}
+
+
+def kept(name):
+    return json.loads((KEPT / f"{name}.json").read_text())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of the page and its results."""
+    return shutil.copytree(KEPT, tmp_path / "papers")
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_tables_of_the_page_are_those_of_the_kept_results(name, folder):
+    (folder / f"{name}.png").unlink()
+    PROGRAMS[name].main(["--redraw", "--folder", str(folder)])
+    assert (folder / f"{name}.png").stat().st_size > 10_000
+    assert (folder / report.PAGE).read_text() == (KEPT / report.PAGE).read_text()
+
+
+def test_redrawing_without_results_says_what_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"run without --redraw.*Received: .*blow_up\.json"):
+        blow_up.main(["--redraw", "--folder", str(tmp_path)])
+
+
+def test_page_without_a_place_for_a_table_is_refused(tmp_path):
+    (tmp_path / report.PAGE).write_text("nothing")
+    with pytest.raises(ValueError, match=r"Received: .*README\.md with 0"):
+        report.table("blow_up", tmp_path, ["a"], [["b"]])
+
+
+def test_blow_up_runs_and_grows_on_every_path(tmp_path):
+    blow_up.main(["--folder", str(tmp_path)])
+    results = json.loads((tmp_path / "blow_up.json").read_text())
+    assert len(results["curves"]) == 4
+    for curve in results["curves"].values():
+        assert curve["exponent"] > 0.9
+        assert curve["norm"][-1] > 20 * results["certified"]
+        assert max(curve["l2_norm"]) <= results["certified"] <= results["published"]
+
+
+def dense_jacobian(y, mask):
+    """Jacobian of the head by automatic differentiation, `(N, d, N, d)`."""
+    point = tf.constant(y)
+    with tf.GradientTape() as tape:
+        tape.watch(point)
+        value = tightness.pairs(point, mask)[1] @ point
+    return tape.jacobian(value, point).numpy()
+
+
+@pytest.mark.parametrize("mask", tightness.MASKS)
+def test_matrix_free_products_are_those_of_the_jacobian(mask):
+    rng = np.random.default_rng(0)
+    y, h, u = rng.normal(size=(3, 6, 2))
+    jacobian = dense_jacobian(y, mask)
+    pushed = tightness.push(tf.constant(y), tf.constant(h), mask)
+    np.testing.assert_allclose(pushed, np.tensordot(jacobian, h, 2), rtol=1e-10, atol=1e-12)
+    pulled = tightness.pull(tf.constant(y), tf.constant(u), mask)
+    np.testing.assert_allclose(pulled, np.tensordot(u, jacobian, 2), rtol=1e-10, atol=1e-12)
+    steps = tf.constant(200)
+    value, _, _ = tightness.singular_value(tf.constant(y), tf.constant(h), mask, steps)
+    assert float(value) == pytest.approx(np.linalg.norm(jacobian.reshape(12, 12), 2), rel=1e-6)
+
+
+def test_row_sums_are_those_of_the_jacobian():
+    rng = np.random.default_rng(0)
+    y, u = rng.normal(size=(6, 2)), rng.normal(size=2)
+    last = dense_jacobian(y, "causal")[-1]
+    value = tightness.row_sum(tf.constant(y), tf.constant(u), "linf")[0]
+    assert float(value) == pytest.approx(np.abs(last[0]).sum(), rel=1e-10)
+    value = tightness.row_sum(tf.constant(y), tf.constant(u), "token")[0]
+    blocks = np.einsum("ajb,a->jb", last, u / np.linalg.norm(u))
+    assert float(value) == pytest.approx(np.linalg.norm(blocks, axis=1).sum(), rel=1e-10)
+
+
+def test_searches_find_what_is_known():
+    rng = np.random.default_rng(0)
+    # Section 9 of docs/theory.md, and equality for odd N.
+    assert tightness.largest_singular_value(4, "full", 6, 60, rng) >= 2.092
+    assert tightness.largest_singular_value(4, "causal", 6, 60, rng) >= 1.931
+    found = tightness.largest_row_sum(5, 2, "token", 0, 10, rng)
+    assert found == pytest.approx(tightness.bounds("token", 2, 5, "full")[1], rel=1e-6)
+
+
+def test_kept_lower_bounds_are_below_the_certificates():
+    rows = kept("tightness")["rows"]
+    assert {row["tokens"] for row in rows} >= {2, 64, 1024}
+    for row in rows:
+        # Six digits are kept.
+        assert row["found"] <= row["certified"] * (1 + 1e-5)
+        assert row["certified"] <= row["published"] * (1 + 1e-5)
+        if row["setting"] == "token" and row["tokens"] % 2:
+            assert row["found"] == pytest.approx(row["certified"], rel=1e-5)
+        if row["setting"] == "l2" and row["mask"] == "full":
+            assert row["certified"] <= 2.0 * row["found"]
+
+
+def test_kept_inverses_meet_their_promise():
+    results = kept("invertible")
+    stacks = {(row["stack"], row["coefficient"]): row for row in results["stacks"]}
+    for row in stacks.values():
+        for acceleration in ("plain", "anderson"):
+            assert row[acceleration]["converged"]
+            assert row[acceleration]["error"] <= 1e-5
+    slow = stacks["perceptrons that use their constant", 0.9]
+    assert 2 * slow["anderson"]["steps"] <= slow["plain"]["steps"]
+    for method in results["log_det"]["methods"]:
+        if method["truncation_error"] == 0.0:
+            assert abs(method["standard_errors"]) <= 3.0
+    ends = {
+        (curve["attention"], curve["case"], curve["coefficient"]): curve["error"][-1]
+        for curve in results["curves"]
+    }
+    assert (
+        ends["dot-product", "weights x 2", 0.5] is None
+        or ends["dot-product", "weights x 2", 0.5] > 1.0
+    )
+    assert all(error <= 1e-6 for (kind, *_), error in ends.items() if kind == "L2")
+
+
+def test_iteration_inverts_a_contraction_and_reports_where_it_leaves_the_numbers():
+    x = tf.ones((1, 2, 2))
+    shrinking = invertible.errors_of_iteration(lambda x: 0.5 * x, x)
+    np.testing.assert_allclose(shrinking[:3], [0.5, 0.25, 0.125])
+    growing = invertible.errors_of_iteration(lambda x: 1e3 * x, x)
+    assert growing[0] == pytest.approx(1e3)
+    assert growing[-1] is None
+
+
+def test_critical_stack_has_its_input_where_the_derivative_is_largest():
+    x = invertible.critical_input()
+    (attention,) = invertible.critical_branches(0, x)
+    y = tf.constant(x)
+    with tf.GradientTape() as tape:
+        tape.watch(y)
+        entry = attention(y)[0, 0, 0]
+    slope = float(tape.gradient(entry, y)[0, 0, 0])
+    # The own-token part 1 + 2 S* of the certificate, for the one token between the groups.
+    assert slope > 0.5 * attention.lipschitz().value

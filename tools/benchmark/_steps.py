@@ -1,0 +1,56 @@
+"""Functions to time: a layer's forward pass and its training step, as TensorFlow graphs."""
+
+import contextlib
+
+import numpy as np
+import tensorflow as tf
+
+from keras_lipattn import condensed
+
+
+def tokens(batch, length, features):
+    """Standard normal tokens, the same for the same shape."""
+    values = np.random.default_rng(0).standard_normal((batch, length, features))
+    return tf.constant(values, "float32")
+
+
+def forward(layer, x, *, self_attention=False, fold=False, jit=False):
+    """Function without arguments that runs `layer` on `x` at inference.
+
+    Args:
+        layer: A Keras layer.
+        x: Its input.
+        self_attention: Whether the input must be passed twice.
+        fold: Whether to trace with the layer condensed, as an exported model runs.
+        jit: Whether to compile with XLA.
+    """
+    inputs = (x, x) if self_attention else (x,)
+    layer(*inputs)
+    graph = tf.function(
+        lambda *inputs: layer(*inputs, training=False), autograph=False, jit_compile=jit
+    )
+    with condensed(layer) if fold else contextlib.nullcontext():
+        concrete = graph.get_concrete_function(*inputs)
+    return lambda: concrete(*inputs)
+
+
+def training_step(layer, x, *, self_attention=False, jit=False):
+    """Function without arguments that runs `layer` in training and differentiates.
+
+    The loss is the sum of squares of the output. Derivatives are taken with respect to the weights
+    and the input, as for a layer in the middle of a model.
+    """
+    inputs = (x, x) if self_attention else (x,)
+    layer(*inputs)
+    weights = [variable.value for variable in layer.trainable_variables]
+
+    @tf.function(autograph=False, jit_compile=jit)
+    def step(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            inputs = (x, x) if self_attention else (x,)
+            loss = tf.reduce_sum(tf.square(layer(*inputs, training=True)))
+        return tape.gradient(loss, [x, *weights])
+
+    concrete = step.get_concrete_function(x)
+    return lambda: concrete(x)

@@ -1,0 +1,150 @@
+"""Exports a saved Keras model as a SavedModel with its Lipschitz certificate inside.
+
+    python tools/export_saved_model.py MODEL.keras FOLDER [flags]
+
+writes FOLDER/1/ in the layout of TensorFlow Serving, with assets.extra/certificate.json, and prints
+the certificate. For classifiers there is a signature `certified` beside `serving_default`: logits,
+class, margin and the radius within which the class provably cannot change.
+
+The export is served in a process without Keras and compared with MODEL.keras before it appears
+under its name; whatever fails leaves FOLDER as it was.
+
+Exit codes: 0 exported, 1 refused or failed, 2 wrong usage.
+
+Examples:
+
+    # A model on sequences of any length, certified for at most 128 tokens.
+    python tools/export_saved_model.py model.keras build/classifier --sequence_length=128
+
+    # A model with layers of your own: name the module that registers them with Keras.
+    python tools/export_saved_model.py model.keras build/classifier --import=my_package.layers
+
+    # Compare on real data: one array per input, by its name.
+    python tools/export_saved_model.py model.keras build/classifier --example_batch=batch.npz
+"""
+
+import importlib
+import os
+import pathlib
+import sys
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import numpy as np
+from absl import app, flags
+
+_NORM = flags.DEFINE_enum(
+    "norm",
+    "l2",
+    ["l2", "token", "linf"],
+    "Norm of the certificate, of inputs and outputs: l2, the 2-norm of all entries; token, the "
+    "largest Euclidean norm of a token; linf, the largest absolute entry.",
+)
+_SEQUENCE_LENGTH = flags.DEFINE_integer(
+    "sequence_length",
+    None,
+    "Largest length of inputs whose length varies. By default what the layers were made for.",
+    lower_bound=1,
+)
+_INPUT_RADIUS = flags.DEFINE_float(
+    "input_radius",
+    None,
+    "Certify only for inputs whose tokens have at most this Euclidean norm. Ordinary dot-product "
+    "attention has a constant only then.",
+)
+_ASSUME_FIXED_MASK = flags.DEFINE_bool(
+    "assume_fixed_mask",
+    False,
+    "Certify for masks that stay fixed even where the model computes them from its input. The "
+    "certificate says so.",
+)
+_ALLOW_UNCERTIFIED = flags.DEFINE_bool(
+    "allow_uncertified",
+    False,
+    "Export a model for which nothing finite can be certified too. The files say so, and why.",
+)
+_EXAMPLE_BATCH = flags.DEFINE_string(
+    "example_batch",
+    None,
+    "An .npz file with the inputs to compare on: one array per input by its name, or a single "
+    "array. By default random numbers.",
+)
+_VERSION = flags.DEFINE_integer(
+    "version", 1, "Version to write: TensorFlow Serving serves the highest.", lower_bound=1
+)
+_OVERWRITE = flags.DEFINE_bool(
+    "overwrite", False, "Replace a SavedModel of this version, once the new one is complete."
+)
+_IMPORT = flags.DEFINE_multi_string(
+    "import", [], "Module to import first, for layers that it registers with Keras. Repeatable."
+)
+
+
+def load_model(path: pathlib.Path) -> Any:
+    """The model in a file, with a message that says what to do when it cannot be read."""
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no model file of this name. Received: {path}")
+    import keras
+
+    # Its layers must be known to Keras before the file is read.
+    import keras_lipattn  # noqa: F401
+
+    # Modules of the user lie where the program is started, not beside it.
+    sys.path.append(os.getcwd())
+    for module in _IMPORT.value:
+        importlib.import_module(module)
+    try:
+        return keras.saving.load_model(path, compile=False)
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        raise ValueError(
+            "The file cannot be loaded as a Keras model; layers of your own are found when their "
+            f"module is named by --import. Received: {path} with {type(error).__name__}: {error}"
+        ) from error
+
+
+def load_batch(path: str) -> np.ndarray | dict[str, np.ndarray]:
+    """The arrays of a file, by the names of the inputs where there are several."""
+    with np.load(path, allow_pickle=False) as content:
+        arrays = dict(content)
+    return next(iter(arrays.values())) if len(arrays) == 1 else arrays
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Command line without the flags; a wrong flag is wrong usage."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        print(f"{error}\nSee --help.", file=sys.stderr)
+        sys.exit(2)
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) != 3:
+        raise app.UsageError(f"Expected MODEL.keras and FOLDER. Received: {argv[1:]}", exitcode=2)
+    try:
+        model = load_model(pathlib.Path(argv[1]))
+        # After the arguments have been looked at: loading TensorFlow takes seconds.
+        from keras_lipattn.export import export_saved_model
+
+        batch = None if _EXAMPLE_BATCH.value is None else load_batch(_EXAMPLE_BATCH.value)
+        export_saved_model(
+            model,
+            argv[2],
+            norm=_NORM.value,
+            sequence_length=_SEQUENCE_LENGTH.value,
+            input_radius=_INPUT_RADIUS.value,
+            assume_fixed_mask=_ASSUME_FIXED_MASK.value,
+            allow_uncertified=_ALLOW_UNCERTIFIED.value,
+            example_batch=batch,
+            version=_VERSION.value,
+            overwrite=_OVERWRITE.value,
+        )
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse)
