@@ -16,6 +16,7 @@ from keras_lipattn.certify.gain import Gain
 from keras_lipattn.certify.registry import find_rule
 from keras_lipattn.certify.step import Step
 from keras_lipattn.certify.tensor_state import TensorState
+from keras_lipattn.layers._as_run import is_finite_as_run
 
 _HOW_TO_ADD = (
     "Give it a rule with `@keras_lipattn.register_rule({cls})`: a function of the layer and of the "
@@ -332,9 +333,7 @@ class Walk:
             self.assumed_masks.append(path)
         reason = step.reason
         if math.isinf(step.constant):
-            is_layer = isinstance(operation, keras.layers.Layer)
-            how = _HOW_TO_ADD.format(cls=cls) if is_layer else _HOW_TO_ADD_OPERATION
-            reason = f"{cls} {path!r}: {reason}. {how}"
+            reason = f"{cls} {path!r}: {reason}. {_way_out(operation)}".rstrip()
         self.rows.append(
             RowDraft(
                 path=path,
@@ -391,6 +390,15 @@ def _as_step(answer: Any) -> Step:
         theorem="as its rule states",
         reason="its rule returns no finite constant" if not math.isfinite(value) else "",
     )
+
+
+def _way_out(operation: Any) -> str:
+    """What gives the call a constant, empty where no rule could."""
+    if not isinstance(operation, keras.layers.Layer):
+        return _HOW_TO_ADD_OPERATION
+    if not all(is_finite_as_run(weight, operation.compute_dtype) for weight in operation.weights):
+        return ""
+    return _HOW_TO_ADD.format(cls=type(operation).__name__)
 
 
 def _is_lookup(operation: Any) -> bool:
