@@ -3,6 +3,7 @@
 from keras_lipattn.bounds import LipschitzBound
 from keras_lipattn.callbacks import LipschitzMonitor
 from keras_lipattn.certify import Certificate, certify, register_rule
+from keras_lipattn.convert import Conversion, convert_attention
 from keras_lipattn.export import ExportError, export_saved_model
 from keras_lipattn.layers import (
     CenterNormalization,
@@ -23,6 +24,7 @@ from keras_lipattn.version import __version__
 __all__ = [
     "CenterNormalization",
     "Certificate",
+    "Conversion",
     "ExportError",
     "Inversion",
     "InversionError",
@@ -39,6 +41,7 @@ __all__ = [
     "__version__",
     "certify",
     "condensed",
+    "convert_attention",
     "export_saved_model",
     "register_rule",
 ]
