@@ -328,6 +328,36 @@ def test_what_cannot_be_converted_is_named(call, message):
         kl.convert_attention(refused(call))
 
 
+@pytest.mark.filterwarnings("ignore:.*does not have a `quantize` method")
+def test_quantised_attention_is_refused():
+    quantised = encoder()
+    quantised.quantize("int8")
+    with pytest.raises(ValueError, match=r"'attention' cannot be converted.*quantised.*Received"):
+        kl.convert_attention(quantised)
+
+
+def test_a_quantised_layer_elsewhere_is_copied():
+    old = encoder()
+    old.get_layer("logits").quantize("int8")
+    new = kl.convert_attention(old).model
+    assert new.get_layer("logits").quantization_mode == "int8"
+    for a, b in zip(
+        old.get_layer("logits").variables, new.get_layer("logits").variables, strict=True
+    ):
+        np.testing.assert_array_equal(np.array(a), np.array(b))
+
+
+def test_low_rank_updates_are_merged():
+    old = encoder()
+    dense = old.get_layer("attention").key_dense
+    dense.enable_lora(2)
+    dense.lora_kernel_b.assign(np.random.default_rng(1).normal(size=dense.lora_kernel_b.shape))
+    merged = kl.convert_attention(old).model.get_layer("attention").query_kernel
+    dense.lora_kernel_b.assign(np.zeros(dense.lora_kernel_b.shape))
+    plain = kl.convert_attention(old).model.get_layer("attention").query_kernel
+    assert np.abs(np.array(merged) - np.array(plain)).max() > 1e-2
+
+
 @pytest.mark.parametrize("thing", [None, layers.Dense(2), keras.Sequential([layers.Dense(2)])])
 def test_only_models_with_a_graph(thing):
     with pytest.raises(ValueError, match="Received: model="):

@@ -17,8 +17,8 @@ def convert_attention(model: keras.Model, x: Any = None) -> Conversion:
 
     Dot-product attention has no Lipschitz constant, L2 attention has one, but not the same
     functions: its queries, keys and values are one projection. The weights of the copy are the
-    closest that a head can have, a start for fine-tuning (on data, or on the outputs of the
-    original), not an equivalent:
+    closest that a head can have, a start for fine-tuning on data or on the outputs of the original.
+    Before that the outputs may have little in common, as `relative_error` tells:
 
     - The query kernel imitates the symmetric part of `W_Q W_K^T` with no negative eigenvalues, and
       `-|y_j|^2` is added to the logits: tokens far from the origin attract less. The query and key
@@ -113,11 +113,12 @@ def _check(layer: keras.layers.MultiHeadAttention, arguments: Any) -> None:
             f"Layer {layer.name!r} cannot be converted: multiplying by a gate computed from the "
             "input has no Lipschitz bound. Received: use_gate=True"
         )
-    if layer.dtype_policy.quantization_mode is not None:
-        raise ValueError(
-            f"Layer {layer.name!r} cannot be converted: it is quantised. "
-            f"Received: dtype={layer.dtype_policy.name!r}"
-        )
+    for dense in (layer.query_dense, layer.key_dense, layer.value_dense, layer.output_dense):
+        if dense.quantization_mode is not None:
+            raise ValueError(
+                f"Layer {layer.name!r} cannot be converted: it is quantised. "
+                f"Received: {dense.name!r} with dtype={dense.dtype_policy.name!r}"
+            )
 
 
 def _check_free_of_attention(layer: keras.layers.Layer) -> None:
