@@ -337,6 +337,9 @@ def _head_sizes(matrices, xp):
     """Frobenius norm of every head's matrix, `(H,)`; a float32 square overflows at 1e19 already."""
     peak = xp.max(xp.abs(matrices), axis=(1, 2))
     peak = xp.where(peak > 0.0, peak, 1.0)
+    if xp is not np:
+        # The result does not depend on it.
+        peak = xp.stop_gradient(peak)
     squares = xp.sum(xp.square(matrices / _per_head(peak, xp)), axis=(1, 2))
     return peak * _safe_sqrt(squares, xp)
 

@@ -2,6 +2,7 @@
 
 import math
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -12,8 +13,9 @@ def power_step(matrix, vector):
     """One power-iteration step; a lower bound of the spectral norm, differentiable in `matrix`.
 
     The estimate is `u^T W v` for the unit vectors `u ~ W vector` and `v ~ W^T u`, whose gradient is
-    that of the norm itself once `v` has converged. It is safeguarded from below by
-    `|W|_F / sqrt(min(m, n))`, a lower bound too, which keeps a cold vector from seeing nothing.
+    that of the norm itself once `v` has converged. It is lifted to `|W|_F / sqrt(min(m, n))`, a
+    lower bound too, which keeps a cold vector from seeing nothing; the gradient stays the
+    estimate's.
 
     Args:
         matrix: Tensor `(..., m, n)`.
@@ -26,12 +28,13 @@ def power_step(matrix, vector):
         one: the next step starts afresh.
     """
     fixed = ops.stop_gradient(matrix)
-    left = _unit(ops.matmul(fixed, _or_cold(ops.expand_dims(vector, -1))))
-    right = _unit(ops.matmul(ops.swapaxes(fixed, -1, -2), left))
-    left, right = ops.stop_gradient(left), ops.stop_gradient(right)
-    sigma = ops.sum(left * ops.matmul(matrix, right), axis=(-2, -1))
-    floor = _safe_frobenius(matrix) / math.sqrt(min(matrix.shape[-2], matrix.shape[-1]))
-    return ops.maximum(sigma, floor), ops.squeeze(_or_cold(right), -1)
+    left = ops.stop_gradient(_unit(ops.matmul(fixed, _or_cold(ops.expand_dims(vector, -1)))))
+    image = ops.matmul(ops.swapaxes(matrix, -1, -2), left)
+    right = ops.stop_gradient(_unit(ops.stop_gradient(image)))
+    sigma = ops.sum(image * right, axis=(-2, -1))
+    floor = _safe_frobenius(fixed) / math.sqrt(min(matrix.shape[-2], matrix.shape[-1]))
+    missing = ops.stop_gradient(ops.maximum(floor - sigma, 0.0))
+    return sigma + missing, ops.squeeze(_or_cold(right), -1)
 
 
 def cold_vector(shape):
@@ -63,21 +66,23 @@ def _or_cold(column):
 
 
 def _unit(column):
-    # Scaling by the largest entry first keeps the squares from under- or overflowing.
-    peak = ops.max(ops.abs(column), axis=-2, keepdims=True)
-    column = column / ops.where(peak > 0, peak, ops.ones_like(peak))
+    # Scaling by the largest entry first keeps the squares from under- or overflowing; the length
+    # is at least 1 then, or the column is zero and stays so.
+    column = column / _peak(column)
     length = ops.sqrt(ops.sum(ops.square(column), axis=-2, keepdims=True))
-    return column / ops.where(length > 0, length, ops.ones_like(length))
+    return column / ops.maximum(length, 1.0)
 
 
 def _safe_frobenius(matrix):
-    peak = ops.stop_gradient(ops.max(ops.abs(matrix), axis=(-2, -1), keepdims=True))
-    peak = ops.where(peak > 0, peak, ops.ones_like(peak))
-    squares = ops.sum(ops.square(matrix / peak), axis=(-2, -1))
-    positive = squares > 0
-    # Two `where`: the derivative of sqrt at zero is infinite and would turn into NaN.
-    root = ops.where(positive, ops.sqrt(ops.where(positive, squares, 1.0)), 0.0)
+    peak = _peak(matrix)
+    root = ops.sqrt(ops.sum(ops.square(matrix / peak), axis=(-2, -1)))
     return ops.squeeze(peak, axis=(-2, -1)) * root
+
+
+def _peak(matrix):
+    """Largest absolute entry, positive even where there is none."""
+    smallest = float(np.finfo(keras.backend.standardize_dtype(matrix.dtype)).tiny)
+    return ops.maximum(ops.max(ops.abs(matrix), axis=(-2, -1), keepdims=True), smallest)
 
 
 def _host_unit(vector):
