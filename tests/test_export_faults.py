@@ -82,7 +82,7 @@ def test_something_that_is_no_built_model(tmp_path):
 def test_a_subclassed_model_that_does_not_know_its_inputs(tmp_path, monkeypatch):
     # Keras remembers the shapes of the first call; a model with a build of its own may not.
     monkeypatch.setattr(cases.Subclassed, "get_build_config", lambda self: None)
-    with pytest.raises(ValueError, match="needs an `example_batch`.* Received"):
+    with pytest.raises(ValueError, match=r"needs an `example_batch`.* Received"):
         export_saved_model(cases.subclassed(), tmp_path / "model")
     assert not list(tmp_path.iterdir())
 

@@ -32,7 +32,7 @@ def power_step(matrix, vector):
     image = ops.matmul(ops.swapaxes(matrix, -1, -2), left)
     right = ops.stop_gradient(_unit(ops.stop_gradient(image)))
     sigma = ops.sum(image * right, axis=(-2, -1))
-    floor = _safe_frobenius(fixed) / math.sqrt(min(matrix.shape[-2], matrix.shape[-1]))
+    floor = _frobenius(fixed) / math.sqrt(min(matrix.shape[-2], matrix.shape[-1]))
     missing = ops.stop_gradient(ops.maximum(floor - sigma, 0.0))
     return sigma + missing, ops.squeeze(_or_cold(right), -1)
 
@@ -73,16 +73,19 @@ def _unit(column):
     return column / ops.maximum(length, 1.0)
 
 
-def _safe_frobenius(matrix):
-    peak = _peak(matrix)
-    root = ops.sqrt(ops.sum(ops.square(matrix / peak), axis=(-2, -1)))
-    return ops.squeeze(peak, axis=(-2, -1)) * root
+def _frobenius(matrix):
+    """Frobenius norms, and zero where the squares leave the range: no floor then."""
+    *batch, rows, columns = matrix.shape
+    flat = ops.reshape(matrix, (*batch, 1, rows * columns))
+    # As a product: one pass over the matrix.
+    squares = ops.matmul(flat, ops.swapaxes(flat, -1, -2))[..., 0, 0]
+    return ops.sqrt(ops.where(squares < np.inf, squares, ops.zeros_like(squares)))
 
 
-def _peak(matrix):
+def _peak(column):
     """Largest absolute entry, positive even where there is none."""
-    smallest = float(np.finfo(keras.backend.standardize_dtype(matrix.dtype)).tiny)
-    return ops.maximum(ops.max(ops.abs(matrix), axis=(-2, -1), keepdims=True), smallest)
+    smallest = float(np.finfo(keras.backend.standardize_dtype(column.dtype)).tiny)
+    return ops.maximum(ops.max(ops.abs(column), axis=-2, keepdims=True), smallest)
 
 
 def _host_unit(vector):
