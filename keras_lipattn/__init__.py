@@ -4,6 +4,7 @@ from keras_lipattn.bounds import LipschitzBound
 from keras_lipattn.callbacks import LipschitzMonitor
 from keras_lipattn.certify import Certificate, certify, register_rule
 from keras_lipattn.convert import Conversion, convert_attention
+from keras_lipattn.estimate import LipschitzEstimate, estimate_lipschitz
 from keras_lipattn.export import ExportError, export_saved_model
 from keras_lipattn.layers import (
     CenterNormalization,
@@ -32,6 +33,7 @@ __all__ = [
     "InvertibleSequential",
     "L2MultiHeadAttention",
     "LipschitzBound",
+    "LipschitzEstimate",
     "LipschitzMonitor",
     "LogDeterminant",
     "MaxMin",
@@ -42,6 +44,7 @@ __all__ = [
     "certify",
     "condensed",
     "convert_attention",
+    "estimate_lipschitz",
     "export_saved_model",
     "register_rule",
 ]

@@ -1,0 +1,74 @@
+"""The three norms of a batch of tensors, and the directions that attain them.
+
+`along(y)` is a covector of dual norm 1 with `<along(y), y> = |y|`; `against(w)` is a direction of
+norm 1 with `<w, against(w)>` as large as the norm allows. Alternating between them, as in
+`against(J^T along(J v))`, never makes `|J v|` smaller; in the 2-norm this is power iteration.
+"""
+
+import numpy as np
+
+
+def norm_of(norm: str, y: np.ndarray) -> np.ndarray:
+    """Norm of each example, shape `(B,)`."""
+    if norm == "linf":
+        return np.abs(_flat(y)).max(axis=1)
+    if norm == "token":
+        return np.linalg.norm(_tokens(y), axis=2).max(axis=1)
+    return np.linalg.norm(_flat(y), axis=1)
+
+
+def along(norm: str, y: np.ndarray) -> np.ndarray:
+    """Covector of dual norm 1 on which `y` is as large as its norm; 0 where `y` is 0."""
+    if norm == "l2":
+        return _unit(_flat(y)).reshape(y.shape)
+    if norm == "linf":
+        flat = _flat(y)
+        largest = np.abs(flat).argmax(axis=1)[:, None]
+        return _picked(np.sign(flat), largest).reshape(y.shape)
+    tokens = _tokens(y)
+    largest = np.linalg.norm(tokens, axis=2).argmax(axis=1)[:, None, None]
+    return _picked(_unit(tokens), largest).reshape(y.shape)
+
+
+def against(norm: str, w: np.ndarray) -> np.ndarray:
+    """Direction of norm 1 on which the covector `w` is largest; 0 where `w` is 0."""
+    if norm == "l2":
+        return _unit(_flat(w)).reshape(w.shape)
+    if norm == "linf":
+        return np.sign(w)
+    return _unit(_tokens(w)).reshape(w.shape)
+
+
+def covectors(norm: str, shape: tuple[int, ...], start: int, rng) -> np.ndarray:
+    """Covectors to begin from, the `start`-th: of one entry or token after the other."""
+    y = rng.normal(size=shape)
+    if norm == "linf":
+        flat = _flat(y)
+        index = np.full((shape[0], 1), start % flat.shape[1])
+        return _picked(np.sign(flat), index).reshape(shape)
+    if norm == "token":
+        tokens = _tokens(y)
+        index = np.full((shape[0], 1, 1), start % tokens.shape[1])
+        return _picked(_unit(tokens), index).reshape(shape)
+    return along(norm, y)
+
+
+def _picked(values, index):
+    """`values` at one index of axis 1, and 0 elsewhere."""
+    kept = np.zeros_like(values)
+    np.put_along_axis(kept, index, np.take_along_axis(values, index, axis=1), axis=1)
+    return kept
+
+
+def _flat(y):
+    return y.reshape(len(y), -1)
+
+
+def _tokens(y):
+    """`(B, tokens, features)`; one token where there is no axis of tokens."""
+    return y.reshape(len(y), -1, y.shape[-1] if y.ndim > 1 else 1)
+
+
+def _unit(y):
+    sizes = np.linalg.norm(y, axis=-1, keepdims=True)
+    return np.divide(y, sizes, out=np.zeros_like(y), where=sizes > 0.0)
