@@ -1,0 +1,1 @@
+"""Attacks on the certificates of random models."""

@@ -1,0 +1,100 @@
+"""Compares the certificate of a model with what attacks on it find."""
+
+import dataclasses
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import keras_lipattn
+from tools.soundness.generate import Subject
+
+NORMS = ("l2", "token", "linf")
+# What is attacked runs in float64 with the weights of the certified model: nothing but rounding,
+# and the caps of a float32 model that its float64 twin computes anew.
+TOLERANCES = {"float64": 1e-6, "float32": 1e-4}
+# A larger Jacobian takes longer than the search without one.
+LARGEST_JACOBIAN = 2000
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One certificate against the largest quotient found, a lower estimate.
+
+    Args:
+        norm: `"l2"`, `"token"` or `"linf"`.
+        found: lower estimate of the constant.
+        certified: total of the certificate, an upper bound.
+        tolerance: by how much the ratio may be above 1.
+    """
+
+    norm: str
+    found: float
+    certified: float
+    tolerance: float
+
+    @property
+    def ratio(self) -> float:
+        """`found / certified`; 1 when both are 0."""
+        if self.found == self.certified:
+            return 1.0
+        return self.found / self.certified if self.certified else float("inf")
+
+    @property
+    def is_violation(self) -> bool:
+        """Whether the certificate is wrong; NaN is."""
+        return not self.ratio <= 1.0 + self.tolerance
+
+
+def attack(subject: Subject, seed: int = 0) -> list[Comparison]:
+    """One comparison for each norm in which the certificate is finite."""
+    comparisons = []
+    measured = None
+    for norm in NORMS:
+        certificate = keras_lipattn.certify(
+            subject.model, norm=norm, input_radius=subject.input_radius
+        )
+        if not certificate.is_finite:
+            continue
+        # Caps as constants: they are computed once, and not in every step.
+        with keras_lipattn.condensed(subject.twin):
+            estimate = keras_lipattn.estimate_lipschitz(
+                subject.twin,
+                subject.points,
+                norm,
+                steps=12,
+                restarts=2,
+                input_radius=subject.input_radius,
+                seed=seed,
+            )
+            if measured is None:
+                measured = jacobians(subject.twin, subject.points)
+        found = max(estimate.value, *(jacobian_norm(one, norm) for one in measured), 0.0)
+        tolerance = TOLERANCES[keras.backend.standardize_dtype(subject.model.compute_dtype)]
+        comparisons.append(Comparison(norm, found, certificate.total, tolerance))
+    return comparisons
+
+
+def jacobians(model: keras.Model, points: np.ndarray) -> np.ndarray:
+    """Jacobians at the points, `(points, outputs, inputs)`; none where they are too large."""
+    outputs = int(np.prod(model.output_shape[1:]))
+    size = int(np.prod(points.shape[1:]))
+    if outputs * size > LARGEST_JACOBIAN:
+        return np.empty((0, outputs, size))
+    # One copy of a point for every output: one backward pass gives all rows.
+    copies = tf.constant(np.repeat(points, outputs, axis=0))
+    picked = np.tile(np.eye(outputs), (len(points), 1))
+    with tf.GradientTape() as tape:
+        tape.watch(copies)
+        value = tf.reshape(model(copies, training=False), picked.shape)
+        total = tf.reduce_sum(value * picked)
+    zero = tf.UnconnectedGradients.ZERO
+    rows = np.asarray(tape.gradient(total, copies, unconnected_gradients=zero))
+    return rows.reshape(len(points), outputs, size)
+
+
+def jacobian_norm(jacobian: np.ndarray, norm: str) -> float:
+    """Norm of a Jacobian; that in the token norm is left to the search."""
+    if norm == "l2":
+        return float(np.linalg.norm(jacobian, 2))
+    return float(np.abs(jacobian).sum(axis=1).max()) if norm == "linf" else 0.0
