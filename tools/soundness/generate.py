@@ -134,7 +134,6 @@ def _layer_normalization(rng, x):
 
 
 def _unit_normalization(rng, x):
-    # It has a constant only away from 0: the certificate says so unless something else helps.
     return layers.UnitNormalization()(x)
 
 
