@@ -8,15 +8,22 @@ import pathlib
 import shutil
 
 import blow_up
+import density
 import invertible
 import numpy as np
 import pytest
 import report
 import tensorflow as tf
 import tightness
+import vowels
 
 KEPT = pathlib.Path(__file__).parents[1] / "docs" / "papers"
-PROGRAMS = {"blow_up": blow_up, "tightness": tightness, "invertible": invertible}
+PROGRAMS = {
+    "blow_up": blow_up,
+    "tightness": tightness,
+    "invertible": invertible,
+    "density": density,
+}
 
 
 def kept(name):
@@ -156,3 +163,32 @@ def test_critical_stack_has_its_input_where_the_derivative_is_largest():
     slope = float(tape.gradient(entry, y)[0, 0, 0])
     # The own-token part 1 + 2 S* of the certificate, for the one token between the groups.
     assert slope > 0.5 * attention.lipschitz().value
+
+
+def test_series_are_read_with_their_lengths():
+    text = "@classLabel true 1\n@data\n" + "\n".join(
+        ":".join([",".join(str(10 * c + t) for t in range(length)) for c in range(12)] + ["1"])
+        for length in (7, 29)
+    )
+    series, mask = vowels.parse(text)
+    assert mask.sum(axis=1).tolist() == [7, 29]
+    np.testing.assert_array_equal(series[0, 6], 10 * np.arange(12) + 6)
+    np.testing.assert_array_equal(series[0, 7:], 0.0)
+    np.testing.assert_array_equal(series[1, 28], 10 * np.arange(12) + 28)
+
+
+def test_density_of_series_counts_their_steps_only(monkeypatch):
+    monkeypatch.setattr(density, "BLOCKS", 1)
+    flow = density.Flow(density.VARIANTS[-1], 0)
+    flow.build((None, vowels.LENGTH, vowels.CHANNELS))
+    rng = np.random.default_rng(0)
+    series = rng.normal(size=(2, vowels.LENGTH, vowels.CHANNELS)).astype("float32")
+    mask = np.arange(vowels.LENGTH) < np.array([[7], [20]])
+    x = np.where(mask[..., None], series, 0.0).astype("float32")
+    whole = np.asarray(flow.log_density(tf.constant(x), tf.constant(mask), method="exact"))
+    z, found = flow.sample(mask, 0)
+    np.testing.assert_allclose(flow.transform(found.solution, mask=mask), z, atol=1e-5)
+    # What stands in padded places is nobody's business: the tolerance is that of float32 sums.
+    other = np.where(mask[..., None], series, 5.0).astype("float32")
+    again = np.asarray(flow.log_density(tf.constant(other), tf.constant(mask), method="exact"))
+    np.testing.assert_allclose(again, whole, rtol=1e-5)
