@@ -225,25 +225,6 @@ def test_a_rule_is_advised_only_where_it_helps():
     assert "register_rule" in certify(model(layers.LSTM(3))).reasons[0]
 
 
-def test_two_layers_of_a_subclassed_model_may_share_a_name():
-    class Twins(keras.Model):
-        def __init__(self):
-            super().__init__()
-            self.first = layers.Dense(4, use_bias=False, name="twin")
-            self.second = layers.Dense(3, activation="relu", use_bias=False, name="twin")
-
-        def call(self, x):
-            return self.second(ops.tanh(self.first(x)))
-
-    twins = Twins()
-    twins(np.ones((1, 5, 4), np.float32))
-    first, second = (np.linalg.norm(array_of(layer.kernel), 2) for layer in twins.layers)
-    certificate = certify(twins)
-    assert certificate.total == pytest.approx(first * second, rel=1e-5)
-    assert len({row.path for row in certificate.rows}) == len(certificate.rows)
-    assert [layer.name for layer in twins.layers] == ["twin", "twin"]
-
-
 @pytest.mark.parametrize("build", [layers.Masking(), lambda x: x * ops.cast(x > 0.0, "float32")])
 def test_masks_computed_from_inputs_may_be_assumed_fixed(build):
     certificate = certify(model(build), assume_fixed_mask=True)
