@@ -209,6 +209,23 @@ def test_a_step_that_leads_nowhere_starts_afresh(matrix, vector):
     assert float(power_step(healthy, moved)[0]) == pytest.approx(operator_norm(healthy))
 
 
+def test_a_lifted_step_keeps_the_gradient_of_its_estimate():
+    # The vector sees the smaller singular value only, and stays there.
+    matrix = tf.constant(np.diag([1.0, 10.0]))
+    with tf.GradientTape() as tape:
+        tape.watch(matrix)
+        norm, _ = power_step(matrix, tf.constant([1.0, 0.0], tf.float64))
+    np.testing.assert_allclose(norm, np.sqrt(101.0 / 2.0))
+    np.testing.assert_allclose(tape.gradient(norm, matrix), np.diag([1.0, 0.0]))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_a_step_is_finite_where_the_squares_of_the_floor_are_not(scale):
+    matrix = tf.constant(scale * np.diag([2.0, 1.0]), tf.float32)
+    norm, _ = power_step(matrix, tf.constant([1.0, 0.1], tf.float32))
+    assert scale * 1.9 <= float(norm) <= scale * 2.0 * (1.0 + 1e-6)
+
+
 def test_the_gradient_at_zero_is_finite():
     matrix = tf.zeros((3, 2))
     with tf.GradientTape() as tape:
