@@ -69,25 +69,70 @@ def test_any_change_of_a_weight_makes_the_memory_invalid(change, x, gram_used):
     assert not gram_used(lambda: layer(x))
     CHANGES[change](layer, model, x)
     assert gram_used(lambda: layer(x))
-    layer.condense()
     # Nothing equals NaN, and nothing is remembered of it.
+    assert gram_used(lambda: layer(x)) == (change == "NaN")
+    layer.condense()
     assert gram_used(lambda: layer(x)) == (change == "NaN")
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "mixed_bfloat16", "mixed_float16"])
 def test_the_memory_serves_every_precision(dtype, x, gram_used):
     for layer in (Case(cap="both", dtype=dtype).layer(), SpectralDense(3, dtype=dtype)):
-        layer(x)
         assert gram_used(lambda layer=layer: layer(x))
         layer.condense()
         assert not gram_used(lambda layer=layer: layer(x))
-        # Back at the weights it was made for, it holds again.
         kernel = layer._kernels()[0]
         before = np.copy(kernel)
         kernel.assign(2.0 * before)
         assert gram_used(lambda layer=layer: layer(x))
+        # It knows one set of weights at a time, those of the last call.
         kernel.assign(before)
+        assert gram_used(lambda layer=layer: layer(x))
         assert not gram_used(lambda layer=layer: layer(x))
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_a_graph_remembers_what_it_computed(x, jit_compile):
+    """The second call gives bitwise what the first gave, from what the first left behind."""
+    layer = Case(cap="both", dtype="float32").layer()
+    graph = tf.function(layer, jit_compile=jit_compile)
+    for seed in (8, 9):
+        randomise(layer, seed=seed)
+        first = graph(x)
+        for snapshot, kernel in zip(layer._cache._snapshots, layer._graph_kernels(), strict=True):
+            np.testing.assert_array_equal(snapshot, kernel)
+        # Those of the three kernels; the others are of matrices under caps made from these.
+        norms = np.asarray(layer._cache._norms)[:3]
+        np.testing.assert_array_equal(graph(x), first)
+        layer.condense()
+        exact = np.asarray(layer._cache._norms)[:3]
+        # A float32 rounding apart.
+        assert (norms >= exact * (1.0 - 1e-6)).all()
+        assert (norms <= exact * (1.0 + GRAM_SLACK)).all()
+
+
+def test_derivatives_flow_through_what_is_remembered(x):
+    """What a cap does to the output is part of the derivative, remembered norm or not."""
+    layer = Case(cap="both").layer()
+
+    def gradients():
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(tf.square(layer(x)) * np.arange(1.0, FEATURES + 1.0))
+        return tape.gradient(loss, [w.value for w in layer.trainable_variables])
+
+    fresh, remembered = gradients(), gradients()
+    for one, two in zip(fresh, remembered, strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-12)
+
+
+def test_replicas_remember_each_for_themselves(x, two_cpus):
+    strategy = tf.distribute.MirroredStrategy(two_cpus)
+    with strategy.scope():
+        inputs = keras.Input((LENGTH, FEATURES))
+        model = keras.Model(inputs, Case(cap="both").layer()(inputs))
+    again = [model.predict(x, verbose=0) for _ in range(3)]
+    np.testing.assert_array_equal(again[0], again[1])
+    np.testing.assert_array_equal(again[0], again[2])
 
 
 def test_the_memory_is_checked_inside_graphs(x):

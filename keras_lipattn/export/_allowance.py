@@ -46,6 +46,7 @@ _EXACT = frozenset(
         "GatherV2",
         "Identity",
         "IdentityN",
+        "MatrixDiagPartV3",
         "Max",
         "MaxPool",
         "Maximum",

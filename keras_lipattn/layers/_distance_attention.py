@@ -55,25 +55,53 @@ def score_queries(y):
 def score_keys(y, valid):
     """Keys `(B, H, T, k + 1)` whose product with a query is `-|y_i - y_j|^2` up to a term in `i`.
 
-    Softmax ignores that term. What depends on the key alone, `-|y_j|^2` and the hiding of padded
-    keys, rides along as one more feature: no pass over the scores is spent on it.
+    What depends on the key alone rides along as one more feature: no pass over the scores is spent
+    on it.
 
     Args:
         y: Tensor `(B, H, T, k)`, float32 or float64, near the origin: far from it the expansion of
             the square loses digits.
         valid: Boolean `(B, T)` or `None`.
     """
-    key_bias = -ops.sum(ops.square(y), axis=-1, keepdims=True)
-    if valid is not None:
-        key_bias = ops.where(valid[:, None, :, None], key_bias, HIDDEN)
-    return ops.concatenate([y, key_bias], axis=-1)
+    return ops.concatenate([y, ops.expand_dims(_key_bias(_squares(y), valid), -1)], axis=-1)
+
+
+def _scores(rows, y, valid):
+    """Scores `(B, H, R, T)` of the queries `rows` over keys `y`: softmax ignores terms in `i`."""
+    if not _adding_is_cheaper(rows, y):
+        return ops.matmul(score_queries(rows), ops.swapaxes(score_keys(y, valid), -1, -2))
+    products = ops.matmul(2.0 * rows, ops.swapaxes(y, -1, -2))
+    # Where queries are the keys, their squares stand in the products already.
+    squares = 0.5 * ops.diagonal(products, axis1=-2, axis2=-1) if rows is y else _squares(y)
+    return products + ops.expand_dims(_key_bias(squares, valid), -2)
+
+
+def _adding_is_cheaper(rows, y):
+    """Whether a pass over the scores costs less than copies of queries and keys with a feature."""
+    queries, keys, key_dim = rows.shape[2], y.shape[2], y.shape[3]
+    if queries is None or keys is None:
+        return False
+    return queries * keys <= 2 * (queries + keys) * key_dim
+
+
+def _squares(y):
+    return ops.sum(ops.square(y), axis=-1)
+
+
+def _key_bias(squares, valid):
+    """What depends on the key alone, `(B, H, T)`: `-|y_j|^2`, or the hiding of a padded one."""
+    if valid is None:
+        return -squares
+    return ops.where(ops.expand_dims(valid, 1), -squares, HIDDEN)
 
 
 def attention_weights(y, mask):
     """The full matrix `softmax_j(-|y_i - y_j|^2)`, `(B, H, T, T)`."""
-    positions = ops.arange(ops.shape(y)[2], dtype="int32")
-    visible = mask.visible(positions, positions, mask.attention_mask)
-    return _softmax_of_products(score_queries(y), score_keys(y, mask.valid), visible)
+    visible = None
+    if not mask.all_see_all:
+        positions = ops.arange(ops.shape(y)[2], dtype="int32")
+        visible = mask.visible(positions, positions, mask.attention_mask)
+    return _softmax(_scores(y, y, mask.valid), visible)
 
 
 def mixed(y, mask):
@@ -111,11 +139,10 @@ def causal_weights(y, rows, first, mask):
     """Weights `(B, H, R, T)` of the queries `rows`, at positions from `first` on, over keys `y`."""
     positions = first + ops.arange(rows.shape[2], dtype="int32")
     visible = mask.visible(positions, ops.arange(y.shape[2], dtype="int32"), None)
-    return _softmax_of_products(score_queries(rows), score_keys(y, None), visible)
+    return _softmax(_scores(rows, y, None), visible)
 
 
-def _softmax_of_products(queries, keys, visible):
-    scores = ops.matmul(queries, ops.swapaxes(keys, -1, -2))
+def _softmax(scores, visible):
     if visible is not None:
         scores = ops.where(visible, scores, HIDDEN)
     if scores.shape[-1] == 1:

@@ -341,25 +341,34 @@ class L2MultiHeadAttention(LipschitzLayer):
 
     def _capped(self, kernels, norms, xp):
         """Kernels under their caps, by head: `(H, D, K)`, `(H, D, V)` and `(H, V, O)`."""
-        if self.spectral_norm is not None:
-            kernels = [
-                kernel
-                * self._cap_factor(
-                    norms(name, self._as_operator(name, kernel, xp)),
-                    self.spectral_norm,
-                    self._norm_shapes()[name],
-                    xp,
-                )
-                for name, kernel in zip(_PROJECTIONS, kernels, strict=True)
-            ]
+        return self._by_head(self._under_caps(kernels, norms, xp), xp)
+
+    def _under_caps(self, kernels, norms, xp):
+        if self.spectral_norm is None:
+            return kernels
+        return [
+            kernel
+            * self._cap_factor(
+                norms(name, self._as_operator(name, kernel, xp)),
+                self.spectral_norm,
+                self._norm_shapes()[name],
+                xp,
+            )
+            for name, kernel in zip(_PROJECTIONS, kernels, strict=True)
+        ]
+
+    def _by_head(self, kernels, xp):
         query, value, output = kernels
         output = xp.reshape(output, (self.num_heads, self.value_dim, -1))
         return xp.transpose(query, (1, 0, 2)), xp.transpose(value, (1, 0, 2)), output
 
     def _fold(self, query, value, output, xp):
         """`B_h = W_Q,h / key_dim**0.25` `(H, D, K)` and `C_h = B_h^T W_V,h W_O,h` `(H, K, O)`."""
-        b = self._rounded(query * self.key_dim**-0.25, xp)
+        b = self._scaled(query, xp)
         return b, xp.matmul(xp.matmul(xp.transpose(b, (0, 2, 1)), value), output)
+
+    def _scaled(self, query, xp):
+        return self._rounded(query * self.key_dim**-0.25, xp)
 
     def _as_operator(self, name, kernel, xp):
         return xp.reshape(kernel, self._norm_shapes()[name])
@@ -540,10 +549,15 @@ class L2MultiHeadAttention(LipschitzLayer):
             self.sliding_window,
         )
         b, c, bias = self._weights(visibility, bool(training))
-        heads, scores = self._attend(tokens, b, mask, training, return_attention_scores)
+        heads, shift, scores = self._attend(tokens, b, mask, training, return_attention_scores)
+        # What is the same for all tokens is one row an example: it passes through C before it is
+        # added.
+        common = [bias] if bias is not None else []
+        if shift is not None:
+            common.append(ops.matmul(shift, c))
         output = ops.matmul(heads, c)
-        if bias is not None:
-            output = output + bias
+        if common:
+            output = output + sum(common)
         if self.lipschitz_bound is not None and tokens.shape[1] is None:
             too_long = ops.greater(ops.shape(tokens)[1], self.max_sequence_length)
             output = ops.where(too_long, ops.cast(np.nan, output.dtype), output)
@@ -582,13 +596,16 @@ class L2MultiHeadAttention(LipschitzLayer):
         else:
             kernels = self._graph_kernels()
             norms = self._norms_for(kernels, training)
-            b, c = self._fold(*self._capped(kernels, norms, ops), ops)
+            kernels = self._under_caps(kernels, norms, ops)
+            b, c = self._fold(*self._by_head(kernels, ops), ops)
             factor = self._layer_factor(b, c, norms, visibility, ops)
             if training and self._tracking is not None:
                 self._track(b, c, factor, norms, visibility)
             if training and norms is not None:
                 norms.commit()
-            b, c = _beside(b, ops), ops.reshape(c * factor, (-1, c.shape[-1]))
+            # The heads side by side, as they are in the kernel: cheaper than turning `b` back.
+            b = self._as_operator("query", self._scaled(kernels[0], ops), ops)
+            c = ops.reshape(c * factor, (-1, c.shape[-1]))
         bias = self.output_bias
         return (
             ops.cast(b, self.compute_dtype),
@@ -608,7 +625,10 @@ class L2MultiHeadAttention(LipschitzLayer):
         self._record(bound * factor)
 
     def _attend(self, tokens, b, mask, training, return_scores):
-        """Mixed projections `(B, T, H*K)`, and the attention weights if asked for."""
+        """Mixed projections `(B, T, H*K)`, what to add to them, the weights if asked for.
+
+        What to add is `(B, 1, H*K)`, or `None` where it was added already.
+        """
         # Distances do not change under a shift, their expansion loses digits far from the origin.
         x = ops.cast(tokens, self._norm_dtype)
         if mask.valid is not None:
@@ -622,21 +642,22 @@ class L2MultiHeadAttention(LipschitzLayer):
             length = tokens.shape[1]
             if length is not None and length >= BLOCKED_FROM:
                 heads = ops.cast(mixed_in_blocks(y, mask), self.compute_dtype)
-                return self._join_heads(heads) + shift, None
+                return self._join_heads(heads), shift, None
             # Only where a step will be taken: a served graph stays one of plain operations.
             if training and self.compute_dtype == self._norm_dtype:
-                return self._join_heads(mixed(y, mask)) + shift, None
+                return self._join_heads(mixed(y, mask)), shift, None
         weights = ops.cast(attention_weights(y, mask), self.compute_dtype)
         if drop:
             kept = keras.random.dropout(weights, self.dropout, seed=self._seed_generator)
             # Rows no longer sum to one: the centre must be weighted like the tokens.
             heads = self._join_heads(ops.matmul(kept, near + self._split_heads(shift)))
+            shift = None
         else:
-            heads = self._join_heads(ops.matmul(weights, near)) + shift
+            heads = self._join_heads(ops.matmul(weights, near))
         if return_scores and mask.valid is not None:
             rows = mask.valid[:, None, :, None]
             weights = ops.where(rows, weights, ops.zeros_like(weights))
-        return heads, weights
+        return heads, shift, weights
 
     def _join_heads(self, heads):
         batch, _, length, _ = ops.shape(heads)
@@ -769,12 +790,6 @@ def _require_self_attention(query, value, key):
             raise ValueError(_CROSS_ATTENTION.format(name=name, got=describe(tensor)))
 
 
-def _beside(b, xp):
-    """`(H, D, K)` as one matrix `(D, H*K)`."""
-    heads, features, key_dim = b.shape
-    return xp.reshape(xp.transpose(b, (1, 0, 2)), (features, heads * key_dim))
-
-
 def _centre(x, mask):
     """A point near the tokens, `(B, 1, D)`: their mean, or the first one where some are hidden.
 
@@ -789,9 +804,8 @@ def _centre(x, mask):
             ops.where(ops.expand_dims(first, -1), x, ops.zeros_like(x)), axis=1, keepdims=True
         )
     if valid is None:
-        count = ops.cast(ops.shape(x)[1], x.dtype)
-    else:
-        count = ops.sum(ops.cast(valid, x.dtype), axis=1)[:, None, None]
+        return ops.mean(x, axis=1, keepdims=True)
+    count = ops.sum(ops.cast(valid, x.dtype), axis=1)[:, None, None]
     return ops.sum(x, axis=1, keepdims=True) / ops.maximum(count, 1.0)
 
 

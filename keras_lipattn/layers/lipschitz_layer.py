@@ -10,7 +10,7 @@ from keras import ops
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
 from keras_lipattn.layers._as_run import as_run
 from keras_lipattn.layers._caps import cap_factor, cap_margin
-from keras_lipattn.layers._exact_cache import ExactCache
+from keras_lipattn.layers._norm_cache import NormCache
 from keras_lipattn.layers._operator_norms import (
     ExactNorms,
     GramNorms,
@@ -44,7 +44,7 @@ class LipschitzLayer(keras.layers.Layer):
     Subclasses give their kernels (`_kernels`), the shapes of the matrices whose operator norms
     their bound needs (`_norm_shapes`), and `_evaluate`, which turns kernels and a source of
     operator norms into effective weights. The base class owns everything around it: running
-    vectors, the exact cache, the penalty, the condensed state.
+    vectors, the cache of norms, the penalty, the condensed state.
 
     Every layer creates its running vectors, `running_bound`, `penalty_coefficient` and
     `penalty_log_target` in `build`, whatever its options, so that one checkpoint layout serves all.
@@ -135,7 +135,7 @@ class LipschitzLayer(keras.layers.Layer):
             shapes = {name: self._norm_shapes()[name] for name in self._capped_norms()}
             self._layout = NormLayout(shapes)
             kernels = [kernel.shape for kernel in self._kernels()]
-            self._cache = ExactCache(kernels, self._layout.size, self._norm_dtype)
+            self._cache = NormCache(kernels, self._layout.size, self._norm_dtype)
 
     def _vector_initializer(self, name, warm):
         def initialize(shape, dtype=None):
@@ -170,8 +170,10 @@ class LipschitzLayer(keras.layers.Layer):
         """Remembers the exact norms of the weights now loaded, so that inference is exact and fast.
 
         Without it inference with caps is sound but scales by upper bounds from Gram iteration,
-        which exceed the norm by about one part in a thousand. Once a weight changes, the memory is
-        not used any more. Does nothing for a layer without caps.
+        which exceed the norm by about one part in a thousand. On TensorFlow the first call after a
+        weight changed computes and remembers those; elsewhere every call computes them. Once a
+        weight changes, what is remembered is not used any more. Does nothing for a layer without
+        caps.
 
         Raises:
             ValueError: If the layer is not built.
@@ -235,9 +237,9 @@ class LipschitzLayer(keras.layers.Layer):
         return cap_factor(norm, cap, xp, margin=cap_margin(self.compute_dtype, shape))
 
     def _inference_norms(self, kernels):
-        """A source of upper bounds: exact if remembered for these weights, Gram otherwise."""
+        """A source of upper bounds, remembered for these weights or from Gram iteration."""
 
-        def gram():
+        def gram(*kernels):
             norms = GramNorms()
             self._request_norms(kernels, norms, self._capped_norms(), ops)
             return self._layout.flatten(norms.norms, ops)

@@ -27,14 +27,17 @@ def power_step(matrix, vector):
         A vector of zeros or NaN, given or reached (by a zero matrix, say), is replaced by a fixed
         one: the next step starts afresh.
     """
+    *batch, rows, columns = matrix.shape
     fixed = ops.stop_gradient(matrix)
-    left = ops.stop_gradient(_unit(ops.matmul(fixed, _or_cold(ops.expand_dims(vector, -1)))))
-    image = ops.matmul(ops.swapaxes(matrix, -1, -2), left)
-    right = ops.stop_gradient(_unit(ops.stop_gradient(image)))
-    sigma = ops.sum(image * right, axis=(-2, -1))
-    floor = _frobenius(fixed) / math.sqrt(min(matrix.shape[-2], matrix.shape[-1]))
+    left, _ = _unit(ops.matmul(fixed, ops.expand_dims(_or_cold(vector), -1)))
+    # As a row: the product with the transposed matrix without turning the matrix.
+    left = ops.reshape(ops.stop_gradient(left), (*batch, 1, rows))
+    right, sigma = _unit(ops.reshape(ops.matmul(left, matrix), (*batch, columns, 1)))
+    sigma = ops.reshape(sigma, tuple(batch))
+    floor = _frobenius(fixed) / math.sqrt(min(rows, columns))
     missing = ops.stop_gradient(ops.maximum(floor - sigma, 0.0))
-    return sigma + missing, ops.squeeze(_or_cold(right), -1)
+    right = ops.reshape(ops.stop_gradient(right), (*batch, columns))
+    return sigma + missing, _or_cold(right)
 
 
 def cold_vector(shape):
@@ -58,19 +61,21 @@ def warm_vector(matrix, *, steps=WARM_UP_STEPS):
     return vector
 
 
-def _or_cold(column):
+def _or_cold(vector):
     # A comparison with NaN is false.
-    usable = ops.sum(ops.square(column), axis=-2, keepdims=True) > 0
-    cold = cold_vector(column.shape[-2:-1])[:, None]
-    return ops.where(usable, column, ops.convert_to_tensor(cold, dtype=column.dtype))
+    usable = ops.sum(ops.square(vector), axis=-1, keepdims=True) > 0
+    cold = cold_vector(vector.shape[-1:])
+    return ops.where(usable, vector, ops.convert_to_tensor(cold, dtype=vector.dtype))
 
 
 def _unit(column):
-    # Scaling by the largest entry first keeps the squares from under- or overflowing; the length
-    # is at least 1 then, or the column is zero and stays so.
-    column = column / _peak(column)
-    length = ops.sqrt(ops.sum(ops.square(column), axis=-2, keepdims=True))
-    return column / ops.maximum(length, 1.0)
+    """A column `(..., n, 1)` at length one, and its length `(..., 1, 1)`; zero stays zero."""
+    # Scaling by the largest entry first keeps the squares from under- or overflowing; the scaled
+    # length is at least 1 then, above the floor, or the column is zero and stays so.
+    peak = ops.stop_gradient(_peak(column))
+    column = column / peak
+    length = ops.sqrt(ops.maximum(ops.sum(ops.square(column), axis=-2, keepdims=True), 0.5))
+    return column / length, length * peak
 
 
 def _frobenius(matrix):
@@ -78,7 +83,8 @@ def _frobenius(matrix):
     *batch, rows, columns = matrix.shape
     flat = ops.reshape(matrix, (*batch, 1, rows * columns))
     # As a product: one pass over the matrix.
-    squares = ops.matmul(flat, ops.swapaxes(flat, -1, -2))[..., 0, 0]
+    squares = ops.matmul(flat, ops.reshape(matrix, (*batch, rows * columns, 1)))
+    squares = ops.reshape(squares, tuple(batch))
     return ops.sqrt(ops.where(squares < np.inf, squares, ops.zeros_like(squares)))
 
 

@@ -28,20 +28,31 @@ def measure():
     calls = {name: forward(layer, x) for name, layer in layers.items()}
     folded = {name: forward(layer, x, fold=True) for name, layer in layers.items()}
     training = alternate(steps, rounds=FLAGS.rounds)
-    # Nothing was remembered yet: norms come from Gram iteration in the graph.
-    fresh = alternate(calls, rounds=FLAGS.rounds)
-    for layer in layers.values():
-        layer.condense()
+    changed = alternate(
+        {name: _after_a_change(layers[name], call) for name, call in calls.items()},
+        rounds=FLAGS.rounds,
+    )
     remembered = alternate(calls, rounds=FLAGS.rounds)
     constant = alternate(folded, rounds=FLAGS.rounds)
     return [
         Row.ratio(f"{SHAPE} training step", training, "both", "none", at_most=1.08),
         Row.ratio("training step, spectral_norm alone", training, "spectral_norm", "none"),
         Row.ratio("training step, lipschitz_bound alone", training, "lipschitz_bound", "none"),
-        Row.ratio("inference after condense()", remembered, "both", "none", at_most=1.5),
-        Row.ratio("inference, weights just changed", fresh, "both", "none"),
+        Row.ratio("inference", remembered, "both", "none", at_most=1.5),
+        Row.ratio("inference, first call after a change of weights", changed, "both", "none"),
         Row.ratio("inference, condensed as in an export", constant, "both", "none", at_most=1.05),
     ]
+
+
+def _after_a_change(layer, call):
+    """`call` with weights that no call has seen: norms are computed, not remembered."""
+    kernel = layer.query_kernel.value
+
+    def changed():
+        kernel.assign(kernel * 1.0001)
+        return call()
+
+    return changed
 
 
 if __name__ == "__main__":
