@@ -122,7 +122,7 @@ def test_derivatives_flow_through_what_is_remembered(x):
 
     fresh, remembered = gradients(), gradients()
     for one, two in zip(fresh, remembered, strict=True):
-        np.testing.assert_allclose(one, two, rtol=1e-12)
+        np.testing.assert_allclose(np.asarray(one), np.asarray(two), rtol=1e-12)
 
 
 def test_replicas_remember_each_for_themselves(x, two_cpus):
