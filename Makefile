@@ -2,7 +2,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench papers soundness clean .venv
+.PHONY: help demo test lint bench papers soundness chaos clean .venv
 
 # The first interpreter that runs and is new enough; a pyenv shim may exist and not run.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
@@ -13,6 +13,7 @@ DEMO_FLAGS ?=
 PAPERS := blow_up tightness invertible
 BENCH_FLAGS ?= --quick
 MINUTES ?= 10
+KILLS ?= 20
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
@@ -41,6 +42,9 @@ papers: .venv/installed  ## redraw docs/papers from its result files, rerun the 
 
 soundness: .venv/installed  ## attack the certificates of random models (MINUTES=10)
 	$(BIN)/python -m tools.soundness --minutes=$(MINUTES)
+
+chaos: .venv/installed  ## kill trainings at random moments and run them again (KILLS=20)
+	$(BIN)/python -m tools.chaos --kills=$(KILLS)
 
 clean:  ## remove everything made here, .venv too
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

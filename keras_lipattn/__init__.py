@@ -1,7 +1,12 @@
 """Self-attention with a proven Lipschitz constant, for Keras 3."""
 
 from keras_lipattn.bounds import LipschitzBound
-from keras_lipattn.callbacks import LipschitzMonitor
+from keras_lipattn.callbacks import (
+    DurableBackup,
+    DurableCheckpoint,
+    DurableCSVLogger,
+    LipschitzMonitor,
+)
 from keras_lipattn.certify import Certificate, certify, register_rule
 from keras_lipattn.convert import Conversion, convert_attention
 from keras_lipattn.estimate import LipschitzEstimate, estimate_lipschitz
@@ -26,6 +31,9 @@ __all__ = [
     "CenterNormalization",
     "Certificate",
     "Conversion",
+    "DurableBackup",
+    "DurableCSVLogger",
+    "DurableCheckpoint",
     "ExportError",
     "Inversion",
     "InversionError",

@@ -6,8 +6,11 @@ from typing import Any
 
 import keras
 
-# Callbacks of Keras which do something at the end of an epoch, but do not read the logs.
+from keras_lipattn.callbacks.durable_backup import DurableBackup
+
+# Callbacks which do something at the end of an epoch, but do not read the logs.
 _INDIFFERENT = (
+    DurableBackup,
     keras.callbacks.BackupAndRestore,
     keras.callbacks.LearningRateScheduler,
     keras.callbacks.SwapEMAWeights,

@@ -1,0 +1,316 @@
+"""Backup, history and checkpoint: whole or not at all, and training goes on bit for bit."""
+
+import errno
+import json
+import os
+import pathlib
+from typing import Any
+
+import h5py
+import keras
+import numpy as np
+import pytest
+from helpers import monitor_models
+from keras.src.callbacks import backup_and_restore
+
+import keras_lipattn as kl
+from keras_lipattn import _whole_file
+from keras_lipattn._whole_file import whole_file
+
+
+def full_disk(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+# Whole files ------------------------------------------------------------------------------------
+
+
+def test_a_block_that_ends_well_replaces_the_file(tmp_path):
+    target = tmp_path / "file.txt"
+    for text in ("one", "two"):
+        with whole_file(target) as path:
+            assert path.suffix == ".txt"
+            path.write_text(text)
+            assert not target.exists() or target.read_text() != text
+        assert target.read_text() == text
+    assert os.listdir(tmp_path) == ["file.txt"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError])
+def test_a_block_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    target = tmp_path / "file"
+    target.write_text("old")
+    with pytest.raises(error), whole_file(target) as path:
+        path.write_text("new")
+        raise error("at the end")
+    assert target.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_an_error_says_that_the_file_is_as_it_was_and_keeps_its_kind(tmp_path):
+    with pytest.raises(PermissionError, match=r"as it was\. Received: .*denied"):
+        with whole_file(tmp_path / "file"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def test_links_stay_links(tmp_path):
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to("real")
+    with whole_file(tmp_path / "link") as path:
+        path.write_text("new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_text() == "new"
+
+
+def test_devices_are_written_to_and_never_replaced():
+    with whole_file("/dev/null") as path:
+        path.write_text("gone")
+    assert pathlib.Path("/dev/null").is_char_device()
+    with pytest.raises(OSError, match="No space left"), whole_file("/dev/full") as path:
+        path.write_text("too much")
+    assert pathlib.Path("/dev/full").is_char_device()
+
+
+def test_remote_paths_are_refused():
+    with pytest.raises(ValueError, match=r"local.*Received: path='gs://"):
+        whole_file("gs://bucket/file").__enter__()
+
+
+# Backup -----------------------------------------------------------------------------------------
+
+
+class Stop(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        if epoch == 1:
+            raise RuntimeError("stopped")
+
+
+def model_with_dropout(policy="float32", *, run_eagerly=True) -> Any:
+    # Eager where nothing depends on it: steps are few, and tracing takes most of the time.
+    keras.utils.set_random_seed(3)
+    keras.config.set_dtype_policy(policy)
+    try:
+        inputs = keras.Input((monitor_models.TOKENS, monitor_models.FEATURES))
+        x = monitor_models.dense(spectral_norm=1.0)(inputs)
+        x = keras.layers.Dropout(0.3)(keras.layers.GlobalAveragePooling1D()(x))
+        model: Any = keras.Model(inputs, monitor_models.dense(3, name="head")(x))
+        model.compile(
+            keras.optimizers.Adam(0.01),
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            run_eagerly=run_eagerly,
+            jit_compile=False,
+        )
+    finally:
+        keras.config.set_dtype_policy("float32")
+    return model
+
+
+def fit(model, folder, *callbacks, epochs=4):
+    return monitor_models.fit(
+        model,
+        kl.LipschitzMonitor(
+            penalty=lambda epoch, coefficient: 1.5 * coefficient + 0.1, target=0.2, running_every=1
+        ),
+        kl.DurableCSVLogger(folder / "history.csv"),
+        kl.DurableBackup(folder / "backup"),
+        *callbacks,
+        epochs=epochs,
+    )
+
+
+def everything(model):
+    return [(v.path, np.array(v)) for v in (*model.variables, *model.optimizer.variables)]
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+def test_training_goes_on_as_if_it_had_not_stopped(tmp_path, policy):
+    def build():
+        return model_with_dropout(policy, run_eagerly=False)
+
+    whole = build()
+    fit(whole, tmp_path / "whole")
+    folder = tmp_path / "stopped"
+    with pytest.raises(RuntimeError, match="stopped"):
+        fit(build(), folder, Stop())
+    resumed = build()
+    history = fit(resumed, folder)
+    assert len(history["loss"]) == 2
+    before, after = everything(whole), everything(resumed)
+    for (path, value), (_, restored) in zip(before, after, strict=True):
+        np.testing.assert_array_equal(restored, value, err_msg=path)
+    assert {"seed_generator_state", "penalty_coefficient", "kernel_vector"} <= {
+        path.split("/")[-1] for path, _ in before
+    }
+    assert (folder / "history.csv").read_text() == (tmp_path / "whole/history.csv").read_text()
+
+
+def test_a_finished_training_trains_no_more_and_has_its_weights(tmp_path):
+    model = model_with_dropout()
+    fit(model, tmp_path, epochs=2)
+    again = model_with_dropout()
+    assert fit(again, tmp_path, epochs=2) == {}
+    np.testing.assert_array_equal(monitor_models.weights(again), monitor_models.weights(model))
+
+
+def test_the_folder_can_be_removed_at_the_end(tmp_path):
+    backup = kl.DurableBackup(tmp_path / "backup", delete_checkpoint=True)
+    monitor_models.fit(model_with_dropout(), backup, epochs=2)
+    assert not os.listdir(tmp_path)
+
+
+def test_a_later_fit_of_the_model_begins_at_its_beginning(tmp_path):
+    fit(model_with_dropout(), tmp_path, epochs=2)
+    model = model_with_dropout()
+    # An exception, of which no callback hears.
+    with pytest.raises(ZeroDivisionError):
+        fit(model, tmp_path, keras.callbacks.LambdaCallback(lambda *_: 1 / 0), epochs=3)
+    assert len(monitor_models.fit(model, epochs=2)["loss"]) == 2
+    # None to come: no epoch begins.
+    fit(model, tmp_path, epochs=2)
+    assert len(monitor_models.fit(model, epochs=2)["loss"]) == 2
+
+
+def test_only_the_newest_backup_is_kept_and_what_kills_left_is_removed(tmp_path):
+    (tmp_path / "backup").mkdir()
+    (tmp_path / "backup" / ".partial-epoch-00009.weights.h5").write_text("half")
+    fit(model_with_dropout(), tmp_path, epochs=3)
+    assert os.listdir(tmp_path / "backup") == ["epoch-00003.weights.h5"]
+    assert kl.DurableBackup(tmp_path / "backup").completed == 3
+
+
+def test_of_two_backups_the_newest_counts(tmp_path):
+    # A program killed between writing the one and removing the other.
+    with pytest.raises(RuntimeError, match="stopped"):
+        fit(model_with_dropout(), tmp_path, Stop())
+    (tmp_path / "backup" / "epoch-00001.weights.h5").write_text("older")
+    assert len(fit(model_with_dropout(), tmp_path)["loss"]) == 2
+
+
+def test_a_full_disk_keeps_the_old_files_and_training_goes_on(tmp_path, monkeypatch):
+    model = model_with_dropout()
+
+    class Fill(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            if epoch == 0:
+                monkeypatch.setattr(_whole_file.os, "replace", full_disk)
+
+    with pytest.warns(UserWarning, match="training goes on.*No space left") as caught:
+        history = fit(model, tmp_path, Fill(), epochs=3)
+    assert len(history["loss"]) == 3
+    messages = [str(warning.message) for warning in caught]
+    assert (
+        sum("of epoch 2 is not on disk; training goes on" in message for message in messages) == 1
+    )
+    assert sum("no backup of epoch 3; training goes on" in message for message in messages) == 1
+    assert os.listdir(tmp_path / "backup") == ["epoch-00001.weights.h5"]
+    rows = (tmp_path / "history.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["epoch", "0"]
+
+
+def test_a_history_that_could_not_be_written_is_written_with_the_next_epoch(tmp_path, monkeypatch):
+    replace = os.replace
+
+    class Fill(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            monkeypatch.setattr(_whole_file.os, "replace", full_disk if epoch == 1 else replace)
+
+    with pytest.warns(UserWarning, match="training goes on"):
+        fit(model_with_dropout(), tmp_path, Fill(), epochs=3)
+    rows = (tmp_path / "history.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["epoch", "0", "1", "2"]
+    assert os.listdir(tmp_path / "backup") == ["epoch-00003.weights.h5"]
+
+
+def test_a_backup_of_another_model_is_refused(tmp_path):
+    fit(model_with_dropout(), tmp_path, epochs=1)
+    path = tmp_path / "backup" / "epoch-00001.weights.h5"
+    with h5py.File(path, "r+") as file:
+        del file["random_states"]
+    with pytest.raises(ValueError, match=r"differs from the one in the backup.*Received"):
+        fit(model_with_dropout(), tmp_path, epochs=2)
+
+
+def test_a_model_without_weights_is_refused(tmp_path):
+    model = monitor_models.compiled(monitor_models.subclassed())
+    with pytest.raises(ValueError, match=r"build the model.*Received"):
+        monitor_models.fit(model, kl.DurableBackup(tmp_path))
+    with pytest.raises(ValueError, match="must name a folder"):
+        kl.DurableBackup("")
+
+
+def test_keras_own_backup_still_has_windows(tmp_path, monkeypatch):
+    # When this fails, Keras writes its backup in one step, and nobody needs ours.
+    class Broken:
+        @staticmethod
+        def dumps(content):
+            if content["epoch"] == 2:
+                raise KeyboardInterrupt
+            return json.dumps(content)
+
+    monkeypatch.setattr(backup_and_restore, "json", Broken)
+    with pytest.raises(KeyboardInterrupt):
+        model = monitor_models.compiled(monitor_models.sequential())
+        monitor_models.fit(model, keras.callbacks.BackupAndRestore(tmp_path), epochs=3)
+    assert (tmp_path / "training_metadata.json").read_text() == ""
+    assert (tmp_path / "latest.weights.h5").stat().st_size > 0
+
+
+# History ----------------------------------------------------------------------------------------
+
+
+def test_an_epoch_trained_again_replaces_its_row(tmp_path):
+    path = tmp_path / "history.csv"
+    for epochs in (range(4), range(2, 5)):
+        logger = kl.DurableCSVLogger(path)
+        logger.on_train_begin()
+        for epoch in epochs:
+            logger.on_epoch_end(epoch, {"loss": 10.0 * epochs.start + epoch, "size": np.ones(2)})
+    assert path.read_text().splitlines() == [
+        "epoch,loss,size",
+        *(
+            f'{epoch},{loss},"[1.0, 1.0]"'
+            for epoch, loss in enumerate([0.0, 1.0, 22.0, 23.0, 24.0])
+        ),
+    ]
+
+
+def test_a_column_may_come_later(tmp_path):
+    logger = kl.DurableCSVLogger(tmp_path / "history.tsv", separator="\t")
+    logger.on_train_begin()
+    logger.on_epoch_end(0, {"b": 1.0})
+    logger.on_epoch_end(1, {"b": float("inf"), "a": 2})
+    assert (tmp_path / "history.tsv").read_text().splitlines() == [
+        "epoch\ta\tb",
+        "0\tNA\t1.0",
+        "1\t2\tinf",
+    ]
+
+
+@pytest.mark.parametrize(
+    "text", ["loss\n1.0\n", "epoch,loss\n0,1.0\n1\n", "epoch\n0,1\n", "a b\nc"]
+)
+def test_a_file_of_something_else_is_not_touched(tmp_path, text):
+    path = tmp_path / "history.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"must be a table.*Received"):
+        kl.DurableCSVLogger(path).on_train_begin()
+    assert path.read_text() == text
+
+
+# Checkpoint -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["best.keras", "best.weights.h5"])
+def test_a_checkpoint_is_the_old_one_or_the_new_one(tmp_path, monkeypatch, name):
+    model = monitor_models.compiled(monitor_models.sequential())
+    checkpoint = kl.DurableCheckpoint(
+        tmp_path / name, "lipschitz_total", mode="min", save_weights_only=name.endswith(".h5")
+    )
+    monitor_models.fit(model, kl.LipschitzMonitor(), checkpoint)
+    before = (tmp_path / name).read_bytes()
+    model.load_weights(tmp_path / name)
+    monkeypatch.setattr(_whole_file.os, "replace", full_disk)
+    with pytest.raises(OSError, match=r"as it was\. Received: .*No space left"):
+        monitor_models.fit(model, kl.LipschitzMonitor(), checkpoint)
+    assert (tmp_path / name).read_bytes() == before
+    assert os.listdir(tmp_path) == [name]

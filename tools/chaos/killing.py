@@ -1,0 +1,95 @@
+"""Programs that are killed at random moments."""
+
+import dataclasses
+import multiprocessing
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from tools.chaos.phase import read_phase, reset_phase
+
+_POLL_SECONDS = 0.0005
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Aim:
+    """Where a kill is meant to fall.
+
+    Attributes:
+        phase: How the phase begins in which it falls, `""` for any.
+        within: The kill comes at most this many seconds after the phase began.
+        share: How often this aim is taken, in comparison with the others.
+    """
+
+    phase: str
+    within: float
+    share: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ending:
+    """How a program ended.
+
+    Attributes:
+        killed: Whether it was killed.
+        exit_code: Its exit code.
+        phase: What it was doing.
+        seconds: How long it ran.
+    """
+
+    killed: bool
+    exit_code: int | None
+    phase: str
+    seconds: float
+
+
+class Programs:
+    """Starts programs as processes of their own, quickly.
+
+    They are forked from a process which has imported what they need and done nothing else.
+
+    Args:
+        modules: Names of the modules to import.
+    """
+
+    def __init__(self, *modules: str) -> None:
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(list(modules))
+
+    def run(self, folder: pathlib.Path, program: Callable, *arguments: Any) -> Ending:
+        """Runs `program(folder, *arguments)` to its end."""
+        return self._run(folder, program, arguments, None, 0.0)
+
+    def kill(
+        self,
+        folder: pathlib.Path,
+        program: Callable,
+        *arguments: Any,
+        aim: Aim,
+        random: np.random.Generator,
+    ) -> Ending:
+        """Runs it, and kills it by SIGKILL at a random moment, if it does not end before."""
+        return self._run(folder, program, arguments, aim.phase, aim.within * random.random())
+
+    def _run(self, folder, program, arguments, phase, delay) -> Ending:
+        reset_phase(folder)
+        process = self._context.Process(target=program, args=(folder, *arguments))
+        start = time.monotonic()
+        process.start()
+        killed = False
+        if phase is not None:
+            while process.is_alive() and not read_phase(folder).startswith(phase):
+                time.sleep(_POLL_SECONDS)
+            process.join(delay)
+            killed = process.is_alive()
+            process.kill()
+        process.join()
+        seconds = time.monotonic() - start
+        # It may have ended by itself in the last moment.
+        killed = killed and process.exitcode == -9
+        return Ending(
+            killed=killed, exit_code=process.exitcode, phase=read_phase(folder), seconds=seconds
+        )
