@@ -78,6 +78,11 @@ class LipschitzMonitor(keras.callbacks.Callback):
         epochs: The epochs of these entries, from 0.
         running_history: With `running_every`, dictionary from `"epoch"`, `"batch"` and
             `running_<layer>` to lists, one entry every `k` batches.
+        infinite: Dictionary from paths of layers without a finite bound to since when and why, in
+            the order in which they lost it; those which lost it at once, in that of the model. A
+            warning says the same. Weights are looked at once an epoch, where one step with a NaN
+            has spread it to all layers: with `running_every=1` the layer is found in whose bound
+            a step overflowed first.
 
     Raises:
         ValueError: If an argument is out of range. From `fit`: if the model has no layer of ours,
@@ -135,7 +140,7 @@ class LipschitzMonitor(keras.callbacks.Callback):
         self._step: TrackedStep | None = None
         self._epoch = 0
         self._batches = 0
-        self._infinite: set[str] = set()
+        self.infinite: dict[str, str] = {}
 
     @property
     def _trained(self) -> keras.Model:
@@ -313,11 +318,11 @@ class LipschitzMonitor(keras.callbacks.Callback):
         lost = [
             (entry.path, reason)
             for entry, value, reason in bounds
-            if math.isinf(value) and entry.path not in self._infinite
+            if math.isinf(value) and entry.path not in self.infinite
         ]
         if not lost:
             return
-        self._infinite.update(path for path, _ in lost)
+        self.infinite |= {path: f"from {when} on: {reason}" for path, reason in lost}
         (first, reason), *others = lost
         also = f"; likewise {', '.join(path for path, _ in others)}" if others else ""
         warnings.warn(
@@ -327,9 +332,12 @@ class LipschitzMonitor(keras.callbacks.Callback):
 
     def _warn_of_infinite_total(self, certificate: Certificate, when: str) -> None:
         # Where a layer of ours is the cause, it was named.
-        if certificate.is_finite or self._infinite:
+        if certificate.is_finite or self.infinite:
             return
-        self._infinite.add("")
+        reasons = {row.path: row.reason for row in certificate.rows if not row.is_finite}
+        # Finite constants may multiply to more than there are floats.
+        reasons = reasons or {certificate.model: "; ".join(certificate.reasons)}
+        self.infinite = {path: f"from {when} on: {reason}" for path, reason in reasons.items()}
         warnings.warn(
             f"The model has no finite certified Lipschitz bound from {when} on: "
             f"{'; '.join(certificate.reasons)}",

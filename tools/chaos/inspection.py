@@ -41,7 +41,8 @@ def epochs_backed_up(folder: pathlib.Path) -> int:
 def wrong_rows(folder: pathlib.Path, epochs: int) -> list[str]:
     """What is wrong with a history that must hold `epochs` epochs, or one more."""
     path = folder / "history.csv"
-    rows = list(csv.reader(path.open(newline=""))) if path.exists() else []
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = list(csv.reader(lines))
     problems = []
     if len({len(row) for row in rows}) > 1:
         problems.append("history.csv has a half-written row")
