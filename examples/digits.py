@@ -105,12 +105,13 @@ def main(argv: list[str]) -> None:
     keras.utils.set_random_seed(_SEED.value)
     model = patch_transformer(data.train[0].shape[1:], _CLASSES, recipe.architecture)
     monitor = _train(model, data, recipe, out_dir)
-    monitor.plot(out_dir / "bounds.png")
     requests = data.test[0][:_REQUESTS]
     certificate = keras_lipattn.export_saved_model(
         model, out_dir / "saved_model", example_batch=requests, overwrite=True
     )
     (out_dir / "certificate.json").write_text(certificate.to_json())
+    # After what matters: a plot that cannot be written is an error.
+    monitor.plot(out_dir / "bounds.png")
     _report(model, certificate, data, recipe)
     np.savez(
         out_dir / "requests.npz",

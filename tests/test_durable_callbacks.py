@@ -6,7 +6,6 @@ import os
 import pathlib
 from typing import Any
 
-import h5py
 import keras
 import numpy as np
 import pytest
@@ -172,9 +171,9 @@ def test_a_later_fit_of_the_model_begins_at_its_beginning(tmp_path):
 
 def test_only_the_newest_backup_is_kept_and_what_kills_left_is_removed(tmp_path):
     (tmp_path / "backup").mkdir()
-    (tmp_path / "backup" / ".partial-epoch-00009.weights.h5").write_text("half")
+    (tmp_path / "backup" / ".partial-epoch-00009.npz").write_text("half")
     fit(model_with_dropout(), tmp_path, epochs=3)
-    assert os.listdir(tmp_path / "backup") == ["epoch-00003.weights.h5"]
+    assert os.listdir(tmp_path / "backup") == ["epoch-00003.npz"]
     assert kl.DurableBackup(tmp_path / "backup").completed == 3
 
 
@@ -182,7 +181,7 @@ def test_of_two_backups_the_newest_counts(tmp_path):
     # A program killed between writing the one and removing the other.
     with pytest.raises(RuntimeError, match="stopped"):
         fit(model_with_dropout(), tmp_path, Stop())
-    (tmp_path / "backup" / "epoch-00001.weights.h5").write_text("older")
+    (tmp_path / "backup" / "epoch-00001.npz").write_text("older")
     assert len(fit(model_with_dropout(), tmp_path)["loss"]) == 2
 
 
@@ -202,7 +201,7 @@ def test_a_full_disk_keeps_the_old_files_and_training_goes_on(tmp_path, monkeypa
         sum("of epoch 2 is not on disk; training goes on" in message for message in messages) == 1
     )
     assert sum("no backup of epoch 3; training goes on" in message for message in messages) == 1
-    assert os.listdir(tmp_path / "backup") == ["epoch-00001.weights.h5"]
+    assert os.listdir(tmp_path / "backup") == ["epoch-00001.npz"]
     rows = (tmp_path / "history.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows] == ["epoch", "0"]
 
@@ -218,16 +217,30 @@ def test_a_history_that_could_not_be_written_is_written_with_the_next_epoch(tmp_
         fit(model_with_dropout(), tmp_path, Fill(), epochs=3)
     rows = (tmp_path / "history.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows] == ["epoch", "0", "1", "2"]
-    assert os.listdir(tmp_path / "backup") == ["epoch-00003.weights.h5"]
+    assert os.listdir(tmp_path / "backup") == ["epoch-00003.npz"]
 
 
 def test_a_backup_of_another_model_is_refused(tmp_path):
     fit(model_with_dropout(), tmp_path, epochs=1)
-    path = tmp_path / "backup" / "epoch-00001.weights.h5"
-    with h5py.File(path, "r+") as file:
-        del file["random_states"]
+    before = (tmp_path / "backup" / "epoch-00001.npz").read_bytes()
+    other = monitor_models.compiled(monitor_models.sequential())
     with pytest.raises(ValueError, match=r"differs from the one in the backup.*Received"):
-        fit(model_with_dropout(), tmp_path, epochs=2)
+        fit(other, tmp_path, epochs=2)
+    assert (tmp_path / "backup" / "epoch-00001.npz").read_bytes() == before
+
+
+def test_a_model_of_bfloat16_weights_is_restored(tmp_path):
+    def build():
+        model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, dtype="bfloat16")])
+        return monitor_models.compiled(model, loss="mse", run_eagerly=True)
+
+    x, y = np.ones((4, 3)), np.ones((4, 2))
+    model = build()
+    model.fit(x, y, epochs=1, verbose=0, callbacks=[kl.DurableBackup(tmp_path)])
+    again = build()
+    again.fit(x, y, epochs=1, verbose=0, callbacks=[kl.DurableBackup(tmp_path)])
+    for one, other in zip(model.variables, again.variables, strict=True):
+        np.testing.assert_array_equal(np.float32(one.numpy()), np.float32(other.numpy()))
 
 
 def test_a_model_without_weights_is_refused(tmp_path):

@@ -4,10 +4,8 @@ import types
 
 import numpy as np
 import pytest
-from absl.testing import flagsaver
 
-from tools.chaos import __main__ as program
-from tools.chaos import inspection
+from tools.chaos import attack, inspection
 from tools.chaos.phase import Phase
 from tools.chaos.trainings import Kill, Trainings
 
@@ -61,7 +59,7 @@ def test_what_is_broken_lost_or_different_is_found(killed, tmp_path):
 
 
 @pytest.mark.parametrize("problem", [None, "a kill", "the end"])
-def test_the_program_fails_when_anything_was_found(monkeypatch, capsys, problem):
+def test_the_program_fails_when_anything_was_found(monkeypatch, capsys, tmp_path, problem):
     ending = types.SimpleNamespace(seconds=1.5, phase="writing backup of epoch 2")
     found = ["model.keras is broken"]
     kill = Kill(ending=ending, backed_up=1, problems=found if problem == "a kill" else [])  # pyright: ignore
@@ -76,9 +74,9 @@ def test_the_program_fails_when_anything_was_found(monkeypatch, capsys, problem)
         def train_interrupted(self, kills):
             return [kill] * min(kills, 2), found if problem == "the end" else []
 
-    monkeypatch.setattr(program, "Trainings", Planted)
-    with flagsaver.as_parsed(kills="3", seed="7", minutes="1", whose="durable", epochs_each="3"):
-        assert program.main(["chaos"]) == (0 if problem is None else 1)
+    monkeypatch.setattr(attack, "Trainings", Planted)
+    code = attack.attack(tmp_path, kills=3, seed=7, minutes=1.0, epochs=3, whose="durable")
+    assert code == (0 if problem is None else 1)
     printed = capsys.readouterr().out
     assert "seed 7: 3 kills, 2 trainings" in printed
     assert printed.count("writing backup of epoch 2") == 3

@@ -112,6 +112,7 @@ def main(argv: list[str]) -> int:
         model = load_model(pathlib.Path(argv[1]))
         # After the arguments have been looked at: loading TensorFlow takes seconds.
         from keras_lipattn import certify
+        from keras_lipattn._whole_file import whole_file
 
         certificate = certify(
             model,
@@ -123,7 +124,8 @@ def main(argv: list[str]) -> int:
         )
         print(certificate)
         if _JSON.value is not None:
-            pathlib.Path(_JSON.value).write_text(certificate.to_json() + "\n")
+            with whole_file(_JSON.value) as path:
+                path.write_text(certificate.to_json() + "\n")
         if _PLOT.value is not None:
             certificate.plot(_PLOT.value)
     except (ImportError, OSError, ValueError) as error:

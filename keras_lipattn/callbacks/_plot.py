@@ -4,6 +4,8 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 
+from keras_lipattn._whole_file import whole_file
+
 Bounds = Sequence[float]
 
 # More layers than this are told apart by depth, not one by one.
@@ -66,7 +68,8 @@ def plot_bounds(
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize="small")
-    figure.savefig(path)
+    with whole_file(path) as file:
+        figure.savefig(file)
 
 
 class _Drawing:

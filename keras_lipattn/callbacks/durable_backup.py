@@ -7,14 +7,13 @@ import shutil
 import warnings
 from typing import Any
 
-import h5py
 import keras
+import numpy as np
 from keras import ops
 
 from keras_lipattn._whole_file import remove_partial, whole_file
 
-_NAME = re.compile(r"epoch-(\d+)\.weights\.h5")
-_SEEDS = "random_states"
+_NAME = re.compile(r"epoch-(\d+)\.npz")
 
 
 class DurableBackup(keras.callbacks.Callback):
@@ -89,7 +88,7 @@ class DurableBackup(keras.callbacks.Callback):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             remove_partial(folder)
-            newest = folder / f"epoch-{epoch + 1:05d}.weights.h5"
+            newest = folder / f"epoch-{epoch + 1:05d}.npz"
             with whole_file(newest) as path:
                 self._save(self.model, path)
             for old in self._backups().values():
@@ -117,35 +116,36 @@ class DurableBackup(keras.callbacks.Callback):
         return {int(match[1]): path for path, match in matches.items() if match}
 
     def _save(self, model: Any, path: pathlib.Path) -> None:
-        try:
-            model.save_weights(path)
-            with h5py.File(path, "r+") as file:
-                for index, state in enumerate(_random_states(model)):
-                    file[f"{_SEEDS}/{index}"] = ops.convert_to_numpy(state)
-        except RuntimeError as error:
-            # How HDF5 tells of some failures to write.
-            raise OSError(str(error)) from error
+        # Not as `.weights.h5`: HDF5 dies of a segmentation fault when the disk is full.
+        arrays = {name: ops.convert_to_numpy(value) for name, value in _state(model).items()}
+        with open(path, "wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
 
     def _restore(self, model: Any, path: pathlib.Path) -> None:
-        if model.optimizer is not None and not model.optimizer.built:
+        state = _state(model)
+        with np.load(path) as saved:
+            if saved.files != list(state):
+                differing = sorted(set(saved.files).symmetric_difference(state))
+                raise ValueError(
+                    "The model differs from the one in the backup, or was compiled differently: "
+                    f"only one of them has {differing[:3]}. Received: {path}"
+                )
+            for name, variable in state.items():
+                # NumPy forgets the type of bfloat16.
+                variable.assign(saved[name].view(ops.convert_to_numpy(variable).dtype))
+
+
+def _state(model: Any) -> dict[str, Any]:
+    """All variables that training changes, under names which are the same in every run."""
+    variables = list(model.variables)
+    if model.optimizer is not None:
+        if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
-        model.load_weights(path)
-        states = _random_states(model)
-        with h5py.File(path, "r") as file:
-            saved = [file[f"{_SEEDS}/{index}"][()] for index in range(len(file.get(_SEEDS, ())))]
-        if len(saved) != len(states):
-            raise ValueError(
-                "The model differs from the one in the backup: it draws random numbers in "
-                f"{len(states)} places. Received: {path} with {len(saved)}"
-            )
-        for state, value in zip(states, saved, strict=True):
-            state.assign(value)
-
-
-def _random_states(model: Any) -> list[Any]:
-    """The variables of a model which Keras does not save."""
-    saved = {id(weight) for weight in model.weights}
-    return [variable for variable in model.variables if id(variable) not in saved]
+        variables += model.optimizer.variables
+    return {
+        f"{index:05d} {variable.name} {'x'.join(map(str, variable.shape))}": variable
+        for index, variable in enumerate(variables)
+    }
 
 
 def _entries(folder: str | os.PathLike) -> list[pathlib.Path]:

@@ -1,5 +1,6 @@
 """A callback that saves models, each as a whole or not at all."""
 
+import io
 from typing import Any
 
 import keras
@@ -48,5 +49,19 @@ class _SavedWhole:
             self._model.save(path, **options)
 
     def save_weights(self, filepath: str, **options: Any) -> None:
+        content = _Named(filepath)
+        self._model.save_weights(content, **options)
         with whole_file(filepath) as path:
-            self._model.save_weights(path, **options)
+            path.write_bytes(content.getvalue())
+
+
+class _Named(io.BytesIO):
+    """A file in memory: HDF5 dies of a segmentation fault when it writes to a full disk."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+
+    def __str__(self) -> str:
+        # Keras looks for the ending.
+        return self._name

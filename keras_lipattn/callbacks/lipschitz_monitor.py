@@ -358,6 +358,8 @@ class LipschitzMonitor(keras.callbacks.Callback):
         Raises:
             ValueError: If no epoch was watched yet.
             ImportError: If matplotlib is not installed.
+            OSError: If the image cannot be written; an old one stays, and nothing is lost: the
+                bounds are in `history`, to be drawn elsewhere.
         """
         if not self.epochs:
             raise ValueError(

@@ -210,6 +210,7 @@ class Certificate:
 
         Raises:
             ImportError: if matplotlib is not installed.
+            OSError: if the picture cannot be written; an old one stays.
         """
         from keras_lipattn.certify.report import plot
 

@@ -4,6 +4,7 @@ import math
 import os
 from typing import TYPE_CHECKING
 
+from keras_lipattn._whole_file import whole_file
 from keras_lipattn.bounds.lipschitz_bound import NORMS
 
 if TYPE_CHECKING:
@@ -87,7 +88,8 @@ def plot(certificate: "Certificate", path: str | os.PathLike) -> None:
         f"{certificate.model}: Lipschitz constant {number(certificate.total)} "
         f"({NORMS[certificate.norm]})"
     )
-    figure.savefig(os.fspath(path))
+    with whole_file(path) as file:
+        figure.savefig(file)
 
 
 def number(value: float) -> str:

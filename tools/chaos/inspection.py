@@ -34,7 +34,7 @@ def epochs_backed_up(folder: pathlib.Path) -> int:
     if metadata.exists():
         text = metadata.read_text()
         return json.loads(text)["epoch"] if text else 0
-    numbers = [int(path.name[6:11]) for path in (folder / "backup").glob("epoch-*.weights.h5")]
+    numbers = [int(path.name[6:11]) for path in (folder / "backup").glob("epoch-*.npz")]
     return max(numbers, default=0)
 
 

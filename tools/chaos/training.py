@@ -1,9 +1,7 @@
-"""A program that trains on handwritten digits and may be killed and run again at any moment.
+"""A training on handwritten digits which may be killed and run again at any moment.
 
-    python -m tools.chaos.training --folder=run [--epochs=8] [--callbacks=durable|keras]
-
-Run again in the same folder it goes on where it was. It tells `journal` which epochs it begins, and
-`phase` what it is doing. At the end `final.npz` has every variable of model and optimizer.
+Run again in the same folder it goes on where it was. It tells which epochs it begins, and what it
+is doing. At the end `final.npz` has every variable of model and optimizer.
 """
 
 import os
@@ -12,18 +10,11 @@ from typing import Any
 
 import keras
 import numpy as np
-from absl import app, flags
 from sklearn import datasets
 
 import keras_lipattn as kl
 from keras_lipattn._whole_file import whole_file
 from tools.chaos.phase import Phase
-
-_FOLDER = flags.DEFINE_string("folder", None, "Folder of everything this training writes.")
-_EPOCHS = flags.DEFINE_integer("epochs", 8, "Number of epochs.", lower_bound=1)
-_CALLBACKS = flags.DEFINE_enum(
-    "callbacks", "durable", ["durable", "keras"], "Whose callbacks write backup, history and model."
-)
 
 _BATCH = 64
 _IMAGES = 1024
@@ -72,7 +63,13 @@ def everything(model: Any) -> dict[str, np.ndarray]:
 
 
 def run(folder: pathlib.Path, epochs: int, whose: str) -> None:
-    """Trains, from the last backup on if there is one."""
+    """Trains, from the last backup on if there is one.
+
+    Args:
+        folder: Folder of everything that is written.
+        epochs: Number of epochs.
+        whose: `"durable"` for our callbacks, `"keras"` for those of Keras.
+    """
     phase = Phase(folder)
     phase.tell("building")
     keras.utils.set_random_seed(0)
@@ -147,13 +144,3 @@ def _writers(folder: pathlib.Path, whose: str) -> tuple[Any, Any, Any]:
         keras.callbacks.ModelCheckpoint(best),
         keras.callbacks.BackupAndRestore(backup, delete_checkpoint=False),
     )
-
-
-def main(argv):
-    if len(argv) > 1 or not _FOLDER.value:
-        raise app.UsageError(f"Expected --folder and flags only. Received: {argv[1:]}")
-    run(pathlib.Path(_FOLDER.value), _EPOCHS.value, _CALLBACKS.value)
-
-
-if __name__ == "__main__":
-    app.run(main)
