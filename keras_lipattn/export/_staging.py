@@ -17,6 +17,7 @@ except ImportError:  # Windows: what a killed export left behind is not cleaned 
 
 # TensorFlow Serving looks only at folders whose names are numbers.
 _PREFIX = ".export-"
+_OLD = "old"
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
@@ -27,7 +28,8 @@ def staged(target: pathlib.Path, *, overwrite: bool) -> Iterator[pathlib.Path]:
 
     It lies beside `target`, so that the last step is a rename: whoever reads `target` sees all of
     the old one or all of the new one, also when this process is killed. What killed processes left
-    behind is removed by the next one.
+    behind is removed by the next one. Where the system cannot swap two folders in one step, a kill
+    between two renames leaves the old one hidden, and the next process puts it back.
 
     Args:
         target: Absolute path of the folder to publish; its parents are created.
@@ -60,7 +62,9 @@ def _publish(folder, target, shelter, overwrite):
         # Fails when another export has filled the target since it was checked.
         os.rename(folder, target)
     elif not _exchange(folder, target):
-        old = shelter / "old"
+        # Under its own name, by which it is put back after a kill in between.
+        old = shelter / _OLD / target.name
+        old.parent.mkdir()
         os.rename(target, old)
         try:
             os.rename(folder, target)
@@ -118,6 +122,9 @@ def _remove_abandoned(parent: pathlib.Path) -> None:
     for shelter in parent.glob(_PREFIX + "*"):
         with contextlib.suppress(OSError), _lock(shelter, wait=False) as locked:
             if locked:
+                for old in shelter.glob(f"{_OLD}/*"):
+                    if not os.path.lexists(parent / old.name):
+                        os.rename(old, parent / old.name)
                 shutil.rmtree(shelter, ignore_errors=True)
 
 
