@@ -261,8 +261,11 @@ class LipschitzLayer(keras.layers.Layer):
         if self._tracking.penalise and penalise:
             # log(0) would make the gradient of a layer which is switched off a NaN.
             log_bound = ops.log(ops.maximum(bound, 1e-30))
-            excess = ops.relu(log_bound - ops.convert_to_tensor(self.penalty_log_target))
-            self.add_loss(ops.convert_to_tensor(self.penalty_coefficient) * excess)
+            target = ops.cast(self.penalty_log_target, log_bound.dtype)
+            coefficient = ops.cast(self.penalty_coefficient, log_bound.dtype)
+            penalty = coefficient * ops.relu(log_bound - target)
+            # The dtype of compiled losses, whatever the policy: TensorFlow adds no others to them.
+            self.add_loss(ops.cast(penalty, keras.config.floatx()))
 
 
 def _runs_eagerly():
