@@ -432,7 +432,7 @@ def test_certificate_knows_its_length():
 
 
 def test_what_cannot_be_bounded_is_infinite_with_a_reason():
-    layer, x, _ = BY_NAME["three depths"].build("float32")
+    layer, _, _ = BY_NAME["three depths"].build("float32")
     layer.branch[1].query_kernel.assign(np.full(layer.branch[1].query_kernel.shape, np.nan))
     for bound in (layer.lipschitz(), layer.reverse_lipschitz(), layer.flow_lipschitz()):
         assert math.isinf(bound.value)
