@@ -72,7 +72,9 @@ def reference(branch, x, time, decay=0.0):
         state = flat.reshape(x.shape)
         place = np.clip(t / time, 0.0, 1.0) * (len(branches) - 1)
         weights = np.maximum(0.0, 1.0 - np.abs(place - np.arange(len(branches))))
-        return (np.tensordot(weights, images(tf.constant(state)).numpy(), 1) - decay * state).ravel()
+        return (
+            np.tensordot(weights, images(tf.constant(state)).numpy(), 1) - decay * state
+        ).ravel()
 
     flat = x.ravel()
     # Weights have kinks where a branch stands: each part by itself.

@@ -68,9 +68,18 @@ def l2_multi_head_attention(layer, call):
     if refusal is not None:
         return refusal
     tokens = attention_length(layer.attention_axes, call.state)
-    bound = layer.lipschitz(sequence_length=tokens, norm=call.norm, mask=mask)
+    weights = call.kwargs.get("token_weights")
+    if isinstance(weights, TensorState) or (weights is not None and len(call.state.shape) > 2):
+        return Step(
+            constant=math.inf,
+            reason="the weights of its tokens are not written down where it is called; only for "
+            "given weights, of one sequence an example, is there a constant",
+        )
+    if weights is not None:
+        weights = call.constant(weights)
+    bound = layer.lipschitz(tokens, call.norm, mask, weights)
     reason = bound.reason
-    if math.isinf(bound.value) and tokens is None:
+    if math.isinf(bound.value) and tokens is None and weights is None:
         reason += "; `certify` takes a `sequence_length`"
     return Step(
         constant=bound.value,
