@@ -193,14 +193,14 @@ def draw(results, folder):
             )
     for name, line in lines.items():
         left.plot([], [], color="0.3", linestyle=line, label=name)
-    left.set(xlabel="depth $k$ (steps)", ylabel="relative error", ylim=(1e-16, 3.0))
+    left.set(xlabel="depth $k$ (steps)", ylabel="relative error", ylim=(1e-21, 3.0))
     left.set_title("Distance to the flow")
     left.legend(frameon=False, fontsize=8)
     rows = results["parting"]
     times = [row["time"] for row in rows]
     for key, label, style in (
         ("flow", "certified, Gronwall", "k--"),
-        ("steps", "certified, steps that run", "k:"),
+        ("steps", "certified, steps that run", "k+"),
         ("critical", "largest at the critical input", "o-"),
         ("pair", "two inputs, 1e-6 apart", "x"),
         ("cloud", "largest at random tokens", "s-"),
