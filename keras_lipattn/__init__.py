@@ -13,6 +13,7 @@ from keras_lipattn.estimate import LipschitzEstimate, estimate_lipschitz
 from keras_lipattn.export import ExportError, export_saved_model
 from keras_lipattn.layers import (
     CenterNormalization,
+    ContinuousDepth,
     Inversion,
     InversionError,
     InvertibleResidual,
@@ -30,6 +31,7 @@ from keras_lipattn.version import __version__
 __all__ = [
     "CenterNormalization",
     "Certificate",
+    "ContinuousDepth",
     "Conversion",
     "DurableBackup",
     "DurableCSVLogger",

@@ -8,8 +8,10 @@ import pathlib
 import shutil
 
 import blow_up
+import continuous_depth
 import density
 import invertible
+import measures
 import numpy as np
 import pytest
 import report
@@ -23,6 +25,8 @@ PROGRAMS = {
     "tightness": tightness,
     "invertible": invertible,
     "density": density,
+    "continuous_depth": continuous_depth,
+    "measures": measures,
 }
 
 
@@ -192,3 +196,81 @@ def test_density_of_series_counts_their_steps_only(monkeypatch):
     other = np.where(mask[..., None], series, 5.0).astype("float32")
     again = np.asarray(flow.log_density(tf.constant(other), tf.constant(mask), method="exact"))
     np.testing.assert_allclose(again, whole, rtol=1e-5)
+
+
+def test_kept_residual_networks_converge_to_the_flow_under_its_certificate():
+    results = kept("continuous_depth")
+    orders = {"euler": 1, "midpoint": 2, "rk4": 4}
+    for row in results["convergence"]:
+        for method, curve in row["methods"].items():
+            assert curve["order"] == pytest.approx(orders[method], abs=0.1)
+            assert row["certified"][method] <= row["certified"]["flow"]
+    for row in results["parting"]:
+        assert max(row["pair"], row["critical"], row["cloud"]) <= row["steps"] <= row["flow"]
+
+
+def test_reference_flow_is_that_of_a_linear_equation():
+    x = np.random.default_rng(0).normal(size=(1, 3, 2))
+    end = continuous_depth.reference(lambda x: 0.5 * x, x, 2.0, decay=0.2)
+    np.testing.assert_allclose(end, np.exp(0.6) * x, rtol=1e-10)
+    # Two branches: the second takes over linearly.
+    end = continuous_depth.reference([lambda x: 0.5 * x, lambda x: -0.1 * x], x, 2.0)
+    np.testing.assert_allclose(end, np.exp(0.4) * x, rtol=1e-10)
+
+
+def test_fitted_order_is_that_of_a_power_and_forgets_roundings():
+    depths = [2, 4, 8, 16, 32]
+    assert continuous_depth.order(depths, [k**-3.0 for k in depths]) == pytest.approx(3.0)
+    assert continuous_depth.order(depths, [0.1, 0.025, 6.25e-3, 1e-15, 2e-15]) == pytest.approx(2.0)
+
+
+def test_stretch_is_the_norm_of_the_jacobian():
+    layer = continuous_depth.unit_head(5, 1.0, 0.5, 2)
+    x = continuous_depth.critical_input(5)
+    point = tf.constant(x)
+    with tf.GradientTape() as tape:
+        tape.watch(point)
+        y = layer(point)
+    expected = np.linalg.norm(tape.jacobian(y, point).numpy().reshape(5, 5), 2)
+    assert continuous_depth.stretch(layer, x) == pytest.approx(expected, rel=1e-9)
+
+
+def test_wasserstein_distances_are_right_where_they_are_known():
+    rng = np.random.default_rng(0)
+    x, shift = rng.normal(size=(5, 2)), np.array([3.0, 4.0])
+    equal, other = np.ones(5), rng.uniform(0.5, 1.0, size=5)
+    for power in (1, 2):
+        for weights in (equal, other):
+            distance = measures.wasserstein(x, x + shift, weights, weights, power)
+            assert distance == pytest.approx(5.0, rel=1e-9)
+    # A sixth of the mass moves by 3, whichever program computes it.
+    line = np.array([[0.0, 0.0], [3.0, 0.0]])
+    moved = measures.wasserstein(line, line, np.array([2.0, 4.0]), np.array([3.0, 3.0]), 1)
+    assert moved == pytest.approx(0.5, rel=1e-9)
+
+
+def test_dot_product_attention_on_measures_counts_copies():
+    x = np.random.default_rng(0).normal(size=(3, 2))
+    counts = np.array([1, 3, 2])
+    weighted = measures.attend("dot-product", tf.constant(x), tf.constant(counts.astype(float)))
+    copies = np.repeat(x, counts, axis=0)
+    plain = measures.attend("dot-product", tf.constant(copies), tf.ones(6, "float64"))
+    np.testing.assert_allclose(np.repeat(weighted, counts, axis=0), plain, rtol=1e-10)
+
+
+@pytest.mark.parametrize("kind", measures.KINDS)
+def test_expansion_on_a_ball_is_under_its_constant(kind):
+    found = measures.largest_expansion(kind, 0.5, 3, 1, np.random.default_rng(0))
+    assert 1.0 < found <= measures.constant_on_ball(kind, 0.5)
+
+
+def test_kept_expansions_are_under_their_constants():
+    results = kept("measures")
+    assert max(results["splitting"].values()) < 1e-12
+    for row in results["balls"]:
+        assert 1.0 < row["found"] <= row["constant"]
+    free = results["without_a_ball"]
+    found = [row["L2"] for row in free["rows"]]
+    assert max(free["critical"], *found) <= free["certified"]
+    # Dot-product attention has no constant: it leaves that of L2 attention behind.
+    assert free["rows"][-1]["dot-product"] > free["certified"]

@@ -4,7 +4,7 @@ from keras_lipattn.bounds.scalars import s_star
 from keras_lipattn.linalg import SAFETY
 
 
-def token_norm_bound(n_keys: int) -> float:
+def token_norm_bound(n_keys: float) -> float:
     """`V = 1 + 4 S*`, the constant of the unit head in the token norm.
 
     Args:

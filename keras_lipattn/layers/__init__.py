@@ -2,6 +2,7 @@
 
 from keras_lipattn.layers.center_normalization import CenterNormalization
 from keras_lipattn.layers.condensed import condensed, lipschitz_layers
+from keras_lipattn.layers.continuous_depth import ContinuousDepth
 from keras_lipattn.layers.inversion import Inversion
 from keras_lipattn.layers.inversion_error import InversionError
 from keras_lipattn.layers.invertible_residual import InvertibleResidual
@@ -16,6 +17,7 @@ from keras_lipattn.layers.spectral_dense import SpectralDense
 
 __all__ = [
     "CenterNormalization",
+    "ContinuousDepth",
     "Inversion",
     "InversionError",
     "InvertibleResidual",

@@ -1,4 +1,4 @@
-"""The branch of an invertible residual layer: parts whose constants are known in a graph."""
+"""The branch of a residual or continuous layer: parts whose constants are known in a graph."""
 
 import inspect
 import math
@@ -125,7 +125,7 @@ class _FixedConstant:
 def _part(layer):
     if getattr(layer, "dropout", 0.0):
         raise ValueError(
-            "A branch that drops entries at random is not one function, hence has no inverse. "
+            "A branch that drops entries at random is not one function. "
             f"Received: layer {layer.name!r} with dropout={layer.dropout}"
         )
     if isinstance(layer, keras.layers.Activation | MaxMin | PositionEmbedding):

@@ -22,12 +22,14 @@ class Mask:
         attention_mask: Boolean, broadcastable to `(B, H, T, T)`, or `None`.
         use_causal_mask: Whether later tokens are hidden.
         sliding_window: `None`, or the distance from which on tokens are hidden.
+        log_weights: Logarithms of the weights of the tokens, `(B, T)`, or `None`.
     """
 
     valid: Any = None
     attention_mask: Any = None
     use_causal_mask: bool = False
     sliding_window: int | None = None
+    log_weights: Any = None
 
     @property
     def all_see_all(self):
@@ -52,7 +54,7 @@ def score_queries(y):
     return ops.concatenate([2.0 * y, ops.ones_like(y[..., :1])], axis=-1)
 
 
-def score_keys(y, valid):
+def score_keys(y, mask):
     """Keys `(B, H, T, k + 1)` whose product with a query is `-|y_i - y_j|^2` up to a term in `i`.
 
     What depends on the key alone rides along as one more feature: no pass over the scores is spent
@@ -61,19 +63,19 @@ def score_keys(y, valid):
     Args:
         y: Tensor `(B, H, T, k)`, float32 or float64, near the origin: far from it the expansion of
             the square loses digits.
-        valid: Boolean `(B, T)` or `None`.
+        mask: The `Mask` of the call.
     """
-    return ops.concatenate([y, ops.expand_dims(_key_bias(_squares(y), valid), -1)], axis=-1)
+    return ops.concatenate([y, ops.expand_dims(_key_bias(_squares(y), mask), -1)], axis=-1)
 
 
-def _scores(rows, y, valid):
+def _scores(rows, y, mask):
     """Scores `(B, H, R, T)` of the queries `rows` over keys `y`: softmax ignores terms in `i`."""
     if not _adding_is_cheaper(rows, y):
-        return ops.matmul(score_queries(rows), ops.swapaxes(score_keys(y, valid), -1, -2))
+        return ops.matmul(score_queries(rows), ops.swapaxes(score_keys(y, mask), -1, -2))
     products = ops.matmul(2.0 * rows, ops.swapaxes(y, -1, -2))
     # Where queries are the keys, their squares stand in the products already.
     squares = 0.5 * ops.diagonal(products, axis1=-2, axis2=-1) if rows is y else _squares(y)
-    return products + ops.expand_dims(_key_bias(squares, valid), -2)
+    return products + ops.expand_dims(_key_bias(squares, mask), -2)
 
 
 def _adding_is_cheaper(rows, y):
@@ -88,11 +90,14 @@ def _squares(y):
     return ops.sum(ops.square(y), axis=-1)
 
 
-def _key_bias(squares, valid):
+def _key_bias(squares, mask):
     """What depends on the key alone, `(B, H, T)`: `-|y_j|^2`, or the hiding of a padded one."""
-    if valid is None:
-        return -squares
-    return ops.where(ops.expand_dims(valid, 1), -squares, HIDDEN)
+    bias = -squares
+    if mask.log_weights is not None:
+        bias = bias + ops.expand_dims(mask.log_weights, 1)
+    if mask.valid is None:
+        return bias
+    return ops.where(ops.expand_dims(mask.valid, 1), bias, HIDDEN)
 
 
 def attention_weights(y, mask):
@@ -101,7 +106,7 @@ def attention_weights(y, mask):
     if not mask.all_see_all:
         positions = ops.arange(ops.shape(y)[2], dtype="int32")
         visible = mask.visible(positions, positions, mask.attention_mask)
-    return _softmax(_scores(y, y, mask.valid), visible)
+    return _softmax(_scores(y, y, mask), visible)
 
 
 def mixed(y, mask):
@@ -109,9 +114,9 @@ def mixed(y, mask):
 
     On TensorFlow the derivative is written out: three of the passes over the `T * T` entries that
     differentiating softmax and both products takes are not needed. Elsewhere the compiler finds
-    them, and forward mode must go through.
+    them, and forward mode must go through. Weights of tokens have a derivative too: not this one.
     """
-    if keras.backend.backend() != "tensorflow":
+    if keras.backend.backend() != "tensorflow" or mask.log_weights is not None:
         return ops.matmul(attention_weights(y, mask), y)
 
     @ops.custom_gradient
@@ -139,7 +144,7 @@ def causal_weights(y, rows, first, mask):
     """Weights `(B, H, R, T)` of the queries `rows`, at positions from `first` on, over keys `y`."""
     positions = first + ops.arange(rows.shape[2], dtype="int32")
     visible = mask.visible(positions, ops.arange(y.shape[2], dtype="int32"), None)
-    return _softmax(_scores(rows, y, None), visible)
+    return _softmax(_scores(rows, y, mask), visible)
 
 
 def _softmax(scores, visible):
@@ -174,5 +179,5 @@ def mixed_in_blocks(y, mask):
         return scores if visible is None else ops.where(visible, scores, HIDDEN)
 
     return attend_in_blocks(
-        score_queries(y), score_keys(y, mask.valid), y, hide=hide, block_size=block_size
+        score_queries(y), score_keys(y, mask), y, hide=hide, block_size=block_size
     )

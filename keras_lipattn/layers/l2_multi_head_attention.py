@@ -20,6 +20,7 @@ from keras_lipattn.bounds.multihead import (
 )
 from keras_lipattn.bounds.published import published_layer_bound
 from keras_lipattn.bounds.unit_head import unit_head_bound
+from keras_lipattn.bounds.weighted import weighted_layer_bound
 from keras_lipattn.layers._arguments import (
     as_tuple,
     describe,
@@ -28,7 +29,7 @@ from keras_lipattn.layers._arguments import (
     require_positive_integer,
     require_probability,
 )
-from keras_lipattn.layers._as_run import is_finite_as_run
+from keras_lipattn.layers._as_run import as_run, is_finite_as_run
 from keras_lipattn.layers._attention_axes import AttentionAxes
 from keras_lipattn.layers._condensed_attention import CondensedAttention, HeldAttention
 from keras_lipattn.layers._distance_attention import (
@@ -40,6 +41,7 @@ from keras_lipattn.layers._distance_attention import (
     mixed_in_blocks,
 )
 from keras_lipattn.layers._operator_norms import GramNorms, quiet
+from keras_lipattn.layers._token_weights import check_token_weights, log_weights
 from keras_lipattn.layers._visibility import (
     Visibility,
     check_masks,
@@ -131,6 +133,10 @@ class L2MultiHeadAttention(LipschitzLayer):
         return_attention_scores: Whether to return the attention weights too.
         training: Whether to run in training mode (dropout, running norms).
         use_causal_mask: Whether a token sees only itself and those before it.
+        token_weights: Weights `(B, T)` of the tokens as keys, not negative: the sequence as a
+            measure, in which two equal tokens of half the weight are one. A weight of 0 means
+            padding, a common factor nothing. The certificate is for equal weights, unless
+            `lipschitz` is told of these; `lipschitz_bound` is refused.
 
     Returns:
         Tensor `(B, ..., T, D_out)`; with `return_attention_scores` also the weights `(B, H, T, T)`.
@@ -408,7 +414,9 @@ class L2MultiHeadAttention(LipschitzLayer):
 
     # Certificate ------------------------------------------------------------------------------
 
-    def lipschitz(self, sequence_length=None, norm="l2", mask: Any = "full") -> LipschitzBound:
+    def lipschitz(
+        self, sequence_length=None, norm="l2", mask: Any = "full", token_weights: Any = None
+    ) -> LipschitzBound:
         """Certified Lipschitz constant at inference, for the weights now loaded.
 
         Args:
@@ -420,6 +428,8 @@ class L2MultiHeadAttention(LipschitzLayer):
                 `"any"` for an `attention_mask` whose entries are not known, or a boolean array
                 `(T, T)` of visible pairs, whose degrees and length count. The layer's window is
                 added. With `lipschitz_bound` each of them has a cap of its own.
+            token_weights: Weights `(..., T)` that the layer is called with, or `None` for equal
+                ones. Only the token norm has a constant then, for these weights.
 
         Returns:
             A `LipschitzBound` of kind `"certified"`: an upper bound in real arithmetic for a fixed
@@ -446,6 +456,9 @@ class L2MultiHeadAttention(LipschitzLayer):
             )
         state = self._condensed or CondensedAttention(self)
         b, c = state.heads(visibility)
+        if token_weights is not None:
+            token_weights = as_run(np.asarray(token_weights), self.compute_dtype)
+            return weighted_layer_bound(b, c, norm=norm, token_weights=token_weights)
         return certified_layer_bound(
             b,
             c,
@@ -527,6 +540,7 @@ class L2MultiHeadAttention(LipschitzLayer):
         return_attention_scores=False,
         training=None,
         use_causal_mask=False,
+        token_weights=None,
     ):
         _require_self_attention(query, value, key)
         token_masks = {
@@ -534,20 +548,21 @@ class L2MultiHeadAttention(LipschitzLayer):
             "value_mask": value_mask,
             "key_mask": key_mask,
             "mask of query": getattr(query, "_keras_mask", None),
+            "token_weights": token_weights,
         }
         self._check_call(query, token_masks, attention_mask, self._axes)
         visibility = self._call_visibility(attention_mask, use_causal_mask)
         tokens = self._axes.flatten(query)
         if attention_mask is not None:
             attention_mask = self._axes.repeat_mask(with_head_axis(attention_mask), query)
-        mask = Mask(
-            valid_tokens(
-                [self._axes.flatten_mask(m) for m in token_masks.values() if m is not None]
-            ),
-            attention_mask,
-            use_causal_mask,
-            self.sliding_window,
+        valid = valid_tokens(
+            [self._axes.flatten_mask(m) for m in token_masks.values() if m is not None]
         )
+        if token_weights is not None:
+            token_weights = log_weights(
+                self._axes.flatten_mask(token_weights), valid, self._norm_dtype
+            )
+        mask = Mask(valid, attention_mask, use_causal_mask, self.sliding_window, token_weights)
         b, c, bias = self._weights(visibility, bool(training))
         heads, shift, scores = self._attend(tokens, b, mask, training, return_attention_scores)
         # What is the same for all tokens is one row an example: it passes through C before it is
@@ -573,6 +588,8 @@ class L2MultiHeadAttention(LipschitzLayer):
         length = axes.length(query.shape)
         self._check_length(length)
         check_masks(query.shape, length, self.num_heads, token_masks, attention_mask)
+        if token_masks["token_weights"] is not None:
+            check_token_weights(token_masks["token_weights"], self.lipschitz_bound)
 
     def _shape_token(self, output):
         if len(self._output_token) == 1:
@@ -746,10 +763,16 @@ class L2MultiHeadAttention(LipschitzLayer):
         return_attention_scores=False,
         training=None,
         use_causal_mask=False,
+        token_weights=None,
     ):
         _require_self_attention(query, value, key)
         axes = AttentionAxes(len(query.shape), self.attention_axes, query.shape)
-        token_masks = {"query_mask": query_mask, "value_mask": value_mask, "key_mask": key_mask}
+        token_masks = {
+            "query_mask": query_mask,
+            "value_mask": value_mask,
+            "key_mask": key_mask,
+            "token_weights": token_weights,
+        }
         self._check_call(query, token_masks, attention_mask, axes)
         output = keras.KerasTensor(self.compute_output_shape(query.shape), self.compute_dtype)
         if not return_attention_scores:

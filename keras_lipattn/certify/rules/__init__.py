@@ -3,6 +3,7 @@
 from keras_lipattn.certify.rules import (
     activations,
     attention,
+    continuous,
     convolution,
     embedding,
     invertible,
@@ -22,6 +23,7 @@ from keras_lipattn.certify.rules import (
 __all__ = [
     "activations",
     "attention",
+    "continuous",
     "convolution",
     "embedding",
     "invertible",

@@ -67,6 +67,8 @@ def l2_multi_head_attention(layer, call):
     mask, refusal = attention_mask_class(call)
     if refusal is not None:
         return refusal
+    if call.kwargs.get("token_weights") is not None:
+        return _weighted(layer, call, mask)
     tokens = attention_length(layer.attention_axes, call.state)
     bound = layer.lipschitz(sequence_length=tokens, norm=call.norm, mask=mask)
     reason = bound.reason
@@ -81,6 +83,21 @@ def l2_multi_head_attention(layer, call):
         operands=(call.state,),
         # Without a length in the graph the layer took its own.
         longest=_longest(layer, tokens, call.state),
+    )
+
+
+def _weighted(layer, call: Call, mask) -> Step:
+    """Attention on tokens with weights, which have a constant where they are written down."""
+    weights = call.kwargs["token_weights"]
+    if isinstance(weights, TensorState) or len(call.state.shape) > 2:
+        return Step(
+            constant=math.inf,
+            reason="the weights of its tokens are not written down where it is called; only for "
+            "given weights, of one sequence an example, is there a constant",
+        )
+    bound = layer.lipschitz(norm=call.norm, mask=mask, token_weights=call.constant(weights))
+    return Step(
+        constant=bound.value, theorem=bound.theorem, reason=bound.reason, operands=(call.state,)
     )
 
 
