@@ -17,6 +17,7 @@ from keras_lipattn.layers import (
     MaxMin,
     PositionEmbedding,
     Residual,
+    ScaledCosineAttention,
     SpectralDense,
     condensed,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "MaxMin",
     "PositionEmbedding",
     "Residual",
+    "ScaledCosineAttention",
     "SpectralDense",
     "__version__",
     "certify",
