@@ -10,7 +10,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 BIN := .venv/bin
 WORKERS ?= 2
 DEMO_FLAGS ?=
-PAPERS := blow_up tightness invertible
+PAPERS := blow_up tightness invertible pretrained
 BENCH_FLAGS ?= --quick
 MINUTES ?= 10
 

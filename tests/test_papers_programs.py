@@ -11,6 +11,7 @@ import blow_up
 import density
 import invertible
 import numpy as np
+import pretrained
 import pytest
 import report
 import tensorflow as tf
@@ -23,6 +24,7 @@ PROGRAMS = {
     "tightness": tightness,
     "invertible": invertible,
     "density": density,
+    "pretrained": pretrained,
 }
 
 
