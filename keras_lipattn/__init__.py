@@ -23,6 +23,7 @@ from keras_lipattn.layers import (
     MaxMin,
     PositionEmbedding,
     Residual,
+    ScaledCosineAttention,
     SpectralDense,
     condensed,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "MaxMin",
     "PositionEmbedding",
     "Residual",
+    "ScaledCosineAttention",
     "SpectralDense",
     "__version__",
     "certify",

@@ -13,6 +13,7 @@ import density
 import invertible
 import measures
 import numpy as np
+import pretrained
 import pytest
 import report
 import tensorflow as tf
@@ -27,6 +28,7 @@ PROGRAMS = {
     "density": density,
     "continuous_depth": continuous_depth,
     "measures": measures,
+    "pretrained": pretrained,
 }
 
 

@@ -6,7 +6,7 @@ token to an average of all: a map on measures.
 1. Splitting tokens in parts at the same place leaves the measure alone, and the layer's output.
 2. Wasserstein-1 on a ball: the largest expansion found for dot-product attention and for L2
    attention, by L-BFGS over places, weights and the direction in which a token is moved, against
-   the constants of Theorem 7.3 of docs/theory.md, for growing radius.
+   the constants of Theorem 7.5 of docs/theory.md, for growing radius.
 3. Wasserstein-2 without a ball: L2 attention on n tokens of equal weight against its certified
    2-norm constant, which is a constant for this distance too, and dot-product attention.
 
@@ -79,7 +79,7 @@ def wasserstein(x, y, weights, other, power):
 
 
 def constant_on_ball(kind, radius):
-    """Theorem 7.3, for one head with identity matrices."""
+    """Theorem 7.5, for one head with identity matrices."""
     if kind == "L2":
         spread, slope, own = 4.0 * radius**2, 4.0 * radius, 2.0 * radius**2
     else:
@@ -226,7 +226,7 @@ def draw(results, folder):
         rows = [row for row in results["balls"] if row["kind"] == kind]
         radii = [row["radius"] for row in rows]
         constants = [row["constant"] for row in rows]
-        left.semilogy(radii, constants, "--", color=colour, label=f"{kind}, Theorem 7.3")
+        left.semilogy(radii, constants, "--", color=colour, label=f"{kind}, Theorem 7.5")
         found = [row["found"] for row in rows]
         left.semilogy(radii, found, "o-", color=colour, label=f"{kind}, found")
     left.set(xlabel="radius of the ball", ylabel="expansion of Wasserstein-1", ylim=(0.5, 1e9))
@@ -249,7 +249,7 @@ def draw(results, folder):
     report.table(
         "measures",
         folder,
-        ["radius", *(f"{kind}, {what}" for kind in KINDS for what in ("found", "Theorem 7.3"))],
+        ["radius", *(f"{kind}, {what}" for kind in KINDS for what in ("found", "Theorem 7.5"))],
         [
             [
                 f"{radius:g}",

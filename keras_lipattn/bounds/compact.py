@@ -1,7 +1,7 @@
 """Section 7 of docs/theory.md: attention that is Lipschitz because its tokens are bounded.
 
-Ordinary dot-product attention on a ball (Theorem 7.1) and scaled cosine attention
-(Theorem 7.2). Masks need not keep the diagonal here, but every query must see a key.
+Ordinary dot-product attention on a ball (Theorem 7.1). Masks need not keep the diagonal here, but
+every query must see a key.
 """
 
 import math
@@ -110,45 +110,6 @@ def dot_product_constants(
     own = gain * radius**2
     mixed = np.sqrt(1.0 + (slope * radius) ** 2)
     return _constants(own + np.sqrt(mass) * mixed, own + mixed)
-
-
-def cosine_constants(
-    query_norm: npt.ArrayLike,
-    key_norm: npt.ArrayLike,
-    *,
-    temperature: float,
-    epsilon: float,
-    value_radius: float,
-    value_constant: npt.ArrayLike,
-    tokens: int | None,
-    mask: str = "full",
-    n_queries: int | None = None,
-) -> HeadConstants:
-    """Theorem 7.2: constants of `X -> softmax(tau q^_i . k^_j) v_j` with normalised `q`, `k`.
-
-    `q^ = q / sqrt(|q|^2 + epsilon)` and the same for `k`; all vectors are affine in the tokens.
-
-    Args:
-        query_norm: operator norm of the query kernel, a float or shape `(H,)`.
-        key_norm: operator norm of the key kernel.
-        temperature: `tau`, the factor of the cosines.
-        epsilon: the `epsilon > 0` inside the roots.
-        value_radius: radius of a ball about the origin that holds every value.
-        value_constant: Lipschitz constant of `x -> v`.
-        tokens: largest number of tokens, or `None` when unknown.
-        mask: `"full"`, `"causal"` or `"any"`.
-        n_queries: see `column_mass`.
-
-    Returns:
-        `HeadConstants` of floats or arrays `(H,)`.
-    """
-    temperature = abs(float(temperature))
-    root = math.sqrt(epsilon)
-    own = temperature * value_radius * np.asarray(query_norm, np.float64) / root
-    mixed = np.asarray(value_constant, np.float64)
-    mixed = mixed + temperature * value_radius * np.asarray(key_norm, np.float64) / root
-    mass = column_mass(2.0 * temperature, tokens, mask, n_queries=n_queries)
-    return _constants(own + math.sqrt(mass) * mixed, own + mixed)
 
 
 def combine_heads(output_kernels: npt.ArrayLike, constants: npt.ArrayLike) -> float:

@@ -1,5 +1,6 @@
 """From the states of the inputs of a call to the state of its output."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -208,7 +209,13 @@ def _affine(domain: Domain, matrix, bias, constant: float) -> Domain:
             centre = np.broadcast_to(centre, matrix.shape[:1])
         centre = centre * matrix if matrix.ndim == 1 else centre @ matrix
     moved = Domain(domain.radius * constant if constant else 0.0, centre)
-    return moved if bias is None else moved.plus(Domain.of_values(bias))
+    shift = Domain(0.0) if bias is None else Domain.of_values(bias)
+    shifted = moved if bias is None else moved.plus(shift)
+    if shift.radius > 0.0:
+        return shifted
+    maps = domain.maps if matrix is None else (*domain.maps, matrix)
+    source = domain.source if domain.maps else domain.radius
+    return dataclasses.replace(shifted, maps=maps, source=source)
 
 
 def _as_linear(coefficient, width: int | None):

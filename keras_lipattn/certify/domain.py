@@ -10,15 +10,22 @@ import numpy as np
 class Domain:
     """A ball which contains every token of a tensor, and a bound of its entries.
 
+    What linear maps made of a ball is remembered: the tokens are among `centre + v @ maps[0] @
+    maps[1] ...` with `|v| <= source` too.
+
     Args:
         radius: Euclidean radius of the ball, `inf` when the tokens are not bounded.
         centre: array of shape `(last axis,)`, or `None` for the origin.
         largest: upper bound of the largest absolute entry.
+        maps: matrices, or diagonals of shape `(d,)`; empty when nothing more is known.
+        source: radius of the ball which `maps` were applied to.
     """
 
     radius: float = math.inf
     centre: np.ndarray | None = None
     largest: float = math.inf
+    maps: tuple[np.ndarray, ...] = ()
+    source: float = math.inf
 
     def __post_init__(self):
         if not self.largest <= self.reach:
@@ -82,4 +89,17 @@ class Domain:
     def smaller(self, other: "Domain") -> "Domain":
         """The smaller of two valid domains of the same tensor."""
         best = other if other.radius < self.radius else self
-        return Domain(best.radius, best.centre, min(self.largest, other.largest))
+        return dataclasses.replace(best, largest=min(self.largest, other.largest))
+
+    def axes(self, width: int) -> np.ndarray:
+        """A matrix `(r, width)`: every token is `centre + v @ axes` with `|v| <= 1`."""
+        if not self.maps:
+            return self.radius * np.eye(width)
+        product = self.maps[0]
+        for matrix in self.maps[1:]:
+            product = product * matrix if matrix.ndim == 1 else _rows(product) @ matrix
+        return self.source * _rows(product)
+
+
+def _rows(linear: np.ndarray) -> np.ndarray:
+    return np.diag(linear) if linear.ndim == 1 else linear

@@ -13,6 +13,7 @@ from keras_lipattn.layers.log_determinant import LogDeterminant
 from keras_lipattn.layers.max_min import MaxMin
 from keras_lipattn.layers.position_embedding import PositionEmbedding
 from keras_lipattn.layers.residual import Residual
+from keras_lipattn.layers.scaled_cosine_attention import ScaledCosineAttention
 from keras_lipattn.layers.spectral_dense import SpectralDense
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "MaxMin",
     "PositionEmbedding",
     "Residual",
+    "ScaledCosineAttention",
     "SpectralDense",
     "Tracking",
     "condensed",

@@ -34,9 +34,14 @@ def require_positive_integer(name, value, *, optional=False):
         raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value}")
 
 
-def require_positive(name, value):
-    if value is not None and not (_is_real(value) and math.isfinite(value) and value > 0):
-        raise ValueError(f"`{name}` must be a positive number or `None`. Received: {name}={value}")
+def require_positive(name, value, *, optional=True):
+    if optional and value is None:
+        return
+    if not (_is_real(value) and math.isfinite(value) and value > 0):
+        alternative = " or `None`" if optional else ""
+        raise ValueError(
+            f"`{name}` must be a positive number{alternative}. Received: {name}={value}"
+        )
 
 
 def require_probability(name, value):

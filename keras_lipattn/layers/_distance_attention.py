@@ -150,6 +150,11 @@ def causal_weights(y, rows, first, mask):
 def _softmax(scores, visible):
     if visible is not None:
         scores = ops.where(visible, scores, HIDDEN)
+    return softmax(scores)
+
+
+def softmax(scores):
+    """Softmax over the last axis, of a single entry too."""
     if scores.shape[-1] == 1:
         # Keras warns of a softmax over a single entry.
         return ops.ones_like(scores)

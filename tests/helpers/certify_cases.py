@@ -410,6 +410,17 @@ def _own_cases():
             lambda x: attention(2, 2)(x, attention_mask=np.tri(4, k=1, dtype=bool)),
         ),
         _case("l2_attention_capped", (4, 4), _layer(attention, 2, 2, lipschitz_bound=1.0)),
+        _case("cosine_attention", (4, 4), _layer(keras_lipattn.ScaledCosineAttention, 2, 2)),
+        _case(
+            "cosine_attention_causal",
+            (4, 4),
+            lambda x: keras_lipattn.ScaledCosineAttention(2, 2)(x, use_causal_mask=True),
+        ),
+        _case(
+            "cosine_attention_capped",
+            (4, 4),
+            _layer(keras_lipattn.ScaledCosineAttention, 2, 2, lipschitz_bound=1.0),
+        ),
         _case("max_min", (3, 4), _layer(keras_lipattn.MaxMin), ALL),
         _case("position_embedding", (3, 4), _layer(keras_lipattn.PositionEmbedding), ALL),
         _case("spectral_dense", (3, 4), _layer(keras_lipattn.SpectralDense, 5), ("l2", "token")),

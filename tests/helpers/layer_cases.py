@@ -1,4 +1,4 @@
-"""One generator of legal cases of `L2MultiHeadAttention`: constructor x call x dtype.
+"""One generator of legal cases of attention layers: constructor x call x dtype.
 
 A new option or a new kind of mask is one line here, and every property is tried on it.
 """
@@ -92,12 +92,14 @@ class Case:
         call: Name in `CALLS`.
         cap: Name in `CAPS`, or `None`.
         dtype: A dtype policy.
+        kind: The class of the layer.
     """
 
     options: str = "plain"
     call: str = "no mask"
     cap: str | None = None
     dtype: str = "float64"
+    kind: Any = L2MultiHeadAttention
 
     def __str__(self):
         parts = (self.options, self.call, self.cap and f"cap {self.cap}", self.dtype)
@@ -128,7 +130,7 @@ class Case:
 
     def layer(self, *, scale=0.8, seed=1, **changes):
         """The layer, built, with random weights of size `scale`, the bias included."""
-        layer = L2MultiHeadAttention(**{**self.constructor, **changes})
+        layer = self.kind(**{**self.constructor, **changes})
         layer.build((BATCH, *self.sides, FEATURES))
         randomise(layer, scale=scale, seed=seed)
         return layer
@@ -215,10 +217,17 @@ def kernels(layer):
     return weights[:3], (weights[3] if layer.use_bias else None)
 
 
-def cases(*, options=tuple(OPTIONS), calls=tuple(CALLS), caps=(None,), dtypes=("float64",)):
+def cases(
+    *,
+    options=tuple(OPTIONS),
+    calls=tuple(CALLS),
+    caps=(None,),
+    dtypes=("float64",),
+    kind=L2MultiHeadAttention,
+):
     """The product of what is asked for, as a list of `Case`."""
     return [
-        Case(option, call, cap, dtype)
+        Case(option, call, cap, dtype, kind)
         for option in options
         for call in calls
         for cap in caps

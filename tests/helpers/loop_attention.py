@@ -74,9 +74,20 @@ def attend(
 
 
 def attend_over_axes(
-    x, kernels, bias, *, axes, valid=None, attention_mask: Any = None, causal=False, window=None
+    x,
+    kernels,
+    bias,
+    *,
+    axes,
+    valid=None,
+    attention_mask: Any = None,
+    causal=False,
+    window=None,
+    attend: Any = attend,
 ):
     """A batch `(B, ..., D)` with attention over some axes, every other index a sequence of its own.
+
+    `attend` is the function of one sequence.
 
     Returns:
         `(output, scores)`, `(B, ..., O)` and `(B', H, T, T)`, sequences in row-major order.

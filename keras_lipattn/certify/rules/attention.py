@@ -6,6 +6,7 @@ import keras
 import numpy as np
 
 from keras_lipattn.bounds.compact import combine_heads, dot_product_constants
+from keras_lipattn.bounds.compact_layer import dot_product_layer_constant
 from keras_lipattn.certify.domain import Domain
 from keras_lipattn.certify.registry import register_operation, register_rule
 from keras_lipattn.certify.rules.linear import NOT_FINITE, quantized
@@ -89,7 +90,23 @@ def multi_head_attention(layer, call):
     constants = [getattr(head, norm) for head in per_head]
     # V = Q R with orthonormal columns Q: the norm of V O is that of R O.
     mixed = np.stack([np.linalg.qr(v, mode="r") @ o for v, o in zip(value, output, strict=True)])
-    constant = combine_heads(mixed, constants)
+    constant, theorem = combine_heads(mixed, constants), "Theorem 7.1"
+    together = dot_product_layer_constant(
+        query,
+        key,
+        value,
+        output,
+        norm=norm,
+        axes=domain.axes(query.shape[1]),
+        tokens=tokens,
+        mask=mask,
+        scale=layer._inverse_sqrt_key_dim,
+        center=centre,
+        query_bias=bias,
+        n_queries=None if window is None else 2 * window - 1,
+    )
+    if together < constant:
+        constant, theorem = together, "Theorem 7.4"
     sizes = operator_norm(mixed)
     if call.norm == "linf":
         # |x| <= sqrt(D) max|x| on the way in, and max|y| <= |y| on the way out.
@@ -99,7 +116,7 @@ def multi_head_attention(layer, call):
         published = _published(reduced, sizes, domain, tokens, layer)
     return Step(
         constant=constant,
-        theorem=f"Theorem 7.1, tokens in a ball of radius {domain.radius:.4g}",
+        theorem=f"{theorem}, tokens in a ball of radius {domain.radius:.4g}",
         reason="its constants overflow" if math.isinf(constant) else "",
         published=published,
         domain=_values(value, output, parts, sizes, domain),

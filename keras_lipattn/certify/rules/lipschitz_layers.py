@@ -21,6 +21,7 @@ from keras_lipattn.layers import (
     MaxMin,
     PositionEmbedding,
     Residual,
+    ScaledCosineAttention,
     SpectralDense,
 )
 from keras_lipattn.layers.lipschitz_layer import LipschitzLayer
@@ -48,8 +49,8 @@ def lipschitz_layer(layer, call):
     )
 
 
-@register_rule(L2MultiHeadAttention)
-def l2_multi_head_attention(layer, call):
+@register_rule(L2MultiHeadAttention, ScaledCosineAttention)
+def self_attention(layer, call):
     if call.kwargs.get("return_attention_scores"):
         return Step(
             constant=math.inf,
@@ -76,7 +77,8 @@ def l2_multi_head_attention(layer, call):
         reason += "; `certify` takes a `sequence_length`"
     return Step(
         constant=bound.value,
-        published=bound.published,
+        # `inf` stands for "not evaluated" too.
+        published=bound.published if isinstance(layer, L2MultiHeadAttention) else math.nan,
         theorem=bound.theorem,
         reason=reason,
         # Query, value and key are one tensor.

@@ -8,6 +8,7 @@ import numpy as np
 
 from keras_lipattn.bounds import layer_constants
 from keras_lipattn.certify.call import Call
+from keras_lipattn.certify.domain import Domain
 from keras_lipattn.certify.registry import register_operation, register_rule
 from keras_lipattn.certify.step import Step
 from keras_lipattn.certify.tensor_state import TensorState, product
@@ -25,9 +26,7 @@ def regroup(call: Call, merged: int | None, theorem: str = "entries move") -> St
     domain = None
     if merged is not None and call.state.domain.bounded:
         old = call.state.domain
-        domain = dataclasses.replace(
-            old, radius=SAFETY * math.sqrt(merged) * old.outer_radius, centre=None
-        )
+        domain = Domain(SAFETY * math.sqrt(merged) * old.outer_radius, None, old.largest)
     return Step(constant=constant, theorem=theorem, exact=call.norm != "token", domain=domain)
 
 

@@ -1,0 +1,198 @@
+"""Theorem 7.3 of docs/theory.md: from the kernels of scaled cosine attention to its constant.
+
+A layer is `X -> sum_h P_h V^_h C_h + constant` with `P_h = softmax(tau q^_i . k^_j)`, where every
+query, key and value is divided by `sqrt(|z|^2 + epsilon)`. As in `multihead`, the functions take
+the operator norm and the array namespace `xp` as arguments; `operator_norm(name, matrix)` gets one
+of the names
+
+- `"stacked_output"`: `stack(C_h / s_h)`, shape `(H*v, O)`, returns a scalar;
+- `"concatenated_query"` and `"concatenated_key_value"`: `[s_h A_h]` and `[s_h G_h]`, shapes
+  `(D, H*k)` and `(D, H*(k+v))`, return a scalar;
+- `"head_query"` and `"head_key_value"`: all `A_h`, all `G_h`, return shape `(H,)`.
+
+Shapes: `a` is `(H, D, k)`, `g` is `(H, D, k + v)`, see `fold`; `c` is `(H, v, O)`; a scaling is
+`(H,)`, positive.
+"""
+
+import math
+import typing
+
+import numpy as np
+import numpy.typing as npt
+
+from keras_lipattn.bounds.compact import column_mass
+from keras_lipattn.bounds.content_cache import cached_by_content
+from keras_lipattn.bounds.head_scaling import polished_scaling
+from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
+from keras_lipattn.bounds.multihead import OperatorNorm, frobenius_scaling, norm_2_to_1
+from keras_lipattn.linalg import SAFETY
+from keras_lipattn.linalg import operator_norm as exact_norm
+
+THEOREM = "Theorem 7.3"
+
+
+def fold(query, key, value, *, temperature: float, epsilon: float, xp: typing.Any):
+    """The matrices of the theorem, `A_h = tau W_Q / sqrt(eps)`, `G_h = [tau W_K, W_V] / sqrt(eps)`.
+
+    Args:
+        query: shape `(H, D, k)`.
+        key: shape `(H, D, k)`.
+        value: shape `(H, D, v)`.
+        temperature: `tau >= 0`, the factor of the cosines.
+        epsilon: the `epsilon > 0` inside the roots.
+        xp: array namespace.
+
+    Returns:
+        A pair of shapes `(H, D, k)` and `(H, D, k + v)`.
+    """
+    slope = 1.0 / math.sqrt(epsilon)
+    moved = xp.concatenate([key * (temperature * slope), value * slope], axis=2)
+    return query * (temperature * slope), moved
+
+
+def visible_mass(
+    temperature: float, tokens: int | None, mask: str, n_queries: int | None = None
+) -> float:
+    """`chi`, an upper bound of the column sums of the attention matrix.
+
+    Args:
+        temperature: cosines differ by at most 2, logits by twice this.
+        tokens: largest number of tokens, or `None` when unknown.
+        mask: `"full"`, `"causal"` (either with padding) or `"any"`.
+        n_queries: for `mask="any"`, the largest number of other queries that see a key.
+    """
+    seen = None if n_queries is None else n_queries + 1
+    return column_mass(2.0 * temperature, tokens, mask, n_queries=seen)
+
+
+def cosine_layer_bound(
+    a, g, c, *, norm: str, mass: float, operator_norm: OperatorNorm, xp: typing.Any
+) -> typing.Any:
+    """The theorem with one scaling of the heads, for use in a graph.
+
+    With exact norms it is a valid upper bound, never below `certified_cosine_bound`.
+
+    Args:
+        a: shape `(H, D, k)`.
+        g: shape `(H, D, k + v)`.
+        c: shape `(H, v, O)`.
+        norm: `"l2"`, `"token"` or `"linf"`.
+        mass: `chi`; only the 2-norm needs it.
+        operator_norm: function of `(name, matrix)`, see the module.
+        xp: array namespace, `numpy` or `keras.ops`.
+
+    Returns:
+        A scalar of the namespace.
+
+    Raises:
+        ValueError: if `mass` is infinite and needed.
+    """
+    if norm == "linf":
+        return _linf(a, g, c, operator_norm, xp)
+    if norm == "l2" and math.isinf(mass):
+        raise ValueError(f"A graph needs a number of tokens. Received: mass={mass}")
+    scale = frobenius_scaling(xp.concatenate([a, g], axis=2), c, xp)
+    return _scaled(a, g, c, scale, norm, mass, operator_norm, xp)
+
+
+def certified_cosine_bound(
+    a: npt.ArrayLike,
+    g: npt.ArrayLike,
+    c: npt.ArrayLike,
+    *,
+    norm: str,
+    temperature: float,
+    tokens: int | None,
+    mask: str = "full",
+    n_queries: int | None = None,
+) -> LipschitzBound:
+    """Certified Lipschitz bound of a layer of scaled cosine attention, on all of space.
+
+    Args:
+        a: shape `(H, D, k)`, see `fold`.
+        g: shape `(H, D, k + v)`.
+        c: shape `(H, v, O)`, the output kernel by heads.
+        norm: `"l2"`, `"token"` or `"linf"`.
+        temperature: `tau`.
+        tokens: largest number of tokens, or `None` when unknown.
+        mask: `"full"`, `"causal"` (either with padding) or `"any"`.
+        n_queries: see `visible_mass`.
+
+    Returns:
+        A `LipschitzBound`; `inf` with a reason when kernels are not finite, or the 2-norm is asked
+        for and the number of tokens is not known.
+    """
+    a, g, c = (np.asarray(matrix, np.float64) for matrix in (a, g, c))
+    mass = visible_mass(temperature, tokens, mask, n_queries) if norm == "l2" else 1.0
+    reason = ""
+    if not all(np.isfinite(matrix).all() for matrix in (a, g, c)):
+        reason = "the kernels hold NaN or infinite entries"
+    elif math.isinf(mass):
+        reason = "the number of tokens is not known"
+    value = math.inf
+    if not reason:
+        tiny = np.finfo(np.float64).tiny
+        size = max(float(np.abs(a).max()), float(np.abs(g).max()), tiny)
+        size_c = max(float(np.abs(c).max()), tiny)
+        # Kernels of size 1: squares neither overflow nor vanish.
+        unscaled = cached_by_content(_best_cosine, norm, mass, a / size, g / size, c / size_c)
+        value = SAFETY * unscaled * size * size_c
+        if unscaled > 0.0:
+            value = max(value, tiny)
+        if not math.isfinite(value):
+            value, reason = math.inf, "the bound is larger than the largest float64"
+    theorem = "" if reason else THEOREM
+    return LipschitzBound(value=value, norm=norm, kind="certified", theorem=theorem, reason=reason)
+
+
+def _best_cosine(norm: str, mass: float, a: np.ndarray, g: np.ndarray, c: np.ndarray) -> float:
+    """The smallest bound over a few scalings of the heads, with exact norms."""
+    if norm == "linf":
+        return float(_linf(a, g, c, _exact, np))
+    joint = np.concatenate([a, math.sqrt(mass) * g], axis=2)
+    start = frobenius_scaling(joint, c, np)
+    scalings = [start]
+    if len(c) > 1:
+        scalings.append(polished_scaling(norm, joint, c, start)[0])
+    if norm == "token":
+        return min(float(_scaled(a, g, c, s, norm, mass, _exact, np)) for s in scalings)
+    return min(exact_norm(_stacked(c, s, np)) * exact_norm(_beside(joint, s, np)) for s in scalings)
+
+
+def _scaled(a, g, c, scale, norm, mass, operator_norm, xp):
+    output = operator_norm("stacked_output", _stacked(c, scale, xp))
+    own = xp.square(operator_norm("concatenated_query", _beside(a, scale, xp)))
+    if norm == "l2":
+        norms = operator_norm("concatenated_key_value", _beside(g, scale, xp))
+        others = mass * xp.square(norms)
+    else:
+        others = xp.sum(xp.square(scale * operator_norm("head_key_value", g)))
+    return output * _root(own + others, xp)
+
+
+def _linf(a, g, c, operator_norm, xp):
+    own = norm_2_to_1(a, operator_norm, xp)
+    others = norm_2_to_1(g, lambda _, m: operator_norm("head_key_value", m), xp)
+    heads = _root(xp.square(own) + xp.square(others), xp)
+    columns = _root(xp.sum(xp.square(c), axis=1), xp)
+    return xp.max(xp.sum(xp.expand_dims(heads, 1) * columns, axis=0))
+
+
+def _stacked(c, scale, xp):
+    return xp.reshape(c / xp.reshape(scale, (-1, 1, 1)), (c.shape[0] * c.shape[1], c.shape[2]))
+
+
+def _beside(b, scale, xp):
+    """`(H, D, k)` as one matrix `(D, H*k)`."""
+    wide = xp.transpose(b * xp.reshape(scale, (-1, 1, 1)), (1, 0, 2))
+    return xp.reshape(wide, (b.shape[1], b.shape[0] * b.shape[2]))
+
+
+def _exact(name: str, matrix: np.ndarray) -> typing.Any:
+    return exact_norm(matrix)
+
+
+def _root(x, xp):
+    # The gradient of a square root is infinite at 0, hence the inner `where`.
+    positive = x > 0.0
+    return xp.where(positive, xp.sqrt(xp.where(positive, x, 1.0)), 0.0)

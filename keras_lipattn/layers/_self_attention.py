@@ -1,0 +1,381 @@
+"""What self-attention layers share, whatever their scores: calls, masks, shapes, caps by length."""
+
+import math
+import threading
+from typing import Any
+
+import keras
+import numpy as np
+from keras import constraints as keras_constraints
+from keras import initializers, ops, regularizers
+
+from keras_lipattn.bounds.mask_degrees import mask_degrees
+from keras_lipattn.layers._arguments import (
+    as_tuple,
+    describe,
+    require_norm,
+    require_positive,
+    require_positive_integer,
+    require_probability,
+)
+from keras_lipattn.layers._attention_axes import AttentionAxes
+from keras_lipattn.layers._distance_attention import Mask
+from keras_lipattn.layers._visibility import (
+    Visibility,
+    check_masks,
+    classify,
+    valid_tokens,
+    with_head_axis,
+)
+from keras_lipattn.layers.lipschitz_layer import LipschitzLayer
+
+
+class SelfAttention(LipschitzLayer):
+    """Self-attention with the call signature of `keras.layers.MultiHeadAttention`.
+
+    Beside what `LipschitzLayer` wants, a subclass gives `_add_kernels`, `_weights` and `_attend`.
+    Arguments are documented there.
+    """
+
+    def __init__(
+        self,
+        num_heads,
+        key_dim,
+        value_dim=None,
+        dropout=0.0,
+        use_bias=True,
+        output_shape=None,
+        attention_axes=None,
+        sliding_window=None,
+        spectral_norm=None,
+        lipschitz_bound=None,
+        lipschitz_norm="l2",
+        max_sequence_length=None,
+        kernel_initializer="glorot_uniform",
+        bias_initializer="zeros",
+        kernel_regularizer=None,
+        bias_regularizer=None,
+        activity_regularizer=None,
+        kernel_constraint=None,
+        bias_constraint=None,
+        seed=None,
+        **kwargs,
+    ):
+        require_positive_integer("num_heads", num_heads)
+        require_positive_integer("key_dim", key_dim)
+        require_positive_integer("value_dim", value_dim, optional=True)
+        require_positive_integer("sliding_window", sliding_window, optional=True)
+        require_positive_integer("max_sequence_length", max_sequence_length, optional=True)
+        require_positive("spectral_norm", spectral_norm)
+        require_positive("lipschitz_bound", lipschitz_bound)
+        require_probability("dropout", dropout)
+        require_norm("lipschitz_norm", lipschitz_norm)
+        super().__init__(activity_regularizer=activity_regularizer, **kwargs)
+        self.supports_masking = True
+        self.num_heads = num_heads
+        self.key_dim = key_dim
+        self.value_dim = value_dim or key_dim
+        self.dropout = dropout
+        self.use_bias = use_bias
+        self._output_shape = as_tuple("output_shape", output_shape)
+        for side in self._output_shape or ():
+            require_positive_integer("output_shape", side)
+        self.attention_axes = as_tuple("attention_axes", attention_axes)
+        self.sliding_window = sliding_window
+        self.spectral_norm = spectral_norm
+        self.lipschitz_bound = lipschitz_bound
+        self.lipschitz_norm = lipschitz_norm
+        self.max_sequence_length = max_sequence_length
+        self.kernel_initializer = initializers.get(kernel_initializer)
+        self.bias_initializer = initializers.get(bias_initializer)
+        self.kernel_regularizer = regularizers.get(kernel_regularizer)
+        self.bias_regularizer = regularizers.get(bias_regularizer)
+        self.kernel_constraint = keras_constraints.get(kernel_constraint)
+        self.bias_constraint = keras_constraints.get(bias_constraint)
+        self.seed = seed
+        # Degrees of a constant mask, handed from `__call__` to `call`, which sees only tensors.
+        # Replicas of a strategy trace in threads of their own.
+        self._call_degrees = threading.local()
+
+    # What a subclass provides ---------------------------------------------------------------
+
+    def _add_kernels(self):
+        """Creates the kernels, and the biases of what they project to."""
+        raise NotImplementedError(f"{type(self).__name__} must implement `_add_kernels`.")
+
+    def _weights(self, visibility, training) -> Any:
+        """Effective weights of this call: what `_attend` wants, `(H*v, O)`, `(O,)` or `None`."""
+        raise NotImplementedError(f"{type(self).__name__} must implement `_weights`.")
+
+    def _attend(self, tokens, projections, mask, training, return_scores) -> Any:
+        """Heads side by side `(B, T, H*v)`, and the attention weights if asked for."""
+        raise NotImplementedError(f"{type(self).__name__} must implement `_attend`.")
+
+    # Building -------------------------------------------------------------------------------
+
+    def build(self, query_shape, value_shape=None, key_shape=None):
+        for name, shape in (("value_shape", value_shape), ("key_shape", key_shape)):
+            if shape is not None and tuple(shape) != tuple(query_shape):
+                raise self._cross_attention(name[:-6], f"{tuple(shape)}")
+        rank = len(query_shape)
+        if rank < 3:
+            raise ValueError(
+                "`query` must have at least three axes, `(batch, tokens, features)`. "
+                f"Received: query_shape={tuple(query_shape)}"
+            )
+        features = query_shape[-1]
+        if not features:
+            raise ValueError(
+                "The last axis of `query` must be static and not empty. "
+                f"Received: query_shape={tuple(query_shape)}"
+            )
+        self._axes = AttentionAxes(rank, self.attention_axes, query_shape)
+        static_length = self._axes.length(query_shape)
+        if self.max_sequence_length is None and self.lipschitz_bound is not None:
+            if not static_length:
+                raise ValueError(
+                    "`lipschitz_bound` needs the number of tokens: pass `max_sequence_length`, or "
+                    "an input of static length that is not empty. "
+                    f"Received: query_shape={tuple(query_shape)}"
+                )
+            # Frozen: a cap that followed the length of each call would change outputs on common
+            # tokens whenever a batch is padded further.
+            self.max_sequence_length = static_length
+        # What the certificate is for unless told otherwise. Nothing is known of an empty sequence.
+        self._length = max(self.max_sequence_length or 0, static_length or 0) or None
+        self._check_length(static_length)
+        self.input_spec = keras.layers.InputSpec(ndim=rank, axes={-1: features})
+        self._features = features
+        self._output_token = self._output_shape or (features,)
+        self._add_kernels()
+        self.output_bias = self._add_bias("output_bias", self._output_token)
+        self._seed_generator = None
+        if self.dropout > 0.0:
+            self._seed_generator = keras.random.SeedGenerator(self.seed)
+        self._add_running_state()
+
+    def _add_kernel(self, name, shape, input_axes):
+        """A kernel whose first `input_axes` axes are the rows of the operator it stands for."""
+        rows, cols = math.prod(shape[:input_axes]), math.prod(shape[input_axes:])
+        initializer = self.kernel_initializer
+        if isinstance(initializer, initializers.Initializer):
+            # A copy draws other numbers, as long as no seed is given.
+            initializer = initializer.__class__.from_config(initializer.get_config())
+        return self.add_weight(
+            name=name,
+            shape=shape,
+            # Fans are those of the matrix, not of a stack of small ones.
+            initializer=lambda shape, dtype: ops.reshape(
+                initializer((rows, cols), dtype=dtype), shape
+            ),
+            regularizer=self.kernel_regularizer,
+            constraint=self.kernel_constraint,
+        )
+
+    def _add_bias(self, name, shape):
+        if not self.use_bias:
+            return None
+        return self.add_weight(
+            name=name,
+            shape=shape,
+            initializer=self.bias_initializer,
+            regularizer=self.bias_regularizer,
+            constraint=self.bias_constraint,
+        )
+
+    def _check_length(self, length):
+        if self.lipschitz_bound is None or length is None or self.max_sequence_length is None:
+            return
+        if length > self.max_sequence_length:
+            raise ValueError(
+                f"`lipschitz_bound={self.lipschitz_bound}` holds for at most "
+                f"{self.max_sequence_length} tokens (`max_sequence_length`, or the length this "
+                f"layer was built with). Received: an input of {length} tokens"
+            )
+
+    # Calling ----------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        query,
+        value=None,
+        key=None,
+        query_mask=None,
+        value_mask=None,
+        key_mask=None,
+        attention_mask=None,
+        **kwargs,
+    ):
+        # Here and not only in `call`: Keras converts every argument on its own, after which a
+        # tensor passed twice may be two tensors. Then only the query goes on.
+        self._require_self_attention(query, value, key)
+        if isinstance(attention_mask, list | tuple):
+            attention_mask = np.asarray(attention_mask)
+        masks = {
+            "query_mask": query_mask,
+            "value_mask": value_mask,
+            "key_mask": key_mask,
+            "attention_mask": attention_mask,
+        }
+        kwargs.update((name, mask) for name, mask in masks.items() if mask is not None)
+        # One mask for all examples, written down where the layer is called, is a constant. One per
+        # example is data: one example's mask must not change the cap of another.
+        if isinstance(attention_mask, np.ndarray) and attention_mask.ndim == 2:
+            rows, columns = attention_mask.shape
+            if rows == columns:
+                self._call_degrees.value = mask_degrees(attention_mask)
+        try:
+            return super().__call__(query, **kwargs)
+        finally:
+            self._call_degrees.value = (None, None)
+
+    def call(
+        self,
+        query,
+        value=None,
+        key=None,
+        query_mask=None,
+        value_mask=None,
+        key_mask=None,
+        attention_mask=None,
+        return_attention_scores=False,
+        training=None,
+        use_causal_mask=False,
+    ):
+        self._require_self_attention(query, value, key)
+        token_masks = {
+            "query_mask": query_mask,
+            "value_mask": value_mask,
+            "key_mask": key_mask,
+            "mask of query": getattr(query, "_keras_mask", None),
+        }
+        self._check_call(query, token_masks, attention_mask, self._axes)
+        visibility = self._call_visibility(attention_mask, use_causal_mask)
+        tokens = self._axes.flatten(query)
+        if attention_mask is not None:
+            attention_mask = self._axes.repeat_mask(with_head_axis(attention_mask), query)
+        mask = Mask(
+            valid_tokens(
+                [self._axes.flatten_mask(m) for m in token_masks.values() if m is not None]
+            ),
+            attention_mask,
+            use_causal_mask,
+            self.sliding_window,
+        )
+        projections, c, bias = self._weights(visibility, bool(training))
+        heads, scores = self._attend(
+            tokens, projections, mask, bool(training), return_attention_scores
+        )
+        output = ops.matmul(heads, c)
+        if bias is not None:
+            output = output + bias
+        if self.lipschitz_bound is not None and tokens.shape[1] is None:
+            too_long = ops.greater(ops.shape(tokens)[1], self.max_sequence_length)
+            output = ops.where(too_long, ops.cast(np.nan, output.dtype), output)
+        if mask.valid is not None:
+            output = ops.where(ops.expand_dims(mask.valid, -1), output, ops.zeros_like(output))
+        output = self._shape_token(self._axes.restore(output, query))
+        return (output, scores) if return_attention_scores else output
+
+    def _require_self_attention(self, query, value, key):
+        for name, tensor in (("value", value), ("key", key)):
+            if tensor is not None and tensor is not query:
+                raise self._cross_attention(name, describe(tensor))
+
+    def _cross_attention(self, name, got):
+        return ValueError(
+            f"{type(self).__name__} is self-attention: `{name}` must be omitted or be the very "
+            "object passed as `query`, since its Lipschitz bound is one for self-attention. "
+            f"Received: {name}={got}"
+        )
+
+    def _check_call(self, query, token_masks, attention_mask, axes):
+        length = axes.length(query.shape)
+        self._check_length(length)
+        check_masks(query.shape, length, self.num_heads, token_masks, attention_mask)
+
+    def _shape_token(self, output):
+        if len(self._output_token) == 1:
+            return output
+        return ops.reshape(output, (*ops.shape(output)[:-1], *self._output_token))
+
+    def _call_visibility(self, attention_mask, use_causal_mask):
+        if attention_mask is None:
+            mask = "causal" if use_causal_mask else "full"
+            return classify(mask, sliding_window=self.sliding_window)
+        n_keys, n_queries = getattr(self._call_degrees, "value", (None, None))
+        window = classify(
+            "causal" if use_causal_mask else "any", sliding_window=self.sliding_window
+        )
+        return Visibility("any", _least(n_keys, window.n_keys), _least(n_queries, window.n_queries))
+
+    def _tracked_length(self, visibility):
+        """Number of tokens of the running bound."""
+        tokens = self._tracking.sequence_length or self._length
+        if tokens is None and visibility.n_queries is None:
+            raise ValueError(
+                f"The running bound of layer {self.path!r} needs a number of tokens: give the "
+                "monitor a `sequence_length`, or the layer a `max_sequence_length`. Received: an "
+                "input of unknown length"
+            )
+        return tokens
+
+    # Keras ------------------------------------------------------------------------------------
+
+    def compute_mask(self, inputs, previous_mask=None):
+        return previous_mask
+
+    def compute_output_shape(self, query_shape, value_shape=None, key_shape=None):
+        return (*query_shape[:-1], *(self._output_shape or (query_shape[-1],)))
+
+    def compute_output_spec(
+        self,
+        query,
+        value=None,
+        key=None,
+        query_mask=None,
+        value_mask=None,
+        key_mask=None,
+        attention_mask=None,
+        return_attention_scores=False,
+        training=None,
+        use_causal_mask=False,
+    ):
+        self._require_self_attention(query, value, key)
+        axes = AttentionAxes(len(query.shape), self.attention_axes, query.shape)
+        token_masks = {"query_mask": query_mask, "value_mask": value_mask, "key_mask": key_mask}
+        self._check_call(query, token_masks, attention_mask, axes)
+        output = keras.KerasTensor(self.compute_output_shape(query.shape), self.compute_dtype)
+        if not return_attention_scores:
+            return output
+        batch, length = axes.batch(query.shape), axes.length(query.shape)
+        scores = keras.KerasTensor((batch, self.num_heads, length, length), self.compute_dtype)
+        return output, scores
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "num_heads": self.num_heads,
+            "key_dim": self.key_dim,
+            "value_dim": self.value_dim,
+            "dropout": self.dropout,
+            "use_bias": self.use_bias,
+            "output_shape": self._output_shape,
+            "attention_axes": self.attention_axes,
+            "sliding_window": self.sliding_window,
+            "spectral_norm": self.spectral_norm,
+            "lipschitz_bound": self.lipschitz_bound,
+            "lipschitz_norm": self.lipschitz_norm,
+            "max_sequence_length": self.max_sequence_length,
+            "kernel_initializer": initializers.serialize(self.kernel_initializer),
+            "bias_initializer": initializers.serialize(self.bias_initializer),
+            "kernel_regularizer": regularizers.serialize(self.kernel_regularizer),
+            "bias_regularizer": regularizers.serialize(self.bias_regularizer),
+            "kernel_constraint": keras_constraints.serialize(self.kernel_constraint),
+            "bias_constraint": keras_constraints.serialize(self.bias_constraint),
+            "seed": self.seed,
+        }
+
+
+def _least(a, b):
+    return b if a is None else a if b is None else min(a, b)
