@@ -38,8 +38,17 @@ def vector_jacobian(function, point, cotangent):
         recording = torch.is_grad_enabled()
         with torch.enable_grad():
             watched = point if point.requires_grad else point.detach().requires_grad_()
+            value = function(watched)
+            if not value.requires_grad:
+                # It does not depend on any weight either: a constant has the derivative 0.
+                return torch.zeros_like(point)
             (product,) = torch.autograd.grad(
-                function(watched), watched, cotangent, create_graph=recording
+                value,
+                watched,
+                cotangent,
+                create_graph=recording,
+                allow_unused=True,
+                materialize_grads=True,
             )
         return product
     raise RuntimeError(

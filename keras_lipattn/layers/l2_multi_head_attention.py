@@ -384,7 +384,9 @@ class L2MultiHeadAttention(LipschitzLayer):
             # Made of sums in the norm dtype, which may be low by a roundoff for every term. Applied
             # on the host too: both must come to the same factor.
             terms = self._features + self.key_dim + self.num_heads
-            bound = bound * (1.0 + 2.0 * terms * float(np.finfo(self._norm_dtype).eps))
+            # What Keras computes float64 in, on this backend.
+            dtype = keras.backend.result_type(self._norm_dtype, self._norm_dtype)
+            bound = bound * (1.0 + 2.0 * terms * float(np.finfo(dtype).eps))
         shape = self._norm_shapes()["stacked_output"]
         return self._cap_factor(bound, self.lipschitz_bound, shape, xp)
 
