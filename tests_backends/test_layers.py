@@ -34,9 +34,9 @@ def test_tensorflow_is_not_here_and_nothing_asks_for_it():
     program = "keras_lipattn.export._serving_program"
     walk = pkgutil.walk_packages(kl.__path__, "keras_lipattn.")
     names = [module.name for module in walk if module.name != program]
-    code = f"import sys, {', '.join(names)}; print([m for m in sys.modules if 'tensorflow' in m])"
+    code = f"import sys, {', '.join(names)}; print('tensorflow' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.strip() == "False"
     assert len(names) > 50
 
 

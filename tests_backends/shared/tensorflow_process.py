@@ -59,7 +59,8 @@ def _export(path, folder):
 
     import keras_lipattn as kl
 
-    model = keras.saving.load_model(path)
+    # An optimizer of another backend cannot be loaded here.
+    model = keras.saving.load_model(path, compile=False)
     certificate = kl.export_saved_model(model, folder, verbose=False)
     served = tf.saved_model.load(f"{folder}/1").signatures["serving_default"]
     x = cases.data()[0]
