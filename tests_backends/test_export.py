@@ -11,7 +11,9 @@ import keras_lipattn as kl
 
 def test_the_error_tells_the_way_round(tmp_path):
     model = cases.with_weights(monitor_models.sequential())
-    words = r"save\('model\.keras'\).*KERAS_BACKEND=tensorflow.*load_model.*compile=False.*Received: "
+    words = (
+        r"save\('model\.keras'\).*KERAS_BACKEND=tensorflow.*load_model.*compile=False.*Received: "
+    )
     with pytest.raises(RuntimeError, match=words + f".*'{keras.backend.backend()}'"):
         kl.export_saved_model(model, tmp_path / "model")
     assert not list(tmp_path.iterdir())

@@ -1,15 +1,21 @@
 """Products with the transposed Jacobian of a function, for every backend of Keras."""
 
+import contextlib
+
 import keras
 
+from keras_lipattn.layers._fused_attention import plain_attention
 
-def vector_jacobian(function, point, cotangent):
+
+def vector_jacobian(function, point, cotangent, *, differentiable=True):
     """`J^T cotangent` for the Jacobian `J` of `function` at `point`, itself differentiable.
 
     Args:
         function: Function of one tensor that returns a tensor.
         point: Tensor.
         cotangent: Tensor of the shape of `function(point)`.
+        differentiable: Whether the product may be differentiated in turn. Attention then runs
+            without what has first derivatives only.
 
     Returns:
         Tensor of the shape of `point`.
@@ -17,6 +23,11 @@ def vector_jacobian(function, point, cotangent):
     Raises:
         RuntimeError: If the backend of Keras has no automatic derivatives.
     """
+    with plain_attention() if differentiable else contextlib.nullcontext():
+        return _vector_jacobian(function, point, cotangent)
+
+
+def _vector_jacobian(function, point, cotangent):
     backend = keras.backend.backend()
     if backend == "tensorflow":
         import tensorflow as tf
