@@ -6,6 +6,7 @@ JAX learns the number of devices when it starts.
 import os
 import subprocess
 import sys
+from typing import Any
 
 
 def run(devices, path):
@@ -54,7 +55,7 @@ def record(devices, path):
         validation_data=(x, y),
         callbacks=[kl.LipschitzMonitor(penalty=0.1, target=0.1, running_every=1)],
     ).history
-    arrays = {f"log {key}": np.array(values) for key, values in history.items()}
+    arrays: dict[str, Any] = {f"log {key}": np.array(values) for key, values in history.items()}
     for variable in model.variables:
         value = variable.value
         assert len(value.sharding.device_set) == devices
