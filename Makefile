@@ -2,7 +2,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench papers soundness chaos clean .venv
+.PHONY: help demo test test-backends test-jax test-torch lint bench papers soundness chaos clean .venv
 
 # The first interpreter that runs and is new enough; a pyenv shim may exist and not run.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
@@ -26,6 +26,11 @@ demo: .venv/installed  ## train, certify, export and serve a digits classifier i
 test: .venv/installed  ## run every test (WORKERS=2 processes)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
+test-backends: test-jax test-torch  ## the tests of Keras on JAX and on PyTorch, without TensorFlow there
+
+test-jax test-torch: test-%: .venv-%/installed .venv/installed
+	CUDA_VISIBLE_DEVICES= KERAS_BACKEND=$* .venv-$*/bin/python -m pytest -n $(WORKERS) --dist loadfile tests_backends
+
 lint: .venv/installed  ## check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,10 +52,26 @@ chaos: .venv/installed  ## kill trainings at random moments and run them again (
 	$(BIN)/python -m tools.chaos --kills=$(KILLS)
 
 clean:  ## remove everything made here, .venv too
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-jax .venv-torch build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv: .venv/installed  ## install the package and its tested dependencies
+
+# What the package needs but for TensorFlow, and what its tests need.
+BACKEND_NEEDS := absl-py keras numpy scipy
+BACKEND_TESTS := pytest pytest-xdist
+# The wheel of PyTorch on PyPI brings CUDA along, 4 GB of it: TORCH_FLAGS may name an index without.
+TORCH_FLAGS ?=
+
+.venv-jax/installed: FLAGS :=
+.venv-torch/installed: FLAGS = $(TORCH_FLAGS)
+.venv-jax/installed .venv-torch/installed: .venv-%/installed: setup.cfg pyproject.toml constraints.txt
+	rm -f $@
+	"$(PYTHON)" -m venv --clear .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check $(FLAGS) -c constraints.txt \
+		$* $(BACKEND_NEEDS) $(BACKEND_TESTS)
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
 
 # The stamp is written last, so an installation that failed half-way is begun again.
 .venv/installed: setup.cfg pyproject.toml constraints.txt

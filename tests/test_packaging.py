@@ -56,6 +56,8 @@ def test_the_wheel_says_what_it_is(wheel):
         "License-Expression: Apache-2.0",
         "Requires-Python: >=3.11",
         "Provides-Extra: examples",
+        "Provides-Extra: jax",
+        "Provides-Extra: torch",
         "Provides-Extra: dev",
     ):
         assert line in metadata.splitlines()
@@ -87,6 +89,12 @@ def test_every_direct_requirement_has_a_tested_version():
     }
     assert wanted <= pinned
     assert all("==" in line for line in lines if not line.startswith("#"))
+
+
+def test_backends_get_all_requirements_but_tensorflow():
+    (needs,) = re.findall(r"^BACKEND_NEEDS := (.*)$", (ROOT / "Makefile").read_text(), re.M)
+    wanted = _requirements(SETUP["options"]["install_requires"])
+    assert set(needs.split()) == wanted - {"tensorflow"}
 
 
 def test_everything_public_exists_and_is_documented():

@@ -61,10 +61,15 @@ class Derivatives:
 
 def _compiled(function):
     """The function traced once, where the backend has it: many steps use it."""
-    if keras.backend.backend() == "tensorflow":
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
         import tensorflow as tf
 
         return tf.function(function, autograph=False)
+    if backend == "jax":
+        import jax  # pyright: ignore[reportMissingImports]
+
+        return jax.jit(function)
     return function
 
 

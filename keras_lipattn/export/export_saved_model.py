@@ -27,9 +27,9 @@ SCHEMA = 1
 _COARSE = 1e-3
 _OTHER_BACKEND = (
     "A SavedModel is a TensorFlow format: save the model with `model.save('model.keras')`, set "
-    "KERAS_BACKEND=tensorflow, load it with `keras.saving.load_model('model.keras')` and export it "
-    "there, or run tools/export_saved_model.py on the file. Received: Keras on the backend "
-    "{backend!r}"
+    "KERAS_BACKEND=tensorflow, load it with `keras.saving.load_model('model.keras', "
+    "compile=False)` and export it there, or run tools/export_saved_model.py on the file. "
+    "Received: Keras on the backend {backend!r}"
 )
 
 

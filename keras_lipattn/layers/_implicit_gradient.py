@@ -31,7 +31,11 @@ def with_implicit_gradient(branch, target, solution, solve):
     def turned(image):
         def gradient(*args, upstream=None):
             upstream = args[0] if upstream is None else upstream
-            return solve(lambda w: upstream - vector_jacobian(branch, x, w), upstream)
+
+            def step(w):
+                return upstream - vector_jacobian(branch, x, w, differentiable=False)
+
+            return solve(step, upstream)
 
         return ops.multiply(image, 1.0), gradient
 

@@ -125,7 +125,8 @@ def _power_series(branch, x, probe, last, weight):
     def body(index, power, total, adjoint):
         signed = weight(index) * (1.0 - 2.0 * ops.cast(ops.equal(index % 2, 0), x.dtype))
         adjoint = adjoint + ops.reshape(signed, rank) * power
-        power = ops.stop_gradient(vector_jacobian(branch, fixed, power))
+        power = vector_jacobian(branch, fixed, power, differentiable=False)
+        power = ops.stop_gradient(power)
         trace = ops.sum(power * probe, axis=axes)
         total = total + signed / ops.cast(index, x.dtype) * trace
         return index + 1, power, total, adjoint

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_lipattn.layers._eager import has_value
 from keras_lipattn.layers._operator_norms import CACHE_ALLOWANCE
 
 
@@ -39,11 +40,11 @@ class NormCache:
         either way. Elsewhere functions are pure, and what is remembered is constant.
         """
         if keras.backend.backend() != "tensorflow":
-            return ops.cond(
-                self._remembers(kernels),
-                lambda: ops.convert_to_tensor(self._norms.value),
-                lambda: bounds(*kernels),
-            )
+            hit, norms = self._remembers(kernels), ops.convert_to_tensor(self._norms.value)
+            if has_value(hit):
+                # Outside of a traced function JAX would compile both branches anew in every call.
+                return norms if hit else bounds(*kernels)
+            return ops.cond(hit, lambda: norms, lambda: bounds(*kernels))
         import tensorflow as tf
 
         @tf.custom_gradient

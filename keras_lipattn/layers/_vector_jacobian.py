@@ -1,15 +1,21 @@
 """Products with the transposed Jacobian of a function, for every backend of Keras."""
 
+import contextlib
+
 import keras
 
+from keras_lipattn.layers._fused_attention import plain_attention
 
-def vector_jacobian(function, point, cotangent):
+
+def vector_jacobian(function, point, cotangent, *, differentiable=True):
     """`J^T cotangent` for the Jacobian `J` of `function` at `point`, itself differentiable.
 
     Args:
         function: Function of one tensor that returns a tensor.
         point: Tensor.
         cotangent: Tensor of the shape of `function(point)`.
+        differentiable: Whether the product may be differentiated in turn. Attention then runs
+            without what has first derivatives only.
 
     Returns:
         Tensor of the shape of `point`.
@@ -17,6 +23,11 @@ def vector_jacobian(function, point, cotangent):
     Raises:
         RuntimeError: If the backend of Keras has no automatic derivatives.
     """
+    with plain_attention() if differentiable else contextlib.nullcontext():
+        return _vector_jacobian(function, point, cotangent)
+
+
+def _vector_jacobian(function, point, cotangent):
     backend = keras.backend.backend()
     if backend == "tensorflow":
         import tensorflow as tf
@@ -38,8 +49,17 @@ def vector_jacobian(function, point, cotangent):
         recording = torch.is_grad_enabled()
         with torch.enable_grad():
             watched = point if point.requires_grad else point.detach().requires_grad_()
+            value = function(watched)
+            if not value.requires_grad:
+                # It does not depend on any weight either: a constant has the derivative 0.
+                return torch.zeros_like(point)
             (product,) = torch.autograd.grad(
-                function(watched), watched, cotangent, create_graph=recording
+                value,
+                watched,
+                cotangent,
+                create_graph=recording,
+                allow_unused=True,
+                materialize_grads=True,
             )
         return product
     raise RuntimeError(

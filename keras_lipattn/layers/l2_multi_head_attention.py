@@ -40,6 +40,11 @@ from keras_lipattn.layers._distance_attention import (
     mixed,
     mixed_in_blocks,
 )
+from keras_lipattn.layers._fused_attention import (
+    blocks_will_do,
+    fused_attention,
+    takes_kernel,
+)
 from keras_lipattn.layers._operator_norms import GramNorms, quiet
 from keras_lipattn.layers._token_weights import check_token_weights, log_weights
 from keras_lipattn.layers._visibility import (
@@ -97,7 +102,9 @@ class L2MultiHeadAttention(LipschitzLayer):
             default. Several axes are flattened row-major into one sequence.
         sliding_window: If set to `w`, a query sees tokens less than `w` positions away. The bound
             does not depend on the sequence length then.
-        flash_attention: Accepted for compatibility; the computation is the same.
+        flash_attention: Whether to use a backend's fused kernel: `False` for never, `True` for
+            wherever it has one that keeps scores accurate, by default where that is expected to
+            pay. TensorFlow has none; the function is the same.
         spectral_norm: If set to `c`, caps the operator norms of the query, value and output
             kernels, as the matrices `(D, H*key_dim)`, `(D, H*value_dim)`, `(H*value_dim, output)`.
         lipschitz_bound: If set to `L`, caps the constant of the whole layer in `lipschitz_norm` by
@@ -390,7 +397,9 @@ class L2MultiHeadAttention(LipschitzLayer):
             # Made of sums in the norm dtype, which may be low by a roundoff for every term. Applied
             # on the host too: both must come to the same factor.
             terms = self._features + self.key_dim + self.num_heads
-            bound = bound * (1.0 + 2.0 * terms * float(np.finfo(self._norm_dtype).eps))
+            # What Keras computes float64 in, on this backend.
+            dtype = keras.backend.result_type(self._norm_dtype, self._norm_dtype)
+            bound = bound * (1.0 + 2.0 * terms * float(np.finfo(dtype).eps))
         shape = self._norm_shapes()["stacked_output"]
         return self._cap_factor(bound, self.lipschitz_bound, shape, xp)
 
@@ -656,8 +665,10 @@ class L2MultiHeadAttention(LipschitzLayer):
         y = ops.cast(near, self._norm_dtype)
         drop = bool(training) and self.dropout > 0.0
         if not (drop or return_scores):
+            if takes_kernel(y, self.compute_dtype, self.flash_attention):
+                return self._join_heads(fused_attention(y, mask, self.compute_dtype)), shift, None
             length = tokens.shape[1]
-            if length is not None and length >= BLOCKED_FROM:
+            if length is not None and length >= BLOCKED_FROM and blocks_will_do():
                 heads = ops.cast(mixed_in_blocks(y, mask), self.compute_dtype)
                 return self._join_heads(heads), shift, None
             # Only where a step will be taken: a served graph stays one of plain operations.

@@ -67,38 +67,61 @@ def product_allowance(inner, dtype):
 
 
 def _roundoff(dtype):
-    return 2.0**-53 if keras.backend.standardize_dtype(dtype) == "float64" else 2.0**-24
+    return 2.0**-53 if _keeps_float64(dtype) else 2.0**-24
+
+
+def _keeps_float64(dtype):
+    """Whether what is computed from this dtype stays float64: not on every backend of Keras."""
+    return keras.backend.result_type(dtype, dtype) == "float64"
 
 
 def _factor_roundoff(dtype):
     """Relative error to which the device may round the factors of a product before multiplying."""
-    if keras.backend.standardize_dtype(dtype) == "float64":
+    if _keeps_float64(dtype):
         return 0.0
-    kind = _device_kind()
-    if kind == "cpu":
-        return 0.0
+    # A float64 factor becomes a float32 first.
+    rounded = 2.0**-24 if keras.backend.standardize_dtype(dtype) == "float64" else 0.0
+    return max(rounded, _product_roundoff())
+
+
+def _product_roundoff():
+    """The same for float32: the least precise that this device and its settings allow."""
+    kind, setting = _device()
     # TensorFloat-32 keeps 10 explicit bits, bfloat16 (the default of a TPU's matrix unit) keeps 7.
-    return 2.0**-11 if kind == "gpu" else 2.0**-8
+    return max({"cpu": 0.0, "gpu": 2.0**-11, "tpu": 2.0**-8}[kind], _SETTINGS.get(setting, 2.0**-8))
 
 
-def _device_kind():
-    """`"cpu"`, `"gpu"` or `"tpu"`: the least precise device on which a product may run."""
+# What a user may have set for the precision of float32 products, on PyTorch and JAX. Any other
+# setting is taken for the coarsest one.
+_SETTINGS = {
+    None: 0.0,
+    "default": 0.0,
+    "highest": 0.0,
+    "float32": 0.0,
+    "high": 2.0**-11,
+    "tensorfloat32": 2.0**-11,
+}
+
+
+def _device():
+    """`"cpu"`, `"gpu"` or `"tpu"`, the least precise one in use, and the precision set, if any."""
     backend = keras.backend.backend()
     if backend == "tensorflow":
         import tensorflow as tf
 
         kinds = {device.device_type for device in tf.config.list_logical_devices()}
-        return "tpu" if "TPU" in kinds else "gpu" if "GPU" in kinds else "cpu"
+        return ("tpu" if "TPU" in kinds else "gpu" if "GPU" in kinds else "cpu"), None
     if backend == "jax":
         import jax  # pyright: ignore[reportMissingImports]
 
         kind = jax.default_backend()
-        return kind if kind in ("cpu", "tpu") else "gpu"
+        return (kind if kind in ("cpu", "tpu") else "gpu"), jax.config.jax_default_matmul_precision
     if backend == "torch":
         import torch  # pyright: ignore[reportMissingImports]
 
-        return "gpu" if torch.cuda.is_available() else "cpu"
-    return "cpu"
+        kind = "gpu" if torch.cuda.is_available() else "cpu"
+        return kind, torch.get_float32_matmul_precision()
+    return "cpu", None
 
 
 def _frobenius(matrix):

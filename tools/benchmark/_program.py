@@ -3,7 +3,7 @@
 import pathlib
 from collections.abc import Callable
 
-import tensorflow as tf
+import keras
 from absl import app, flags, logging
 
 from tools.benchmark._report import FOLDER, Report, Row, machine
@@ -22,6 +22,12 @@ def run(name: str, claim: str, measure: Callable[[], list[Row]]) -> None:
         if len(arguments) > 1:
             raise app.UsageError(f"There are no arguments but flags. Received: {arguments[1:]}")
         if FLAGS.threads is not None:
+            if keras.backend.backend() != "tensorflow":
+                raise app.UsageError(
+                    f"`threads` is for TensorFlow. Received: {keras.backend.backend()!r}"
+                )
+            import tensorflow as tf
+
             tf.config.threading.set_intra_op_parallelism_threads(FLAGS.threads)
             tf.config.threading.set_inter_op_parallelism_threads(FLAGS.threads)
         # Exports announce every step otherwise.

@@ -10,7 +10,6 @@ import typing
 from dataclasses import dataclass, field
 
 import keras
-import tensorflow as tf
 
 from tools.benchmark._rounds import Rounds, Spread
 
@@ -107,11 +106,24 @@ class Report:
 
 def machine() -> dict[str, typing.Any]:
     """The machine and what runs on it."""
-    threading = tf.config.threading
+    backend = keras.backend.backend()
     return {
         "processor": _processor_name(),
         "cores": os.cpu_count() or 1,
         "memory GiB": round(_memory_gib(), 1),
+        **{"tensorflow": _on_tensorflow, "jax": _on_jax, "torch": _on_torch}[backend](),
+        "load before": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "keras": keras.__version__,
+        "backend": backend,
+    }
+
+
+def _on_tensorflow():
+    import tensorflow as tf
+
+    threading = tf.config.threading
+    return {
         "devices": sorted({device.device_type for device in tf.config.list_physical_devices()}),
         "threads within operations": _threads(
             threading.get_intra_op_parallelism_threads(), "TF_NUM_INTRAOP_THREADS"
@@ -119,21 +131,44 @@ def machine() -> dict[str, typing.Any]:
         "threads between operations": _threads(
             threading.get_inter_op_parallelism_threads(), "TF_NUM_INTEROP_THREADS"
         ),
-        "load before": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
         "tensorflow": tf.__version__,
-        "keras": keras.__version__,
-        "backend": keras.backend.backend(),
     }
 
 
+def _on_jax():
+    import jax  # pyright: ignore[reportMissingImports]
+
+    cores = os.cpu_count() or 1
+    return {
+        "devices": sorted({device.device_kind for device in jax.devices()}),
+        "threads within operations": cores,
+        "threads between operations": 1,
+        "jax": jax.__version__,
+    }
+
+
+def _on_torch():
+    import torch  # pyright: ignore[reportMissingImports]
+
+    return {
+        "devices": [torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"],
+        "threads within operations": torch.get_num_threads(),
+        "threads between operations": torch.get_num_interop_threads(),
+        "torch": str(torch.__version__),
+    }
+
+
+_NAMES = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}
+
+
 def machine_line(machine) -> str:
+    backend = machine["backend"]
     return (
         f"{machine['processor']}, {machine['cores']} cores, {machine['memory GiB']} GiB; "
         f"{machine['threads within operations']} threads within and "
         f"{machine['threads between operations']} between operations; "
-        f"load before {machine['load before']}; TensorFlow {machine['tensorflow']}, "
-        f"Keras {machine['keras']} on {machine['backend']}"
+        f"load before {machine['load before']}; {_NAMES[backend]} {machine[backend]}, "
+        f"Keras {machine['keras']} on {backend}"
     )
 
 
