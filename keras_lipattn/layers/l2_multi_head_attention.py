@@ -446,6 +446,7 @@ class L2MultiHeadAttention(LipschitzLayer):
             )
         state = self._condensed or CondensedAttention(self)
         b, c = state.heads(visibility)
+        query_error, product_error = state.rounding(visibility)
         return certified_layer_bound(
             b,
             c,
@@ -455,6 +456,8 @@ class L2MultiHeadAttention(LipschitzLayer):
             n_keys=visibility.n_keys,
             n_queries=visibility.n_queries,
             product_scale=state.product_scale(visibility),
+            query_error=query_error,
+            product_error=product_error,
             published=self._published(state, norm, tokens, visibility),
         )
 
