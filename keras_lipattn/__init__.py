@@ -2,7 +2,7 @@
 
 from keras_lipattn.bounds import LipschitzBound
 from keras_lipattn.callbacks import LipschitzMonitor
-from keras_lipattn.certify import Certificate, certify, register_rule
+from keras_lipattn.certify import Certificate, certify, local_radius, register_rule
 from keras_lipattn.convert import Conversion, convert_attention
 from keras_lipattn.estimate import LipschitzEstimate, estimate_lipschitz
 from keras_lipattn.export import ExportError, export_saved_model
@@ -46,5 +46,6 @@ __all__ = [
     "convert_attention",
     "estimate_lipschitz",
     "export_saved_model",
+    "local_radius",
     "register_rule",
 ]

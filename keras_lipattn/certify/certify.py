@@ -16,6 +16,7 @@ from keras_lipattn.certify.certificate_row import CertificateRow
 from keras_lipattn.certify.fingerprint import fingerprint_of
 from keras_lipattn.certify.locality import Locality
 from keras_lipattn.certify.margins import find_head, pair_constants
+from keras_lipattn.certify.near import Near
 from keras_lipattn.certify.step import Step
 from keras_lipattn.certify.tensor_state import TensorState
 from keras_lipattn.certify.threat_model import ThreatModel
@@ -116,8 +117,8 @@ def certify(
 
 def local_certificate(
     model: keras.Model, options: Options, inputs: Any, around: Any, radius: float
-) -> tuple[Certificate, np.ndarray | None]:
-    """The certificate near some inputs, and the outputs there, `None` where they are not known."""
+) -> tuple[Certificate, list[Near | None]]:
+    """The certificate near some inputs, and for each of them what is known about the output."""
     require_float64()
     if options.sequence_length is not None:
         raise ValueError(
@@ -128,14 +129,13 @@ def local_certificate(
     _check_inside(options.input_radius, examples)
     if inputs is None:
         inputs = _specs(model, structure)
-    certificates, values = [], []
+    certificates, nears = [], []
     for example in examples:
         locality = Locality(example, radius, options.norm)
         with graph.names_kept():
             walk = Walk(dataclasses.replace(options, norm="l2"), locality)
             outputs, head = _walk_model(walk, model, inputs)
-            near = outputs[0].near
-            values.append(None if near is None else near.value[0])
+            nears.append(outputs[0].near)
             if options.norm != "l2":
                 walk = Walk(options, locality)
                 outputs, head = _walk_model(walk, model, inputs)
@@ -151,7 +151,7 @@ def local_certificate(
         threat_model=threat,
         pairs=tuple(tuple(float(value) for value in row) for row in pairs),
     )
-    return total, None if any(value is None for value in values) else np.stack(values)
+    return total, nears
 
 
 def _check_inside(input_radius, examples) -> None:

@@ -96,14 +96,18 @@ class Locality:
                 raise UnknownValue(step.lost)
             values = evaluate(operation, args, kwargs, step, dtype)
         except UnknownValue as unknown:
-            if not any(state.near is None for state in _states(args, kwargs)):
-                self.lost[path] = str(unknown)
+            self.lose(path, str(unknown), _states(args, kwargs))
         else:
             nears = [
                 self._near(value, mask, step, output, _states(args, kwargs))
                 for output, (value, mask) in zip(outputs, values, strict=True)
             ]
         return self._noted(outputs, nears)
+
+    def lose(self, path: str, reason: str, given: Sequence[TensorState]) -> None:
+        """Notes the call after which values are not known, unless they were lost before it."""
+        if not any(state.near is None for state in given):
+            self.lost[path] = reason
 
     def _near(self, value, mask, step, output, given) -> Near | None:
         if output.held or step is None:

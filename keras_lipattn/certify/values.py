@@ -1,5 +1,7 @@
 """Values of tensors in float64, with the weights as they run: what real arithmetic would give."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -66,6 +68,8 @@ def evaluate(
         outputs = [keras.ops.convert_to_tensor(step.value)]
     elif step is not None and _is_spelled_out(step) and len(tensors) == 1:
         outputs = [keras.ops.convert_to_tensor(_affine(_array(tensors[0]), step))]
+    elif step is not None and step.coefficients is not None:
+        outputs = [keras.ops.convert_to_tensor(_combination(step))]
     else:
         outputs = keras.tree.flatten(_run(operation, args, kwargs, dtype))
     values = [_checked(value, starts=step is not None and step.starts) for value in outputs]
@@ -104,6 +108,17 @@ def _affine(x: np.ndarray, step: Step) -> np.ndarray:
     return x if step.bias is None else x + step.bias
 
 
+def _combination(step: Step) -> np.ndarray:
+    """A sum with the coefficients that the certificate is for."""
+    terms = []
+    for coefficient, state in zip(step.coefficients or (), step.operands or (), strict=True):
+        value = state.values if state.near is None else state.near.value
+        if value is None:
+            raise UnknownValue("the value of an input is not known")
+        terms.append(np.asarray(value, np.float64) * coefficient)
+    return sum(terms[1:], terms[0])
+
+
 def _run(operation: Any, args: Any, kwargs: Any, dtype: str | None) -> Any:
     if isinstance(operation, keras.layers.Layer):
         module = getattr(type(operation).call, "__module__", "")
@@ -118,10 +133,27 @@ def _run(operation: Any, args: Any, kwargs: Any, dtype: str | None) -> Any:
             kwargs = {**kwargs, "mask": _mask_of(args, kwargs)}
     scope = keras.StatelessScope(collect_losses=True)
     try:
-        with scope, _AsRun(dtype):
+        with scope, _AsRun(dtype), _in_float64(operation):
             return operation.call(*args, **kwargs)
-    except graph.TRACE_ERRORS as error:
-        raise UnknownValue(f"it cannot be evaluated in float64 ({error})") from error
+    except Exception as error:
+        # Whatever a backend raises for what it does not have in float64.
+        kind = type(error).__name__
+        raise UnknownValue(f"it cannot be evaluated in float64 ({kind})") from error
+
+
+@contextlib.contextmanager
+def _in_float64(operation: Any) -> Iterator[None]:
+    """The layer casts what it computes to float64, and not to its own dtype."""
+    fields = vars(operation)
+    before = fields.get("_dtype_policy")
+    if before is None:
+        yield
+        return
+    fields["_dtype_policy"] = keras.DTypePolicy("float64")
+    try:
+        yield
+    finally:
+        fields["_dtype_policy"] = before
 
 
 def _checked(tensor: Any, *, starts: bool) -> np.ndarray:

@@ -222,6 +222,8 @@ class Walk:
         else:
             answer = rule(operation, call)
             if isinstance(answer, TensorState):
+                if self.locality is not None and answer.near is None:
+                    self.locality.lose(path, "it is not known what it makes of its input", given)
                 return [answer]
             step = _as_step(answer)
         outputs = self.record(operation, step, given, path, layouts)
@@ -294,7 +296,8 @@ class Walk:
         finally:
             self._compute_dtype.pop()
         if any(state.near is not None and state.near.mask is not None for state in given):
-            # Which mask comes out is the layer's own affair.
+            if self.locality is not None:
+                self.locality.lose(path, "which mask comes out is its own affair", given)
             return [state.replace(near=None) for state in outputs]
         return outputs
 
