@@ -12,6 +12,7 @@ from keras_lipattn.layers._as_run import as_run
 from keras_lipattn.layers._caps import cap_factor, cap_margin
 from keras_lipattn.layers._norm_cache import NormCache
 from keras_lipattn.layers._operator_norms import (
+    CACHE_ALLOWANCE,
     ExactNorms,
     GramNorms,
     NormLayout,
@@ -254,9 +255,14 @@ class LipschitzLayer(keras.layers.Layer):
         """
         if self._condensed is not None or self._cache is None:
             return True
-        unknown = ops.full((self._layout.size,), np.nan, dtype=self._norm_dtype)
-        norms = self._cache.select(self._graph_kernels(), lambda: unknown)
-        return bool(np.isfinite(ops.convert_to_numpy(norms)).all())
+        remembered = self._cache.remembered(self._graph_kernels())
+        if remembered is None:
+            return False
+        exact = ExactNorms()
+        with quiet():
+            self._request_norms(self._host_kernels(), exact, self._capped_norms(), np)
+        wanted = self._layout.flatten(exact.norms, np) * CACHE_ALLOWANCE
+        return bool(np.allclose(remembered, wanted, rtol=CACHE_ALLOWANCE - 1.0, atol=0.0))
 
     def _norms_for(self, kernels, training) -> Any:
         """The source of norms for this call, or `None` when nobody needs one."""

@@ -19,7 +19,7 @@ from keras_lipattn.layers._visibility import classify
 from keras_lipattn.linalg import SAFETY, operator_norm
 
 # Weights under caps, run with remembered norms, differ by this from those with exact norms.
-CAP_ROUNDING = 1e-5
+CAP_ROUNDING = 2e-5
 UNSETTLED = (
     "its caps are applied with norms that only its graph knows; call `condense()` on the layer, or "
     "certify inside `condensed(model)`"
