@@ -1,6 +1,5 @@
 """Attacks the Lipschitz constant of a function: a lower estimate of it."""
 
-import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_lipattn.estimate._derivatives import Derivatives
+from keras_lipattn.estimate._losses import losses_kept
 from keras_lipattn.estimate._norms import against, along, covectors, norm_of, within
 from keras_lipattn.estimate.lipschitz_estimate import LipschitzEstimate
 from keras_lipattn.layers._arguments import (
@@ -89,7 +89,7 @@ def estimate_lipschitz(
         with keras.StatelessScope():
             return function(point, **arguments)
 
-    with _losses_kept(function):
+    with losses_kept(function):
         return _searched(
             run, points, norm, steps, restarts, step_size, (input_radius, radius), seed
         )
@@ -104,20 +104,6 @@ def _searched(run, points, norm, steps, restarts, step_size, radii, seed):
     for start in range(restarts):
         search.climb(points.astype(np.float64), start, rng)
     return search.finish(seed)
-
-
-@contextlib.contextmanager
-def _losses_kept(function):
-    """Puts back the losses of the last call, which Keras clears at the next one."""
-    layers = function._flatten_layers() if isinstance(function, keras.layers.Layer) else []
-    losses = [(inner, list(inner._losses), set(inner._loss_ids)) for inner in layers]
-    try:
-        yield
-    finally:
-        for inner, values, ids in losses:
-            inner._losses[:] = values
-            inner._loss_ids.clear()
-            inner._loss_ids.update(ids)
 
 
 class _Search:
