@@ -244,3 +244,16 @@ def test_the_jacobian_is_that_of_the_formula():
     expected = bounds_cases.jacobian(x, heads, out, np.ones((LENGTH, LENGTH), bool))
     found = jacobians.jacobian(layer, tf.constant(x).numpy())
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_bound_holds_for_folded_kernels_rounded_or_not(norm):
+    for seed in range(4):
+        # One head: no search for a scaling comes between the two numbers.
+        layer = Case("one head", dtype="float32").layer(seed=seed)
+        twin = Case("one head", dtype="float64").layer()
+        for mine, theirs in zip(layer._kernels(), twin._kernels(), strict=True):
+            theirs.assign(np.asarray(mine, np.float64))
+        # The twin folds the same kernels without rounding the products.
+        rounded, exact = layer.lipschitz(norm=norm).value, twin.lipschitz(norm=norm).value
+        assert exact <= rounded <= exact * (1.0 + 1e-6)

@@ -219,3 +219,60 @@ def test_history_starts_again_with_every_fit():
     fit(model, monitor, initial_epoch=2, epochs=5)
     assert monitor.epochs == [2, 3, 4]
     assert {len(values) for values in monitor.history.values()} == {3}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_lower_estimates_stand_below_every_certified_bound(kind, norm):
+    if norm == "linf" and kind != "nested":
+        # The norm goes through as it is.
+        return
+    logs = Logs()
+    fitted(kind, [LipschitzMonitor(norm, lower=data()[0][:2]), logs], epochs=2)
+    for seen in logs.seen:
+        certified = {key[10:]: seen[key] for key in seen if key.startswith("lipschitz_")}
+        lower = {key[6:]: seen[key] for key in seen if key.startswith("lower_")}
+        assert set(lower) == set(certified) == {"total", *EXPECTED[kind]}
+        # What is measured runs in float32.
+        assert all(0.0 < lower[key] <= certified[key] * (1 + 1e-5) for key in lower)
+        assert all(type(value) is float for value in lower.values())
+    # Of a linear layer a few steps find nearly all there is.
+    assert lower["head" if "head" in lower else "total_2"] > 0.5 * max(
+        certified["head" if "head" in certified else "total_2"], 0.0
+    )
+
+
+def test_lower_estimates_leave_training_and_the_model_alone():
+    weights = []
+    for options in ({}, {"lower": data()[0][:2]}):
+        keras.utils.set_random_seed(5)
+        model = compiled(KINDS["functional"]())
+        fit(model, LipschitzMonitor(**options), epochs=2)
+        weights.append([w.tobytes() for w in model.get_weights()])
+        assert all("call" not in vars(layer) for layer in lipschitz_layers(model))
+    assert weights[0] == weights[1]
+
+
+def test_layers_behind_integer_inputs_are_measured_with_their_masks():
+    ids = keras.Input((5,), dtype="int32")
+    x = attention()(keras.layers.Embedding(7, 6, mask_zero=True)(ids))
+    model = compiled(keras.Model(ids, dense(3, name="head")(x[:, 0])))
+    sample = np.array([[1, 2, 3, 0, 0]])
+    model.fit(sample, np.array([1]), verbose=0, callbacks=[m := LipschitzMonitor(lower=sample)])
+    assert m.history["lower_total"] == [0.0]
+    assert 0.0 < m.history["lower_attention"][0] <= m.history["lipschitz_attention"][0]
+
+
+@pytest.mark.parametrize("sample", [np.zeros((0, 5, 6)), np.float32(1.0), []])
+def test_samples_are_batches(sample):
+    with pytest.raises(ValueError, match="`lower` must be.*Received"):
+        LipschitzMonitor(lower=sample)
+
+
+def test_samples_that_do_not_fit_are_refused_before_the_first_batch():
+    model = compiled(KINDS["functional"]())
+    before = model.get_weights()
+    with pytest.raises(ValueError, match="`lower` must be"):
+        fit(model, LipschitzMonitor(lower=np.zeros((2, 5, 7))))
+    for now, then in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(now, then)

@@ -372,6 +372,33 @@ def test_the_rounding_of_a_cancelling_product_is_covered(norm):
     assert without <= with_allowance <= without * (1 + 1e-11)
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_errors_of_the_kernels_are_covered(norm):
+    rng = np.random.default_rng(25)
+    for _ in range(5):
+        # One head: there is no scaling to search for, and values can be compared.
+        b, c = rng.normal(size=(1, 5, 2)), rng.normal(size=(1, 2, 3))
+        covered = certified_layer_bound(
+            b, c, norm=norm, tokens=4, query_error=0.03, product_error=[0.02]
+        ).value
+        for _ in range(20):
+            # At random, and along the worst direction of each.
+            moves = [rng.normal(size=m.shape) for m in (b, c)]
+            for matrix, move in zip((b, c), moves, strict=True):
+                left, _, right = np.linalg.svd(matrix[0], full_matrices=False)
+                move += rng.choice([0.0, 100.0]) * np.outer(left[:, 0], right[0])
+            moved = [
+                matrix + size * move / np.linalg.norm(move)
+                for matrix, move, size in zip((b, c), moves, (0.03, 0.02), strict=True)
+            ]
+            assert certified_layer_bound(*moved, norm=norm, tokens=4).value <= covered
+        exact = certified_layer_bound(b, c, norm=norm, tokens=4).value
+        close = certified_layer_bound(
+            b, c, norm=norm, tokens=4, query_error=1e-7, product_error=1e-7
+        ).value
+        assert exact < close < exact * (1 + 1e-5)
+
+
 @pytest.mark.parametrize("norm", ["l2", "token"])
 def test_constants_of_heads_replace_the_unit_constant(norm):
     b, c = cases.fold(*kernels(np.random.default_rng(24)))

@@ -31,7 +31,7 @@ def lying_subject(seed, index):
     return Subject(model, model, np.random.default_rng(index).normal(size=(2, 3, 2)), None)
 
 
-@pytest.mark.parametrize("index", range(10))
+@pytest.mark.parametrize("index", range(6))
 def test_no_attack_passes_the_certificate(index):
     for comparison in attack(random_subject(1, index)):
         assert not comparison.is_violation, comparison
@@ -56,4 +56,4 @@ def test_a_rule_that_lies_is_found_and_reproduced(monkeypatch, capsys):
         assert program.main(["soundness"]) == 1
     printed = capsys.readouterr().out
     assert "random_subject(seed=4, index=0)" in printed
-    assert "1 models, 3 comparisons, 3 violations" in printed
+    assert "1 models, 6 comparisons, 6 violations" in printed

@@ -1,4 +1,8 @@
-"""Theorem 6 of docs/theory.md: the 2-norm constant near one given input."""
+"""Theorem 6 of docs/theory.md: the constant near one given input, in the 2-norm or token norm.
+
+Theorem 6 bounds the norm of each block `(i, j)` of the Jacobian on a ball. The norm of the matrix
+of these numbers is a bound in the 2-norm; the largest sum over a row is one in the token norm.
+"""
 
 import math
 
@@ -22,6 +26,7 @@ def local_head_bound(
     radius: float,
     *,
     mask: npt.ArrayLike | None = None,
+    norm: str = "l2",
     covariance: str = "eigenvalue",
     cap: float | None = None,
 ) -> float:
@@ -33,6 +38,7 @@ def local_head_bound(
             Jacobian's norm at `y`.
         mask: shape `(N, N)`, true where query `i` sees key `j`. The diagonal must be true.
             Everything is visible by default.
+        norm: `"l2"` or `"token"`, of inputs and outputs; the ball is one of the 2-norm for both.
         covariance: `"eigenvalue"` is sharper, `"trace"` saves `N` eigenvalue problems.
         cap: a constant valid everywhere; the result is never larger. The degrees of the mask
             give one by default.
@@ -49,6 +55,8 @@ def local_head_bound(
         raise ValueError(f"`y` must have shape `(N, d)`. Received: shape={y.shape}")
     if not radius >= 0.0:
         raise ValueError(f"`radius` must not be negative. Received: radius={radius}")
+    if norm not in ("l2", "token"):
+        raise ValueError(f'`norm` must be "l2" or "token". Received: norm={norm!r}')
     if covariance not in ("eigenvalue", "trace"):
         raise ValueError(
             f'`covariance` must be "eigenvalue" or "trace". Received: covariance={covariance!r}'
@@ -67,12 +75,14 @@ def local_head_bound(
     if not np.isfinite(y).all():
         return math.inf
     if cap is None:
-        cap = _global_constant(visible)
+        cap = _global_constant(visible, norm)
     norms = np.empty((tokens, tokens))
     step = max(1, BLOCK_ENTRIES // y.size)
     for start in range(0, tokens, step):
         rows = np.arange(start, min(start + step, tokens))
         norms[rows] = _block_norms(y, rows, radius, visible[rows], covariance)
+    if norm == "token":
+        return min(SAFETY * float(norms.sum(axis=1).max()), cap)
     return min(nonnegative_norm(norms), cap)
 
 
@@ -83,41 +93,67 @@ def local_layer_bound(
     c: npt.ArrayLike,
     *,
     mask: npt.ArrayLike | None = None,
+    norm: str = "l2",
     covariance: str = "eigenvalue",
+    product_scale: npt.ArrayLike | None = None,
+    query_error: npt.ArrayLike = 0.0,
+    product_error: npt.ArrayLike = 0.0,
     published: float = math.inf,
 ) -> LipschitzBound:
-    """Constant of a layer on the ball of a radius around its input `x`, in the 2-norm.
+    """Constant of a layer on the ball of a radius around its input `x`.
 
     Args:
         x: shape `(N, D)`, without padded tokens.
         radius: radius of the ball in the 2-norm of all entries.
         b: shape `(H, D, k)`, see `certified_layer_bound`.
         c: shape `(H, k, O)`.
-        mask: shape `(N, N)` with a true diagonal, everything visible by default.
+        mask: shape `(N, N)` or `(H, N, N)` with a true diagonal, everything visible by default.
+        norm: `"l2"` or `"token"`, of inputs and outputs; the ball is one of the 2-norm for both.
         covariance: see `local_head_bound`.
+        product_scale: see `certified_layer_bound`.
+        query_error: scalar or shape `(H,)`. The bound also holds for kernels that differ from the
+            `B_h` by at most this in Frobenius norm.
+        product_error: the same for the `C_h`.
         published: the published bound, kept in the result.
 
     Returns:
-        A `LipschitzBound` in the norm `"l2"`.
+        A `LipschitzBound`.
 
     Raises:
         ValueError: see `local_head_bound`.
     """
-    x, b = np.asarray(x, np.float64), np.asarray(b, np.float64)
+    b, tokens = np.asarray(b, np.float64), np.asarray(x, np.float64)
+    # Heads do not notice a common shift of the tokens.
+    tokens = tokens - tokens.mean(axis=0)
+    size = len(tokens)
+    errors = np.broadcast_to(np.asarray(query_error, np.float64), (len(b),))
+    masks = [None] * len(b) if mask is None else np.broadcast_to(mask, (len(b), size, size))
     constants = [
+        local_head_bound(
+            tokens @ head,
+            # Other kernels also move the centre of the ball.
+            radius * (stretch + error) + float(np.linalg.norm(tokens)) * error,
+            mask=visible,
+            norm=norm,
+            covariance=covariance,
+        )
         # NaN kernels are reported by `certified_layer_bound`.
-        local_head_bound(x @ head, radius * size, mask=mask, covariance=covariance)
-        if math.isfinite(size)
+        if math.isfinite(stretch) and np.isfinite(tokens).all()
         else math.nan
-        for head, size in zip(b, SAFETY * operator_norm(b), strict=True)
+        for head, stretch, error, visible in zip(
+            b, SAFETY * operator_norm(b), errors, masks, strict=True
+        )
     ]
     return certified_layer_bound(
         b,
         c,
-        norm="l2",
-        tokens=len(x),
+        norm=norm,
+        tokens=size,
         head_constants=constants,
         head_theorem="Theorem 6",
+        product_scale=product_scale,
+        query_error=query_error,
+        product_error=product_error,
         published=published,
     )
 
@@ -143,15 +179,15 @@ def nonnegative_norm(matrix: np.ndarray, *, num_iters: int = 40) -> float:
     return SAFETY * math.sqrt(best)
 
 
-def _global_constant(visible: np.ndarray) -> float:
+def _global_constant(visible: np.ndarray, norm: str) -> float:
     tokens = len(visible)
     if visible.all():
-        return unit_head_bound(tokens).value
+        return unit_head_bound(tokens, "full", norm).value
     if (visible == np.tri(tokens, dtype=bool)).all():
-        return unit_head_bound(tokens, "causal").value
+        return unit_head_bound(tokens, "causal", norm).value
     keys = int(visible.sum(axis=1).max()) - 1
     queries = int(visible.sum(axis=0).max()) - 1
-    return unit_head_bound(tokens, "any", n_keys=keys, n_queries=queries).value
+    return unit_head_bound(tokens, "any", norm, n_keys=keys, n_queries=queries).value
 
 
 def _block_norms(

@@ -64,6 +64,7 @@ def split_bound_l2(
     operator_norm: OperatorNorm,
     xp: typing.Any,
     *,
+    query_error: typing.Any = None,
     product_error: typing.Any = None,
 ) -> typing.Any:
     """`||stack(C_h / s_h)|| ||[s_h B_h]||`: Theorem 5.1 without the unit head's constant.
@@ -74,7 +75,8 @@ def split_bound_l2(
         scale: shape `(H,)`, positive.
         operator_norm: function of `(name, matrix)`, see the module.
         xp: array namespace.
-        product_error: shape `(H,)`, upper bounds of the rounding errors of the `C_h`.
+        query_error: shape `(H,)`, upper bounds of the Frobenius norms of errors of the `B_h`.
+        product_error: the same for the `C_h`.
 
     Returns:
         A scalar of the namespace.
@@ -82,7 +84,10 @@ def split_bound_l2(
     stacked = _stacked_output_norm(c, scale, operator_norm, xp, product_error)
     wide = xp.transpose(b * _per_head(scale, xp), (1, 0, 2))
     wide = xp.reshape(wide, (b.shape[1], b.shape[0] * b.shape[2]))
-    return stacked * operator_norm("concatenated_query", wide)
+    joint = operator_norm("concatenated_query", wide)
+    if query_error is not None:
+        joint = joint + xp.sqrt(xp.sum(xp.square(query_error * scale)))
+    return stacked * joint
 
 
 def split_bound_token(
@@ -92,6 +97,7 @@ def split_bound_token(
     operator_norm: OperatorNorm,
     xp: typing.Any,
     *,
+    query_error: typing.Any = None,
     product_error: typing.Any = None,
 ) -> typing.Any:
     """`||stack(C_h / s_h)|| sqrt(sum_h s_h^2 ||B_h||^2)`: Theorem 5.2 without the constant.
@@ -104,13 +110,17 @@ def split_bound_token(
         scale: shape `(H,)`, positive.
         operator_norm: function of `(name, matrix)`, see the module.
         xp: array namespace.
-        product_error: shape `(H,)`, upper bounds of the rounding errors of the `C_h`.
+        query_error: shape `(H,)`, upper bounds of the Frobenius norms of errors of the `B_h`.
+        product_error: the same for the `C_h`.
 
     Returns:
         A scalar of the namespace.
     """
     stacked = _stacked_output_norm(c, scale, operator_norm, xp, product_error)
-    heads = scale * operator_norm("head_query", b)
+    sizes = operator_norm("head_query", b)
+    if query_error is not None:
+        sizes = sizes + query_error
+    heads = scale * sizes
     return stacked * _safe_sqrt(xp.sum(xp.square(heads)), xp)
 
 
@@ -122,6 +132,7 @@ def bound_linf(
     operator_norm: OperatorNorm,
     xp: typing.Any,
     *,
+    query_error: typing.Any = None,
     product_error: typing.Any = None,
 ) -> typing.Any:
     """Theorem 5.3: bound of the layer in the largest absolute entry.
@@ -133,7 +144,8 @@ def bound_linf(
         score_constant: `4 Phi`, a float.
         operator_norm: function of `(name, matrix)`, see the module.
         xp: array namespace.
-        product_error: shape `(H,)`, upper bounds of the rounding errors of the `C_h`.
+        query_error: shape `(H,)`, upper bounds of the Frobenius norms of errors of the `B_h`.
+        product_error: the same for the `C_h`.
 
     Returns:
         A scalar of the namespace.
@@ -145,6 +157,11 @@ def bound_linf(
         error = xp.expand_dims(product_error, 1)
         columns = columns + error
         values = values + spread * error
+    if query_error is not None:
+        # |E e|_1 <= sqrt(D) |E|_F for a unit vector e.
+        error = math.sqrt(b.shape[1]) * xp.expand_dims(query_error, 1)
+        values = values + columns * error
+        spread = spread + error
     columns = columns * spread
     heads = xp.minimum(row_constant * columns, values + score_constant * columns)
     return xp.max(xp.sum(heads, axis=0))
@@ -220,6 +237,8 @@ def certified_layer_bound(
     head_constants: npt.ArrayLike | None = None,
     head_theorem: str = "",
     product_scale: npt.ArrayLike | None = None,
+    query_error: npt.ArrayLike | None = None,
+    product_error: npt.ArrayLike | None = None,
     published: float = math.inf,
 ) -> LipschitzBound:
     """Certified Lipschitz bound of a layer of L2 attention heads.
@@ -240,6 +259,9 @@ def certified_layer_bound(
         product_scale: scalar or shape `(H,)`, `||B_h|| ||W_V^h|| ||W_O^h||`. When given, an
             allowance for the rounding of the product `C_h` is added: it matters when the
             product cancels.
+        query_error: scalar or shape `(H,)`. When given, the bound also holds for kernels that
+            differ from the `B_h` by at most this in Frobenius norm.
+        product_error: the same for the `C_h`.
         published: the published bound, kept in the result.
 
     Returns:
@@ -261,11 +283,15 @@ def certified_layer_bound(
             )
         unit = UnitBound(1.0, head_theorem)
         heads = np.asarray(head_constants, np.float64)
-    error = np.zeros(len(b))
+    error, query = np.zeros(len(b)), np.zeros(len(b))
     if product_scale is not None:
         error += PRODUCT_ROUNDING * np.asarray(product_scale, np.float64)
+    if product_error is not None:
+        error += np.asarray(product_error, np.float64)
+    if query_error is not None:
+        query += np.asarray(query_error, np.float64)
     reason = ""
-    if not all(np.isfinite(array).all() for array in (b, c, error)):
+    if not all(np.isfinite(array).all() for array in (b, c, error, query)):
         reason = "the kernels hold NaN or infinite entries"
     elif not np.isfinite(heads).all():
         reason = "a head has no finite constant"
@@ -274,16 +300,16 @@ def certified_layer_bound(
     value, theorem = math.inf, ""
     if not reason:
         # Kernels of size 1: squares neither overflow nor vanish. The bound is linear in each.
-        b = b * heads.reshape(-1, 1, 1)
+        b, query = b * heads.reshape(-1, 1, 1), query * heads
         tiny = np.finfo(np.float64).tiny
-        size_b = max(float(np.abs(b).max()), tiny)
+        size_b = max(float(np.abs(b).max()), float(query.max()), tiny)
         size_c = max(float(np.abs(c).max()), float(error.max()), tiny)
-        b, c, error = b / size_b, c / size_c, error / size_c
+        b, query, c, error = b / size_b, query / size_b, c / size_c, error / size_c
         if norm == "linf":
-            unscaled = cached_by_content(_linf, b, c, unit.value, unit.score_part, error)
+            unscaled = cached_by_content(_linf, b, c, unit.value, unit.score_part, query, error)
             theorem = unit.theorem
         else:
-            unscaled = unit.value * cached_by_content(_best_split, norm, b, c, error)
+            unscaled = unit.value * cached_by_content(_best_split, norm, b, c, query, error)
             theorem = f"{COMPOSITION[norm]} with {unit.theorem}"
         value = SAFETY * unscaled * size_b * size_c
         if unscaled > 0.0:
@@ -300,12 +326,14 @@ def certified_layer_bound(
     )
 
 
-def _best_split(norm: str, b: np.ndarray, c: np.ndarray, error: np.ndarray) -> float:
+def _best_split(
+    norm: str, b: np.ndarray, c: np.ndarray, query: np.ndarray, error: np.ndarray
+) -> float:
     """Smallest split bound found over the scalings of the heads, with exact norms."""
     split = split_bound_l2 if norm == "l2" else split_bound_token
 
     def value(scale: np.ndarray) -> float:
-        return float(split(b, c, scale, _exact, np, product_error=error))
+        return float(split(b, c, scale, _exact, np, query_error=query, product_error=error))
 
     start = frobenius_scaling(b, c, np)
     if len(b) == 1:
@@ -316,9 +344,15 @@ def _best_split(norm: str, b: np.ndarray, c: np.ndarray, error: np.ndarray) -> f
 
 
 def _linf(
-    b: np.ndarray, c: np.ndarray, row_constant: float, score_constant: float, error: np.ndarray
+    b: np.ndarray,
+    c: np.ndarray,
+    row_constant: float,
+    score_constant: float,
+    query: np.ndarray,
+    error: np.ndarray,
 ) -> float:
-    return float(bound_linf(b, c, row_constant, score_constant, _exact, np, product_error=error))
+    errors = dict(query_error=query, product_error=error)
+    return float(bound_linf(b, c, row_constant, score_constant, _exact, np, **errors))
 
 
 def _exact(name: str, matrix: np.ndarray) -> typing.Any:

@@ -39,7 +39,12 @@ def weighted_token_bound(token_weights: npt.ArrayLike) -> float:
 
 
 def weighted_layer_bound(
-    b: npt.ArrayLike, c: npt.ArrayLike, *, norm: str, token_weights: npt.ArrayLike
+    b: npt.ArrayLike,
+    c: npt.ArrayLike,
+    *,
+    norm: str,
+    token_weights: npt.ArrayLike,
+    **allowances: npt.ArrayLike,
 ) -> LipschitzBound:
     """Certified bound of a layer whose keys have weights; only the token norm has one.
 
@@ -48,6 +53,7 @@ def weighted_layer_bound(
         c: shape `(H, k, O)`.
         norm: `"l2"`, `"token"` or `"linf"`.
         token_weights: see `weighted_token_bound`.
+        **allowances: `product_scale`, `query_error`, `product_error` of `certified_layer_bound`.
 
     Returns:
         A `LipschitzBound`, `inf` with the reason in the other norms.
@@ -67,4 +73,5 @@ def weighted_layer_bound(
         tokens=None,
         head_constants=np.full(len(np.asarray(b)), constant),
         head_theorem="Theorem 4.1",
+        **allowances,
     )

@@ -10,6 +10,7 @@ import keras
 
 from keras_lipattn.bounds.lipschitz_bound import NORMS
 from keras_lipattn.callbacks._certified import LayerBound, certified_bounds, finite_or_inf
+from keras_lipattn.callbacks._lower import check_sample, lower_estimates
 from keras_lipattn.callbacks._neighbours import callbacks_beside, warn_of_earlier_readers
 from keras_lipattn.callbacks._penalty import (
     Penalty,
@@ -37,7 +38,10 @@ class LipschitzMonitor(keras.callbacks.Callback):
 
     - `lipschitz_total`: certified bound of the whole model at inference;
     - `lipschitz_<layer>`: certified bound of each layer of ours as the model calls it;
-    - `running_<layer>`: with `running_every`, its running bound.
+    - `running_<layer>`: with `running_every`, its running bound;
+    - `lower_total` and `lower_<layer>`: with `lower`, what an attack from those inputs finds, as
+      `estimate_lipschitz` does, in a few steps. The true constants lie in between; 0 where nothing
+      could be measured. That of the total is taken of the output as it is, a last softmax included.
 
     `<layer>` is the path of the layer in the model (`"encoder/attention"`), every character but
     letters, digits and `_` replaced by `_`; layers whose names coincide then are numbered. Keys are
@@ -67,6 +71,8 @@ class LipschitzMonitor(keras.callbacks.Callback):
             paths of layers to numbers, which leaves other layers free.
         running_every: If set to `k`, writes the running bounds to the logs of every `k`-th batch,
             and to those of the epoch.
+        lower: If given, a batch of inputs of the model; a few will do. At the end of every epoch
+            lower estimates are measured from them, on the host, with the model left as it is.
         condense: Whether to let the layers remember exact norms at the end of training, so that
             their inference is exact and fast.
         **certify_options: Further arguments of `certify`, such as `assume_fixed_mask=True`.
@@ -108,6 +114,7 @@ class LipschitzMonitor(keras.callbacks.Callback):
         penalty: Penalty = None,
         target: Target = 1.0,
         running_every: int | None = None,
+        lower: Any = None,
         condense: bool = True,
         **certify_options: Any,
     ) -> None:
@@ -117,12 +124,15 @@ class LipschitzMonitor(keras.callbacks.Callback):
         require_positive_integer("running_every", running_every, optional=True)
         check_penalty(penalty)
         check_target(target)
+        if lower is not None:
+            check_sample(lower)
         super().__init__()
         self.norm = norm
         self.sequence_length = sequence_length
         self.penalty = penalty
         self.target = target
         self.running_every = running_every
+        self.lower = lower
         self.condense = condense
         self.certify_options = certify_options
         # Keras may run the batch hooks of other callbacks beside the training then.
@@ -158,6 +168,8 @@ class LipschitzMonitor(keras.callbacks.Callback):
         # A model which is not built yet is looked at after its first epoch.
         if self._trained.built and not self._unbuilt_layers():
             self._watch()
+            if self.lower is not None:
+                check_sample(self.lower, self._trained)
             for entry in self._watched:
                 entry.layer.warm_up()
             if self._needs_step:
@@ -280,6 +292,9 @@ class LipschitzMonitor(keras.callbacks.Callback):
         values |= {f"lipschitz_{key}": finite_or_inf(b.value) for key, b in bounds.items()}
         if self.running_every is not None:
             values |= self._running_bounds()
+        if self.lower is not None:
+            found = lower_estimates(self._trained, self._watched, self.lower, self.norm)
+            values |= {f"lower_{key}": value for key, value in found.items()}
         if logs is not None:
             logs.update(values)
         self.epochs.append(epoch)

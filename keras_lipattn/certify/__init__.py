@@ -5,6 +5,7 @@ from keras_lipattn.certify.certificate import Certificate
 from keras_lipattn.certify.certificate_row import CertificateRow
 from keras_lipattn.certify.certify import certify
 from keras_lipattn.certify.fingerprint import fingerprint_of
+from keras_lipattn.certify.local_radius import local_radius
 from keras_lipattn.certify.registry import register_rule
 from keras_lipattn.certify.step import Step
 from keras_lipattn.certify.threat_model import ThreatModel
@@ -17,5 +18,6 @@ __all__ = [
     "ThreatModel",
     "certify",
     "fingerprint_of",
+    "local_radius",
     "register_rule",
 ]

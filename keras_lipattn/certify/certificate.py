@@ -124,7 +124,8 @@ class Certificate:
         Returns:
             Shape `(..., classes)`, in units of the norm of the threat model: the radius of an open
             ball within which the winner stays ahead of this class; `inf` for the winner itself,
-            0 for ties and logits that are not finite.
+            0 for ties and logits that are not finite. For a local certificate it counts only as far
+            as the radius of the threat model.
 
         Raises:
             ValueError: if the model is no classifier, or `logits` has another number of classes.
@@ -147,7 +148,8 @@ class Certificate:
         """Radius of the open ball around each input on which its class provably stays.
 
         The ball is one of the norm of the threat model, within the domain named there. A model
-        with one unit decides by the sign of its logit.
+        with one unit decides by the sign of its logit. A local certificate says nothing about
+        what is further away than its own radius, and about logits of other inputs.
 
         Args:
             logits: shape `(..., classes)` before any softmax; `(..., 1)` or `(...)` before the
@@ -166,8 +168,10 @@ class Certificate:
                 logits = logits[..., 0]
             with np.errstate(divide="ignore", invalid="ignore"):
                 radius = (np.abs(logits) - allowance) / self.total
-            return np.where(np.isfinite(logits) & (radius > 0.0), radius, 0.0)
-        return self.pair_radius(logits, allowance=allowance).min(axis=-1)
+            radius = np.where(np.isfinite(logits) & (radius > 0.0), radius, 0.0)
+        else:
+            radius = self.pair_radius(logits, allowance=allowance).min(axis=-1)
+        return np.minimum(radius, self.threat_model.radius)
 
     def _pairs_for(self, logits: np.ndarray) -> np.ndarray:
         if self.head not in ("softmax", "logits"):
@@ -246,8 +250,7 @@ class Certificate:
         for derived in ("schema", "vacuous", "reasons"):
             content.pop(derived, None)
         threat: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in content.pop("threat_model").items()
+            key: _frozen(value) for key, value in content.pop("threat_model").items()
         }
         rows = tuple(CertificateRow(**row) for row in content.pop("rows"))
         pairs = tuple(tuple(row) for row in content.pop("pairs"))
@@ -255,6 +258,10 @@ class Certificate:
             return cls(threat_model=ThreatModel(**threat), rows=rows, pairs=pairs, **content)
         except TypeError as error:
             raise ValueError(f"The text is no certificate. Received: {error}") from error
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
 
 
 def _encode(value: Any) -> Any:

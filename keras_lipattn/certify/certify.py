@@ -1,5 +1,6 @@
 """From a model to its certificate."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -9,13 +10,17 @@ import numpy as np
 from keras_lipattn.bounds.lipschitz_bound import NORMS
 from keras_lipattn.certify import graph, rules
 from keras_lipattn.certify.advance import side_by_side
+from keras_lipattn.certify.around import check_ball, describe, examples_of
 from keras_lipattn.certify.certificate import Certificate
 from keras_lipattn.certify.certificate_row import CertificateRow
 from keras_lipattn.certify.fingerprint import fingerprint_of
+from keras_lipattn.certify.locality import Locality
 from keras_lipattn.certify.margins import find_head, pair_constants
+from keras_lipattn.certify.near import Near
 from keras_lipattn.certify.step import Step
 from keras_lipattn.certify.tensor_state import TensorState
 from keras_lipattn.certify.threat_model import ThreatModel
+from keras_lipattn.certify.values import require_float64
 from keras_lipattn.certify.walk import Options, Walk
 from keras_lipattn.linalg import SAFETY
 
@@ -36,6 +41,8 @@ def certify(
     assume_fixed_mask: bool = False,
     mask: Any = None,
     inputs: Any = None,
+    around: Any = None,
+    radius: float | None = None,
 ) -> Certificate:
     """Proves a Lipschitz constant for a whole model, at inference, for the weights now loaded.
 
@@ -44,6 +51,12 @@ def certify(
     branches, products along chains, one norm for linear maps that follow each other. A layer
     without a rule is looked into; what stays unknown is `inf` with a reason. The model is not
     changed in any way: not its weights, losses, random state, traced functions, nor its graph.
+
+    With `around` and `radius` the certificate is a local one: for inputs in the ball of this
+    radius around a given input, in the chosen norm. It is never larger than the global one, and
+    often much smaller: attention uses what it sees there (Theorem 6), normalisations the sizes of
+    their tokens, products the sizes of their factors. Everything else keeps its global constant.
+    Values at the centre are computed in float64, for the weights as they run.
 
     Args:
         model: a built `keras.Model`.
@@ -60,12 +73,19 @@ def certify(
             visible pairs. `None`: none from outside, and `"any"` for those in the graph.
         inputs: for subclassed models, what they are called on: arrays, or `keras.KerasTensor`s, in
             the structure of the call. By default the shape they were built with, as floats.
+        around: for a local certificate, the centre: one example (no batch axis) in the structure of
+            the call, or a batch of examples. For a batch the certificate holds in each of the
+            balls: its total and its pairs are the largest of all, its rows are those of the
+            example with the largest total. Lengths and masks are those of the examples; integers
+            stay fixed, and the ball is around their embeddings.
+        radius: radius of the balls, in the norm `norm`. 0 bounds the Jacobian at the centre.
 
     Returns:
         A `Certificate`.
 
     Raises:
-        ValueError: if `model` is not a built model, or an argument is out of range.
+        ValueError: if `model` is not a built model, an argument is out of range, or only one of
+            `around` and `radius` is given.
 
     Example:
 
@@ -75,9 +95,11 @@ def certify(
     >>> model = keras.Model(inputs, keras.layers.Dense(10)(x))
     >>> print(keras_lipattn.certify(model))
 
-    Reference: docs/theory.md, sections 3 to 5 for attention, 8 for everything else.
+    Reference: docs/theory.md, sections 3 to 5 for attention, 6 for local certificates, 8 for
+        everything else.
     """
     _check_arguments(model, norm, sequence_length, input_radius, mask)
+    check_ball(around, radius)
     options = Options(
         norm=norm,
         sequence_length=sequence_length,
@@ -85,10 +107,76 @@ def certify(
         assume_fixed_mask=assume_fixed_mask,
         mask=mask,
     )
+    if around is not None:
+        return local_certificate(model, options, inputs, around, float(radius or 0.0))[0]
     walk = Walk(options)
     with graph.names_kept():
         outputs, head = _walk_model(walk, model, inputs)
     return _certificate(walk, model, outputs, head)
+
+
+def local_certificate(
+    model: keras.Model, options: Options, inputs: Any, around: Any, radius: float
+) -> tuple[Certificate, list[Near | None]]:
+    """The certificate near some inputs, and for each of them what is known about the output."""
+    require_float64()
+    if options.sequence_length is not None:
+        raise ValueError(
+            "`around` has a length of its own. "
+            f"Received: sequence_length={options.sequence_length} beside `around`"
+        )
+    structure, examples = examples_of(model, around)
+    _check_inside(options.input_radius, examples)
+    if inputs is None:
+        inputs = _specs(model, structure)
+    certificates, nears = [], []
+    for example in examples:
+        locality = Locality(example, radius, options.norm)
+        with graph.names_kept():
+            walk = Walk(dataclasses.replace(options, norm="l2"), locality)
+            outputs, head = _walk_model(walk, model, inputs)
+            nears.append(outputs[0].near)
+            if options.norm != "l2":
+                walk = Walk(options, locality)
+                outputs, head = _walk_model(walk, model, inputs)
+        certificates.append(_certificate(walk, model, outputs, head))
+    worst = max(certificates, key=lambda one: one.total)
+    pairs = np.max([one.pairs for one in certificates], axis=0)
+    lost = {path: reason for one in certificates for path, reason in one.threat_model.lost}
+    threat = dataclasses.replace(
+        worst.threat_model, around=describe(examples), radius=radius, lost=tuple(lost.items())
+    )
+    total = dataclasses.replace(
+        worst,
+        threat_model=threat,
+        pairs=tuple(tuple(float(value) for value in row) for row in pairs),
+    )
+    return total, nears
+
+
+def _check_inside(input_radius, examples) -> None:
+    if input_radius is None:
+        return
+    for example in examples:
+        for array in example:
+            if array.dtype.kind != "f":
+                continue
+            largest = float(np.linalg.norm(array, axis=-1).max(initial=0.0))
+            if largest > input_radius * (1.0 + 1e-9):
+                raise ValueError(
+                    "The tokens of `around` must have a norm of at most `input_radius`. "
+                    f"Received: input_radius={input_radius}, largest norm {largest:g}"
+                )
+
+
+def _specs(model: keras.Model, structure: Any) -> Any:
+    """What a subclassed model is called on: floats in its own dtype, everything else as it is."""
+
+    def spec(array):
+        dtype = model.input_dtype if array.dtype.kind == "f" else array.dtype.name
+        return keras.KerasTensor((None, *array.shape[1:]), dtype=dtype)
+
+    return keras.tree.map_structure(spec, structure)
 
 
 def _walk_model(walk: Walk, model: keras.Model, inputs: Any) -> tuple[list[TensorState], str]:
@@ -98,6 +186,7 @@ def _walk_model(walk: Walk, model: keras.Model, inputs: Any) -> tuple[list[Tenso
             walk.input_state(name, tuple(tensor.shape[1:]), tensor.dtype)
             for name, tensor in zip(graph.input_names(function), function.inputs, strict=True)
         ]
+        states = walk.begin(states)
         head, walk.logit_nodes = find_head(function)
         return walk.run(function, states, "", traced=False), head
     arguments = graph.call_arguments(model, inputs)
@@ -112,6 +201,8 @@ def _walk_model(walk: Walk, model: keras.Model, inputs: Any) -> tuple[list[Tenso
         return walk.input_state(name, tuple(sizes), keras.backend.standardize_dtype(tensor.dtype))
 
     args: Any = keras.tree.map_structure(state_of, arguments)
+    flat = walk.begin(keras.tree.flatten(args))
+    args = keras.tree.pack_sequence_as(args, flat)
     given = [leaf for leaf in keras.tree.flatten(args) if isinstance(leaf, TensorState)]
     try:
         function, states = graph.trace(model, args, {}, walk.mask_state)
@@ -172,6 +263,7 @@ def _certificate(
             longest=min(lengths, default=None),
             mask=walk.options.mask if isinstance(walk.options.mask, str | None) else "given",
             assumed_masks=tuple(dict.fromkeys(walk.assumed_masks)),
+            lost=() if walk.locality is None else tuple(walk.locality.lost.items()),
         ),
         rows=rows,
         head=head,

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from keras_lipattn.bounds.content_cache import cached_by_content
 from keras_lipattn.linalg import SAFETY, operator_norm
 
 # From this smaller side on, the Gram matrix is several times faster than a decomposition.
@@ -58,9 +59,14 @@ def matrix_norm(linear: LinearMap, norm: str) -> float:
         return float(np.abs(linear).max())
     if norm == "linf":
         return SAFETY * float(np.abs(linear).sum(axis=0).max())
-    if min(linear.shape) >= _GRAM_SIDE:
-        return gram_norm(linear)
-    return SAFETY * operator_norm(linear)
+    # Certificates of the same weights near many inputs ask again and again.
+    return cached_by_content(_spectral_norm, linear)
+
+
+def _spectral_norm(matrix: np.ndarray) -> float:
+    if min(matrix.shape) >= _GRAM_SIDE:
+        return gram_norm(matrix)
+    return SAFETY * operator_norm(matrix)
 
 
 def gram_norm(matrix: np.ndarray) -> float:

@@ -46,6 +46,9 @@ class Step:
         starts: whether the output is itself the certified input.
         adds_mask: whether the output carries a mask of the layer's own making.
         assumes_fixed_mask: whether the step is only true for a mask that does not move.
+        value: for a local certificate the output at its centre, where the rule knows it best.
+        drift: how far `value` may be from what runs, in the 2-norm, for that input.
+        lost: why nobody knows the output at the centre.
 
     Raises:
         ValueError: if `constant` is `inf` and there is no `reason`.
@@ -73,6 +76,9 @@ class Step:
     starts: bool = False
     adds_mask: bool = False
     assumes_fixed_mask: bool = False
+    value: np.ndarray | None = None
+    drift: float = 0.0
+    lost: str = ""
 
     def __post_init__(self):
         constant = float(self.constant)

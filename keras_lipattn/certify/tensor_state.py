@@ -8,6 +8,7 @@ import numpy as np
 from keras_lipattn.certify.domain import Domain
 from keras_lipattn.certify.gain import Gain
 from keras_lipattn.certify.linear_map import LinearMap
+from keras_lipattn.certify.near import Near
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -34,6 +35,7 @@ class TensorState:
         derived: whether it does not move but follows from an integer input.
         values: its values where they are constants of the model.
         costs: for each row of the certificate its part of the logarithm of `gain`.
+        near: where it is near the input that a local certificate is for, `None` if not known.
     """
 
     gain: Gain
@@ -51,6 +53,7 @@ class TensorState:
     derived: bool = False
     values: np.ndarray | None = None
     costs: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    near: Near | None = None
 
     @property
     def root(self) -> "TensorState":

@@ -20,6 +20,11 @@ class ThreatModel:
         longest: largest number of tokens, `None` when the shapes of the model say it all.
         mask: class of mask that was assumed for attention layers with an unknown one, or `None`.
         assumed_masks: layers that compute a mask from a certified input which was assumed fixed.
+        around: for a local certificate, its centres in words and a digest of their numbers; empty
+            for a global one.
+        radius: radius of the balls around them in the norm of the certificate, `inf` for a global
+            certificate.
+        lost: pairs of a layer and the reason why what comes after it has its global constants.
     """
 
     norm: str
@@ -30,6 +35,9 @@ class ThreatModel:
     longest: int | None = None
     mask: str | None = None
     assumed_masks: tuple[str, ...] = ()
+    around: str = ""
+    radius: float = math.inf
+    lost: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
         lines = [
@@ -40,6 +48,11 @@ class ThreatModel:
         ]
         if len(self.inputs) > 1:
             lines.append("a change of several inputs is measured side by side, as one tensor")
+        if self.around:
+            lines.append(
+                f"ONLY for inputs within {self.radius:g} of {self.around}, in the norm above"
+            )
+        lines += [f"values are not known after {path}: {reason}" for path, reason in self.lost]
         if self.held:
             lines.append("held fixed: " + ", ".join(self.held))
         if math.isfinite(self.input_radius):

@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 
 from keras_lipattn.certify import graph
 from keras_lipattn.certify.advance import advance
 from keras_lipattn.certify.call import Call
 from keras_lipattn.certify.domain import Domain
 from keras_lipattn.certify.gain import Gain
+from keras_lipattn.certify.locality import Locality
+from keras_lipattn.certify.near import Near
 from keras_lipattn.certify.registry import find_rule
 from keras_lipattn.certify.step import Step
 from keras_lipattn.certify.tensor_state import TensorState
@@ -82,8 +85,9 @@ class Options:
 class Walk:
     """One certification: walks graphs, collects rows and inputs."""
 
-    def __init__(self, options: Options):
+    def __init__(self, options: Options, locality: Locality | None = None):
         self.options = options
+        self.locality = locality
         self.rows: list[RowDraft] = []
         self.sources: list[str] = []
         self.held_inputs: dict[int, str] = {}
@@ -101,6 +105,16 @@ class Walk:
         """Registers a certified input and returns its gain."""
         self.sources.append(name)
         return Gain.of_source(self.options.norm, len(self.sources) - 1)
+
+    def begin(self, states: Sequence[TensorState]) -> list[TensorState]:
+        """The states of the inputs, with what a local certificate knows about them."""
+        if self.locality is None:
+            return list(states)
+        states = [
+            state.replace(shape=shape, dynamic=(False,) * len(shape))
+            for state, shape in zip(states, self.locality.shapes, strict=True)
+        ]
+        return self.locality.begin(states)
 
     def input_state(self, name: str, shape: Sequence[int | None], dtype: str) -> TensorState:
         """The state of an input of the model; `shape` comes without the batch axis."""
@@ -127,8 +141,14 @@ class Walk:
 
     def mask_state(self, state: TensorState) -> TensorState:
         """The mask that travels with a tensor, as a tensor: one boolean per token."""
-        return self._held(
+        mask = self._held(
             shape=state.shape[:1], dynamic=state.dynamic[:1], dtype="bool", derived=True
+        )
+        if state.near is None:
+            return mask
+        value = state.near.mask
+        return mask.replace(
+            near=Near(np.ones(state.near.value.shape[:2], bool) if value is None else value)
         )
 
     # Graphs -----------------------------------------------------------------------------------
@@ -187,10 +207,12 @@ class Walk:
             moves = type(operation).__name__ in _MOVES
             largest = max(_largest(state) for state in given) if moves else math.inf
             domain = Domain(largest=largest)
-            return [self._held(derived=derived, domain=domain, **layout) for layout in layouts]
+            held = [self._held(derived=derived, domain=domain, **layout) for layout in layouts]
+            return self._localise(held, operation, args, kwargs, None, path)
         integers = [_is_integer(layout["dtype"]) for layout in layouts]
         if all(integers):
-            return self._integers(operation, given, layouts, path)
+            moved = self._integers(operation, given, layouts, path)
+            return self._localise(moved, operation, args, kwargs, None, path)
         call = self._call(operation, args, kwargs, layouts[0], path, drop_activation)
         rule, missing = find_rule(operation)
         if rule is None:
@@ -200,9 +222,19 @@ class Walk:
         else:
             answer = rule(operation, call)
             if isinstance(answer, TensorState):
+                if self.locality is not None and answer.near is None:
+                    self.locality.lose(path, "it is not known what it makes of its input", given)
                 return [answer]
             step = _as_step(answer)
-        return self.record(operation, step, given, path, layouts)
+        outputs = self.record(operation, step, given, path, layouts)
+        return self._localise(outputs, operation, args, kwargs, step, path)
+
+    def _localise(self, outputs, operation, args, kwargs, step, path) -> list[TensorState]:
+        if self.locality is None:
+            return outputs
+        is_layer = isinstance(operation, keras.layers.Layer)
+        dtype = operation.compute_dtype if is_layer else self._compute_dtype[-1]
+        return self.locality.after(operation, args, kwargs, step, outputs, path, dtype)
 
     def ask(self, layer: keras.layers.Layer, state: TensorState) -> Step:
         """The step of a layer on one input, for wrappers."""
@@ -260,9 +292,14 @@ class Walk:
             return self.record(layer, step, given, path, layouts)
         self._compute_dtype.append(layer.compute_dtype)
         try:
-            return self.run(function, inputs, f"{path}/", traced=True)
+            outputs = self.run(function, inputs, f"{path}/", traced=True)
         finally:
             self._compute_dtype.pop()
+        if any(state.near is not None and state.near.mask is not None for state in given):
+            if self.locality is not None:
+                self.locality.lose(path, "which mask comes out is its own affair", given)
+            return [state.replace(near=None) for state in outputs]
+        return outputs
 
     def _integers(self, operation, given, layouts, path) -> list[TensorState]:
         """Outputs that are integers or booleans: they do not move, or they jump."""

@@ -39,6 +39,15 @@ def against(norm: str, w: np.ndarray) -> np.ndarray:
     return _unit(_tokens(w)).reshape(w.shape)
 
 
+def within(norm: str, x: np.ndarray, radius: float) -> np.ndarray:
+    """Each example moved into the ball of this radius around 0."""
+    if norm == "linf":
+        return np.clip(x, -radius, radius)
+    parts = _flat(x) if norm == "l2" else _tokens(x)
+    sizes = np.linalg.norm(parts, axis=-1, keepdims=True)
+    return (parts * np.minimum(1.0, radius / np.maximum(sizes, 1e-300))).reshape(x.shape)
+
+
 def covectors(norm: str, shape: tuple[int, ...], start: int, rng) -> np.ndarray:
     """Covectors to begin from, the `start`-th: of one entry or token after the other."""
     y = rng.normal(size=shape)

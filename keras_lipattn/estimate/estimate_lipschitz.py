@@ -1,6 +1,5 @@
 """Attacks the Lipschitz constant of a function: a lower estimate of it."""
 
-import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,7 +8,8 @@ import numpy as np
 from keras import ops
 
 from keras_lipattn.estimate._derivatives import Derivatives
-from keras_lipattn.estimate._norms import against, along, covectors, norm_of
+from keras_lipattn.estimate._losses import losses_kept
+from keras_lipattn.estimate._norms import against, along, covectors, norm_of, within
 from keras_lipattn.estimate.lipschitz_estimate import LipschitzEstimate
 from keras_lipattn.layers._arguments import (
     describe,
@@ -28,6 +28,7 @@ def estimate_lipschitz(
     restarts: int = 4,
     step_size: float = 0.3,
     input_radius: float | None = None,
+    radius: float | None = None,
     call_kwargs: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> LipschitzEstimate:
@@ -53,6 +54,9 @@ def estimate_lipschitz(
             square of `x` (1 if `x` is 0). Steps get smaller.
         input_radius: If given, points stay where tokens have at most this Euclidean norm, as in
             `certify`. The points in `x` must.
+        radius: If given, each point stays within this distance, in the norm `norm`, of the point in
+            `x` that it began from: a lower estimate of a local constant, as
+            `certify(around=x, radius=radius)` bounds it.
         call_kwargs: Further arguments of `function`, such as masks.
         seed: Seed of the search.
 
@@ -75,6 +79,7 @@ def estimate_lipschitz(
         Boyd, "The power method for l^p norms", 1974 (the iteration for `v`).
     """
     points = _checked(function, x, norm, steps, restarts, step_size, input_radius, seed)
+    require_positive("radius", radius)
     arguments = dict(call_kwargs or {})
     if isinstance(function, keras.layers.Layer):
         arguments["training"] = False
@@ -84,44 +89,33 @@ def estimate_lipschitz(
         with keras.StatelessScope():
             return function(point, **arguments)
 
-    with _losses_kept(function):
-        return _searched(run, points, norm, steps, restarts, step_size, input_radius, seed)
+    with losses_kept(function):
+        return _searched(
+            run, points, norm, steps, restarts, step_size, (input_radius, radius), seed
+        )
 
 
-def _searched(run, points, norm, steps, restarts, step_size, input_radius, seed):
+def _searched(run, points, norm, steps, restarts, step_size, radii, seed):
     output = run(ops.convert_to_tensor(points))
     _check_value(output, points)
     derivatives = Derivatives(run, points.dtype.name, output)
-    search = _Search(derivatives, points.astype(np.float64), norm, steps, step_size, input_radius)
+    search = _Search(derivatives, points.astype(np.float64), norm, steps, step_size, radii)
     rng = np.random.default_rng(seed)
     for start in range(restarts):
         search.climb(points.astype(np.float64), start, rng)
     return search.finish(seed)
 
 
-@contextlib.contextmanager
-def _losses_kept(function):
-    """Puts back the losses of the last call, which Keras clears at the next one."""
-    layers = function._flatten_layers() if isinstance(function, keras.layers.Layer) else []
-    losses = [(inner, list(inner._losses), set(inner._loss_ids)) for inner in layers]
-    try:
-        yield
-    finally:
-        for inner, values, ids in losses:
-            inner._losses[:] = values
-            inner._loss_ids.clear()
-            inner._loss_ids.update(ids)
-
-
 class _Search:
     """The largest quotient found so far, and how to find larger ones."""
 
-    def __init__(self, derivatives, points, norm, steps, step_size, input_radius):
+    def __init__(self, derivatives, points, norm, steps, step_size, radii):
         self.derivatives = derivatives
         self.norm = norm
         self.steps = steps
         self.step_size = step_size
-        self.input_radius = input_radius
+        self.input_radius, self.radius = radii
+        self.centres = points
         # The best of each example, for batches that share masks; -1 before there is any.
         self.values = np.full(len(points), -1.0)
         self.points, self.directions = points, np.zeros_like(points)
@@ -129,6 +123,8 @@ class _Search:
     def climb(self, x, start, rng):
         """One ascent in `x` with the direction kept close to the best one."""
         scale = np.sqrt(np.mean(np.square(x))) or 1.0
+        if self.radius is not None:
+            scale = min(scale, self.radius)
         if start:
             x = self.inside(x * rng.uniform(0.3, 1.7) + 0.5 * scale * rng.normal(size=x.shape))
         covector = covectors(self.norm, self.derivatives.output_shape, start, rng)
@@ -196,7 +192,9 @@ class _Search:
         self.directions = np.where(better, v, self.directions)
 
     def inside(self, x):
-        """`x` with its tokens in the ball, as the function gets it: rounded to its dtype."""
+        """`x` where it may be, as the function gets it: rounded to its dtype."""
+        if self.radius is not None:
+            x = self.centres + within(self.norm, x - self.centres, self.radius)
         if self.input_radius is not None:
             sizes = np.linalg.norm(x, axis=-1, keepdims=True)
             x = x * np.minimum(1.0, self.input_radius / np.maximum(sizes, 1e-300))

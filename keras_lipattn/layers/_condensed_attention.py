@@ -18,8 +18,8 @@ class CondensedAttention:
         self._norms = ExactNorms()
         with quiet():
             self.kernels = layer._capped(layer._host_kernels(), self._norms, np)
-            b, c = layer._fold(*self.kernels, np)
-            self._b, self._c = b.astype(self._dtype), c.astype(self._dtype)
+            self._exact = layer._fold(*self.kernels, np)
+            self._b, self._c = (matrix.astype(self._dtype) for matrix in self._exact)
         self.variables = []
 
     def heads(self, visibility):
@@ -66,6 +66,20 @@ class CondensedAttention:
                 for matrix in (self._b, value, output)
             ]
             return np.prod(sizes, axis=0) * self.factor(visibility)
+
+    def rounding(self, visibility):
+        """How far `heads` are from the exact products that run when not condensed.
+
+        A pair of arrays `(H,)`, in Frobenius norm: of `B_h` and of `C_h` with its factor.
+        """
+        exact_b, exact_c = self._exact
+        b, c = self.heads(visibility)
+        with quiet():
+            exact_c = self._layer._rounded(exact_c * self.factor(visibility), np)
+            return tuple(
+                np.linalg.norm(rounded - exact, axis=(1, 2))
+                for rounded, exact in ((b, exact_b), (c, exact_c))
+            )
 
 
 class HeldAttention:

@@ -70,6 +70,12 @@ class NormCache:
 
         return norms(*kernels)
 
+    def remembered(self, kernels):
+        """The remembered norms as an array if they are those of `kernels`, else `None`."""
+        if not bool(ops.convert_to_numpy(self._remembers(kernels))):
+            return None
+        return ops.convert_to_numpy(self._norms.value).astype(np.float64)
+
     def _remembers(self, kernels):
         same = True
         for snapshot, kernel in zip(self._snapshots, kernels, strict=True):

@@ -465,9 +465,15 @@ class L2MultiHeadAttention(LipschitzLayer):
             )
         state = self._condensed or CondensedAttention(self)
         b, c = state.heads(visibility)
+        query_error, product_error = state.rounding(visibility)
+        allowances = {
+            "product_scale": state.product_scale(visibility),
+            "query_error": query_error,
+            "product_error": product_error,
+        }
         if token_weights is not None:
             token_weights = as_run(np.asarray(token_weights), self.compute_dtype)
-            return weighted_layer_bound(b, c, norm=norm, token_weights=token_weights)
+            return weighted_layer_bound(b, c, norm=norm, token_weights=token_weights, **allowances)
         return certified_layer_bound(
             b,
             c,
@@ -476,7 +482,7 @@ class L2MultiHeadAttention(LipschitzLayer):
             mask=visibility.mask,
             n_keys=visibility.n_keys,
             n_queries=visibility.n_queries,
-            product_scale=state.product_scale(visibility),
+            **allowances,
             published=self._published(state, norm, tokens, visibility),
         )
 

@@ -12,6 +12,7 @@ from keras_lipattn.layers._as_run import as_run
 from keras_lipattn.layers._caps import cap_factor, cap_margin
 from keras_lipattn.layers._norm_cache import NormCache
 from keras_lipattn.layers._operator_norms import (
+    CACHE_ALLOWANCE,
     ExactNorms,
     GramNorms,
     NormLayout,
@@ -246,6 +247,22 @@ class LipschitzLayer(keras.layers.Layer):
 
         flat = self._cache.select(kernels, gram)
         return RecordedNorms(flat, self._layout)
+
+    def _is_settled(self):
+        """Whether inference runs with the weights that the host computes, up to roundings.
+
+        Else it runs with caps from Gram iteration, which shrink by up to a thousandth more.
+        """
+        if self._condensed is not None or self._cache is None:
+            return True
+        remembered = self._cache.remembered(self._graph_kernels())
+        if remembered is None:
+            return False
+        exact = ExactNorms()
+        with quiet():
+            self._request_norms(self._host_kernels(), exact, self._capped_norms(), np)
+        wanted = self._layout.flatten(exact.norms, np) * CACHE_ALLOWANCE
+        return bool(np.allclose(remembered, wanted, rtol=CACHE_ALLOWANCE - 1.0, atol=0.0))
 
     def _norms_for(self, kernels, training) -> Any:
         """The source of norms for this call, or `None` when nobody needs one."""

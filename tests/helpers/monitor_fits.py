@@ -25,7 +25,9 @@ def record():
     keras.utils.set_random_seed(12)
     x, y = monitor_models.data(32)
     model = monitor_models.compiled(monitor_models.capped(), learning_rate=0.05)
-    monitor = LipschitzMonitor(penalty=lambda epoch: 0.1 * (epoch + 1), target=0.1, running_every=1)
+    monitor = LipschitzMonitor(
+        penalty=lambda epoch: 0.1 * (epoch + 1), target=0.1, running_every=1, lower=x[:2]
+    )
     history = model.fit(
         x,
         y,

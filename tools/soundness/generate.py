@@ -47,10 +47,16 @@ def random_subject(seed: int, index: int) -> Subject:
     if dtype != "float64":
         twin = _build(shape, plan, "float64", radius)
         twin.set_weights(model.get_weights())
-    points = rng.normal(size=(4, *shape)) * 10.0 ** rng.uniform(-1.0, 0.7)
+    points = rng.normal(size=(4, *shape))
+    if len(shape) == 2:
+        # Where one head of attention is steepest: a token between two clusters of the others.
+        direction = rng.normal(size=shape[1])
+        sides = np.where(np.arange(tokens) % 2, 1.0, -1.0) * (np.arange(tokens) > 0)
+        points[0] = np.outer(sides, 1.3 * direction / np.linalg.norm(direction))
+    points *= 10.0 ** rng.uniform(-1.0, 0.7)
     if radius is not None:
         sizes = np.linalg.norm(points, axis=-1, keepdims=True)
-        points = points * np.minimum(1.0, radius / sizes)
+        points = points * np.minimum(1.0, radius / np.maximum(sizes, 1e-300))
     return Subject(model, twin, points, radius)
 
 

@@ -1,7 +1,9 @@
 """The layers of this package, which know their own constants."""
 
+import dataclasses
 import math
 
+import keras
 import numpy as np
 
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
@@ -11,6 +13,7 @@ from keras_lipattn.certify.linear_map import centred_diagonal_norm
 from keras_lipattn.certify.registry import register_own_bound, register_rule
 from keras_lipattn.certify.rules.activations import with_activation
 from keras_lipattn.certify.rules.linear import NOT_FINITE, matrix_step
+from keras_lipattn.certify.rules.local_attention import CAP_ROUNDING, UNSETTLED, near_input
 from keras_lipattn.certify.rules.merging import operands_of, weighted_sum
 from keras_lipattn.certify.step import Step
 from keras_lipattn.certify.tensor_state import TensorState, product
@@ -75,7 +78,7 @@ def self_attention(layer, call):
     reason = bound.reason
     if math.isinf(bound.value) and tokens is None:
         reason += "; `certify` takes a `sequence_length`"
-    return Step(
+    step = Step(
         constant=bound.value,
         # `inf` stands for "not evaluated" too.
         published=bound.published if isinstance(layer, L2MultiHeadAttention) else math.nan,
@@ -86,6 +89,7 @@ def self_attention(layer, call):
         # Without a length in the graph the layer took its own.
         longest=_longest(layer, tokens, call.state),
     )
+    return near_input(layer, call, step, mask)
 
 
 def _weighted(layer, call: Call, mask) -> Step:
@@ -168,7 +172,24 @@ def spectral_dense(layer, call):
             exact=step.exact,
             domain=_shrunk(step, call),
         )
-    return with_activation(step, layer, call, layer.units)
+    return _near_input(layer, call, kernel, with_activation(step, layer, call, layer.units))
+
+
+def _near_input(layer: SpectralDense, call: Call, kernel: np.ndarray, step: Step) -> Step:
+    """The step with the value at the centre of a local certificate."""
+    near = call.state.near
+    if near is None or math.isinf(step.constant):
+        return step
+    if not layer._is_settled():
+        return dataclasses.replace(step, lost=UNSETTLED)
+    if isinstance(layer.activation, keras.layers.Layer):
+        return dataclasses.replace(step, lost="its activation is a layer with a dtype of its own")
+    bias = bias_of(layer)
+    value = near.value @ kernel + (0.0 if bias is None else bias)
+    if not call.drop_activation:
+        value = keras.ops.convert_to_numpy(layer.activation(keras.ops.convert_to_tensor(value)))
+    drift = CAP_ROUNDING * step.constant * near.size if layer._cache is not None else 0.0
+    return dataclasses.replace(step, value=value, drift=drift)
 
 
 def _shrunk(step: Step, call: Call) -> Domain | None:

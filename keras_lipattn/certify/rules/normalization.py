@@ -19,7 +19,7 @@ from keras_lipattn.certify.registry import register_operation, register_rule
 from keras_lipattn.certify.rules.activations import convert
 from keras_lipattn.certify.rules.linear import NOT_FINITE, matrix_step, scaling_step
 from keras_lipattn.certify.step import Step
-from keras_lipattn.certify.tensor_state import product
+from keras_lipattn.certify.tensor_state import TensorState, product
 from keras_lipattn.certify.weights import as_run
 from keras_lipattn.linalg import SAFETY
 
@@ -86,7 +86,7 @@ def _normalise(gamma, beta, axis, epsilon: float, call: Call, *, centred: bool) 
         gamma = np.broadcast_to(gamma, (width,)) if gamma.size in (1, width) else gamma
         return _over_other_axes(gamma, epsilon, width, call, centred=centred)
     gamma = np.broadcast_to(gamma, (width,))
-    root = 1.0 / math.sqrt(epsilon)
+    root = 1.0 / _smallest_divisor(epsilon, state, centred=centred)
     divide = Step(
         constant=SAFETY * root * (1.0 if call.norm != "linf" else math.sqrt(width)),
         theorem=f"{name} by at least sqrt(epsilon)",
@@ -118,6 +118,20 @@ def _normalise(gamma, beta, axis, epsilon: float, call: Call, *, centred: bool) 
         theorem="norm of diag(gamma) (I - 11^T/d) / sqrt(epsilon)",
         exact=call.norm != "linf",
     )
+
+
+def _smallest_divisor(epsilon: float, state: TensorState, *, centred: bool) -> float:
+    """The least that a token is divided by: of all tokens, or of those near a known input."""
+    if state.near is None:
+        return math.sqrt(epsilon)
+    tokens = np.asarray(state.near.value, np.float64)
+    if centred:
+        # Centring never takes a token further than the token itself moves.
+        tokens = tokens - tokens.mean(axis=-1, keepdims=True)
+    sizes = np.linalg.norm(tokens, axis=-1) / SAFETY - state.near.radius
+    smallest = max(float(sizes.min(initial=math.inf)), 0.0)
+    nearby = math.sqrt(smallest**2 / tokens.shape[-1] + epsilon) / SAFETY
+    return max(nearby, math.sqrt(epsilon))
 
 
 def _over_other_axes(gamma, epsilon: float, width: int, call: Call, *, centred: bool) -> Step:
@@ -205,8 +219,12 @@ def _unit(axis, epsilon: float, call: Call) -> Step:
         return Step(
             constant=math.inf, reason="it normalises over the batch axis, or its epsilon is 0"
         )
-    constant = SAFETY / epsilon
     last = axes == {rank - 1}
+    constant = SAFETY / epsilon
+    if last and state.near is not None:
+        # x / |x| has the Jacobian of a projection over |x|.
+        sizes = np.linalg.norm(state.near.value, axis=-1) / SAFETY - state.near.radius
+        constant = SAFETY / max(float(sizes.min(initial=math.inf)), epsilon)
     if call.norm != "l2" and not (last and call.norm == "token"):
         constant *= convert("l2", call.norm, state)
     if math.isinf(constant):

@@ -28,6 +28,6 @@ def time_distributed(layer, call):
         return Step(constant=math.inf, reason="it passes slices of a mask to the layer inside")
     inner = call.walk_into(
         layer.layer,
-        state.replace(shape=state.shape[1:], dynamic=state.dynamic[1:]),
+        state.replace(shape=state.shape[1:], dynamic=state.dynamic[1:], near=None),
     )
-    return dataclasses.replace(inner, shape=call.shape, dynamic=call.dynamic)
+    return dataclasses.replace(inner, shape=call.shape, dynamic=call.dynamic, near=None)

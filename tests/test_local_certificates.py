@@ -1,0 +1,396 @@
+"""Local certificates: valid in the whole ball, never above the global one, sharp at the centre."""
+
+import math
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from helpers.certify_cases import (
+    array_of,
+    default_dtype,
+    jacobian_norm,
+    jacobians,
+    layer_cases,
+    model_of,
+    points_of,
+    randomise,
+    snapshot,
+)
+from keras import layers
+
+import keras_lipattn as kl
+from keras_lipattn.certify import Certificate, certify
+from keras_lipattn.certify.certify import local_certificate
+from keras_lipattn.certify.walk import Options
+from keras_lipattn.estimate._norms import norm_of
+
+CASES = {case.name: case for case in layer_cases()}
+NORMS = ("l2", "token", "linf")
+# Of a measured derivative in float64, as for global certificates.
+ROUNDING = 1.0 + 1e-9
+# Layers with layers inside, those whose caps are only known to their graph, and what TensorFlow has
+# in float32 alone: values are lost there, so that what follows gets its global constants.
+LOST = {
+    "average_pool3d",
+    "dense_leaky_layer",
+    "dot_attention",
+    "dot_attention_ball",
+    "dot_attention_causal",
+    "dot_attention_masked",
+    "l2_attention_capped",
+    "max_pool3d",
+    "spectral_dense",
+    "time_distributed",
+}
+
+
+def values_near(model, x, radius, norm="l2", **options):
+    settings = Options(
+        **{
+            **dict(
+                norm=norm,
+                sequence_length=None,
+                input_radius=None,
+                assume_fixed_mask=False,
+                mask=None,
+            ),
+            **options,
+        }
+    )
+    return local_certificate(model, settings, None, x, radius)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rules_hold_near_an_input_and_values_are_those_of_the_model(name):
+    case = CASES[name]
+    model = model_of(case)
+    x = points_of(case, count=1)[0].astype(case.dtype)
+    rng = np.random.default_rng(1)
+    norm = NORMS[list(CASES).index(name) % 3]
+    radius = 0.1 * case.spread
+    steps = rng.normal(size=(6, *x.shape))
+    steps *= (radius / np.linalg.norm(steps.reshape(6, -1), axis=1)).reshape(-1, *[1] * x.ndim)
+    # A ball of the 2-norm lies in those of the other norms.
+    points = x + np.concatenate([np.zeros((1, *x.shape)), steps])
+    certificate, (near,) = values_near(model, x, radius, norm, **dict(case.options))
+    assert certificate.is_finite
+    globally = certify(model, norm=norm, **dict(case.options)).total
+    assert certificate.total <= globally
+    expected = np.asarray(model(x[None], training=False))
+    if name in LOST:
+        assert certificate.threat_model.lost
+    else:
+        assert not certificate.threat_model.lost
+        assert near is not None
+        # Keras merges a low-rank update in float32; the wrapped layer is one of float32.
+        precision = 1e-6 if name in ("dense_lora", "spectral_normalization") else 1e-9
+        np.testing.assert_allclose(near.value, expected, rtol=precision, atol=precision)
+        assert near.drift <= 1e-6 * (1.0 + np.linalg.norm(expected) + certificate.total)
+    if certificate.total == globally:
+        # Its Jacobians are measured elsewhere.
+        return
+    measured = jacobians(lambda x: model(x, training=False), points.astype(case.dtype))
+    shape = model.output_shape[1:]
+    widths = case.shape[-1], shape[-1] if shape else 1
+    found = max(jacobian_norm(jacobian, norm, widths) for jacobian in measured)
+    rounding = ROUNDING if case.dtype == "float64" else 1.0 + 1e-5
+    assert found <= certificate.total * rounding
+
+
+def attention_model(tokens=5, features=4, dtype="float64", seed=0, build=None, **options):
+    """Two attention layers with a normalisation and a dense layer between them."""
+    with default_dtype(dtype):
+        inputs = keras.Input((tokens, features), dtype=dtype)
+        first = kl.L2MultiHeadAttention(2, 3, **options)
+        second = kl.L2MultiHeadAttention(1, 2)
+        call = build or (lambda layer, x: layer(x))
+        x = layers.LayerNormalization()(kl.Residual(0.5)([inputs, call(first, inputs)]))
+        x = call(second, layers.Dense(features, activation="gelu")(x))
+        x = layers.GlobalAveragePooling1D()(x)
+        model = keras.Model(inputs, layers.Dense(3)(x))
+    randomise(model, seed)
+    return model
+
+
+CALLS = {
+    "full": lambda layer, x: layer(x),
+    "causal": lambda layer, x: layer(x, use_causal_mask=True),
+    "pairs": lambda layer, x: layer(x, attention_mask=np.eye(5, k=2, dtype=bool)[None]),
+    "padded": lambda layer, x: layer(x, query_mask=np.array([[1, 1, 0, 1, 1]], bool)),
+}
+OPTIONS = {"plain": {}, "window": {"sliding_window": 2}, "value dim": {"value_dim": 5}}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_no_ascent_inside_the_ball_climbs_over_the_certificate(call):
+    index = list(CALLS).index(call)
+    model = attention_model(build=CALLS[call], **OPTIONS[list(OPTIONS)[index % 3]])
+    x = np.random.default_rng(1).normal(size=(5, 4))
+    for norm in NORMS:
+        globally = certify(model, norm=norm).total
+        totals = []
+        for radius in (0.01, 0.1, 100.0):
+            local = certify(model, norm=norm, around=x, radius=radius)
+            assert not local.threat_model.lost
+            totals.append(local.total)
+        assert totals == sorted(totals)
+        # Far away the certificate is the global one, or that of fewer tokens.
+        assert totals[0] < totals[2] <= globally
+        assert call == "padded" or totals[2] == pytest.approx(globally, rel=1e-9)
+        if norm == NORMS[index % 3]:
+            found = kl.estimate_lipschitz(model, x[None], norm, radius=0.1, steps=8, restarts=1)
+            assert norm_of(norm, (found.point - x)[None])[0] <= 0.1 * ROUNDING
+            assert 0.0 < found.value <= totals[1] * ROUNDING
+
+
+def test_at_radius_zero_it_is_within_the_known_factor_of_the_jacobian():
+    ratios = []
+    for seed in range(6):
+        with default_dtype("float64"):
+            inputs = keras.Input((6, 3), dtype="float64")
+            layer: Any = kl.L2MultiHeadAttention(1, 3, use_bias=False)
+            model = keras.Model(inputs, layer(inputs))
+        # The unit head itself: B is the identity, and so is C.
+        eye = np.eye(3) * 3**0.25
+        layer.set_weights([eye.reshape(3, 1, 3), *layer.get_weights()[1:]])
+        layer.value_kernel.assign((eye / 3**0.25).reshape(3, 1, 3))
+        layer.output_kernel.assign(np.eye(3).reshape(1, 3, 3))
+        x = np.random.default_rng(seed).normal(size=(6, 3))
+        measured = np.linalg.norm(jacobians(model, x[None])[0], 2)
+        ratios.append(certify(model, around=x, radius=0.0).total / measured)
+    # Norms of blocks lose their signs, nothing else: 1.5 was the largest of hundreds.
+    assert 1.0 <= min(ratios) and max(ratios) <= 1.6
+    assert certify(model).total / measured > 2.0
+
+
+def test_a_batch_holds_in_each_of_its_balls():
+    model = attention_model()
+    x = np.random.default_rng(2).normal(size=(3, 5, 4)) * np.array([0.1, 1.0, 3.0])[:, None, None]
+    alone = [certify(model, around=one, radius=0.05) for one in x]
+    together = certify(model, around=x, radius=0.05)
+    assert together.total == max(one.total for one in alone)
+    np.testing.assert_array_equal(together.pairs, np.max([one.pairs for one in alone], axis=0))
+    assert "3 inputs" in together.threat_model.around
+
+
+def test_float32_models_are_followed_with_the_weights_as_they_run():
+    single = attention_model(dtype="float32")
+    double = attention_model(dtype="float64")
+    double.set_weights(single.get_weights())
+    x = np.random.default_rng(3).normal(size=(5, 4))
+    _, (near,) = values_near(single, x, 0.0)
+    expected = np.asarray(double(x[None]))
+    assert near is not None
+    # Folded kernels are rounded once, and the drift says so.
+    assert np.linalg.norm(near.value - expected) <= near.drift <= 1e-4
+    found = np.linalg.norm(jacobians(double, x[None])[0], 2)
+    assert found <= certify(single, around=x, radius=0.0).total < 0.1 * certify(single).total
+
+
+def test_kernels_in_low_precision_are_those_that_run():
+    with default_dtype("mixed_bfloat16"):
+        inputs = keras.Input((4,))
+        model = keras.Model(inputs, layers.Dense(3, activation="tanh")(inputs))
+    randomise(model)
+    x = np.random.default_rng(4).normal(size=4)
+    kernel, bias = (
+        array_of(keras.ops.cast(w.value, "bfloat16")).astype(np.float64)
+        for w in model.layers[1].weights
+    )
+    _, (near,) = values_near(model, x, 0.1)
+    assert near is not None
+    np.testing.assert_allclose(near.value[0], np.tanh(x @ kernel + bias), rtol=1e-12)
+
+
+def test_padding_from_token_ids_is_followed():
+    ids = keras.Input((6,), dtype="int32", name="ids")
+    with default_dtype("float64"):
+        x = layers.Embedding(9, 4, mask_zero=True)(ids)
+        first, second = kl.L2MultiHeadAttention(2, 2), kl.L2MultiHeadAttention(2, 2)
+        y = second(layers.Dense(4)(first(x)))
+        model = keras.Model(ids, layers.Dense(3)(layers.GlobalAveragePooling1D()(y)))
+    randomise(model)
+    padded = np.array([3, 1, 4, 5, 0, 0])
+    certificate, (near,) = values_near(model, padded, 0.05)
+    assert near is not None and not certificate.threat_model.lost
+    np.testing.assert_allclose(near.value, np.asarray(model(padded[None])), rtol=1e-9)
+    assert certificate.total < certify(model).total
+    # The ball is around the embeddings.
+    assert certificate.threat_model.held == ("ids",)
+    # What is not seen does not count: the embedding of the padding.
+    table = model.layers[1].embeddings
+    table.assign(array_of(table) * np.where(np.arange(9) == 0, 1e3, 1.0)[:, None])
+    moved, _ = values_near(model, padded, 0.05)
+    assert moved.row(first.name).constant == pytest.approx(certificate.row(first.name).constant)
+
+
+def test_capped_layers_are_followed_once_their_norms_are_settled():
+    model = attention_model(lipschitz_bound=1.0, spectral_norm=1.0, dtype="float64")
+    attention: Any = model.layers[1]
+    x = np.random.default_rng(5).normal(size=(5, 4))
+    certificate = certify(model, around=x, radius=0.01)
+    assert "condense()" in dict(certificate.threat_model.lost)[attention.name]
+    assert "condense()" in str(certificate)
+    assert certificate.total <= certify(model).total
+    attention.condense()
+    remembered, (near,) = values_near(model, x, 0.01)
+    assert near is not None and not remembered.threat_model.lost
+    assert remembered.total < certificate.total
+    difference = np.linalg.norm(near.value - np.asarray(model(x[None])))
+    assert difference <= near.drift
+    with kl.condensed(model):
+        served, (near,) = values_near(model, x, 0.01)
+        assert near is not None
+        np.testing.assert_allclose(near.value, np.asarray(model(x[None])), rtol=1e-9)
+    assert served.total <= remembered.total
+
+
+def test_normalisations_use_the_size_of_their_tokens():
+    x = np.array([[3.0, 4.0], [6.0, 8.0]])
+    for layer, constant in (
+        (layers.UnitNormalization(), 1.0 / (5.0 - 0.5)),
+        (layers.RMSNormalization(epsilon=1e-6), math.sqrt(2.0) / (5.0 - 0.5)),
+        # Centred, the smaller token is (-1/2, 1/2); nothing is left when it may move by that.
+        (layers.LayerNormalization(epsilon=1e-2), math.sqrt(2.0) / (math.sqrt(0.5) - 0.5)),
+    ):
+        inputs = keras.Input((2, 2))
+        model = keras.Model(inputs, layer(inputs))
+        local = certify(model, around=x, radius=0.5)
+        assert local.total == pytest.approx(constant, rel=0.2 if "layer" in layer.name else 1e-5)
+        assert local.total < certify(model).total
+        assert certify(model, around=x, radius=50.0).total == certify(model).total
+
+
+def test_several_inputs_share_one_ball():
+    a, b = keras.Input((2,), name="a"), keras.Input((2,), name="b")
+    model = keras.Model([a, b], layers.Multiply()([a, b]))
+    assert not certify(model).is_finite
+    x, y = np.array([3.0, 0.0]), np.array([0.0, 4.0])
+    for around in ([x, y], {"a": x, "b": y}):
+        local = certify(model, around=around, radius=1.0)
+        # |d(a b)| <= 5 |da| + 4 |db|.
+        assert local.total == pytest.approx(math.hypot(5.0, 4.0), rel=1e-6)
+    assert certify(model, "token", around=[x, y], radius=1.0).is_finite
+
+
+def test_subclassed_models_and_layers_without_a_rule_are_followed():
+    class Block(layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(4, activation="tanh")
+
+        def build(self, shape):
+            self.dense.build(shape)
+            self.scale = self.add_weight(name="scale", shape=(4,))
+
+        def call(self, x):
+            return x + self.dense(x) * self.scale
+
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.block, self.norm = Block(), layers.LayerNormalization()
+
+        def call(self, x):
+            return self.norm(self.block(x))
+
+    with default_dtype("float64"):
+        model = Model()
+        model(np.zeros((1, 3, 4)))
+    randomise(model)
+    x = np.random.default_rng(6).normal(size=(3, 4))
+    local, (near,) = values_near(model, x, 0.01)
+    assert near is not None and local.total < 0.5 * certify(model).total
+    np.testing.assert_allclose(near.value, np.asarray(model(x[None])), rtol=1e-9)
+
+
+def test_certifying_locally_changes_nothing_and_works_while_fit_runs():
+    model = attention_model(dtype="float32", spectral_norm=1.0)
+    model.compile("adam", "mse", jit_compile=False)
+    x = np.random.default_rng(7).normal(size=(4, 5, 4)).astype("float32")
+    totals = []
+
+    class Watch(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            before = snapshot(model)
+            totals.append(certify(model, around=x[0], radius=0.1).total)
+            assert snapshot(model) == before
+
+    model.fit(x, np.zeros((4, 3)), batch_size=2, verbose=0, callbacks=[Watch()])
+    assert len(set(totals)) == 2
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_class_stays_within_the_local_radius(norm):
+    model = attention_model(seed=3)
+    rng = np.random.default_rng(8)
+    x = rng.normal(size=(3, 5, 4))
+    logits = np.asarray(model(x))
+    radii = kl.local_radius(model, x, norm, steps=6)
+    globally = certify(model, norm=norm).radius(logits)
+    assert (radii >= globally * (1.0 - 1e-6)).all()
+    if norm != "linf":
+        # There attention keeps its global constant, and only the normalisation gains.
+        assert (radii > 2.0 * globally).all()
+    for point, radius, label in zip(x, radii, logits.argmax(-1), strict=True):
+        local = certify(model, norm=norm, around=point, radius=radius * 0.999)
+        assert local.radius(np.asarray(model(point[None]))[0]) == pytest.approx(radius * 0.999)
+        steps = rng.normal(size=(100, 5, 4))
+        if norm == "linf":
+            steps = np.sign(steps)
+        axes = {"l2": (1, 2), "token": (2,), "linf": ()}[norm]
+        sizes = np.sqrt(np.square(steps).sum(axis=axes, keepdims=True)) if axes else 1.0
+        moved = np.asarray(model(point + 0.999 * radius * steps / sizes))
+        assert (moved.argmax(-1) == label).all()
+    assert kl.local_radius(model, x[0], norm, steps=6) == radii[0]
+
+
+def test_radii_of_a_local_certificate_end_where_it_ends():
+    model = attention_model()
+    x = np.random.default_rng(9).normal(size=(5, 4))
+    certificate = certify(model, around=x, radius=1e-6)
+    logits = np.asarray(model(x[None]))[0]
+    assert certificate.radius(logits) == 1e-6
+    again = Certificate.from_json(certificate.to_json())
+    assert again == certificate and again.radius(logits) == 1e-6
+    assert again.threat_model.radius == 1e-6
+    assert "ONLY for inputs within 1e-06 of 1 input of shape (5, 4)" in str(again)
+    other = certify(model, around=x + 1.0, radius=1e-6).threat_model.around
+    assert other != certificate.threat_model.around
+
+
+def test_what_has_no_meaning_is_refused():
+    model = attention_model()
+    x = np.zeros((5, 4))
+    broken = x.copy()
+    broken[0, 0] = np.nan
+    refused: list[dict[str, Any]] = [
+        dict(around=x),
+        dict(radius=0.1),
+        dict(around=x, radius=-0.1),
+        dict(around=x, radius=math.nan),
+        dict(around=x, radius=math.inf),
+        dict(around=x, radius=True),
+        dict(around=x, radius="0.1"),
+        dict(around=broken, radius=0.1),
+        dict(around=np.zeros((4, 4)), radius=0.1),
+        dict(around=np.zeros(4), radius=0.1),
+        dict(around=np.zeros((0, 5, 4)), radius=0.1),
+        dict(around=np.zeros((5, 4), complex), radius=0.1),
+        dict(around=[x, x], radius=0.1),
+        dict(around={"wrong": x}, radius=0.1),
+        dict(around=x, radius=0.1, sequence_length=5),
+        dict(around=x + 1.0, radius=0.1, input_radius=1.0),
+    ]
+    for arguments in refused:
+        with pytest.raises(ValueError, match="Received"):
+            certify(model, **arguments)
+    with pytest.raises(ValueError, match="Received"):
+        kl.local_radius(model, x, steps=0)
+    inputs = keras.Input((5, 4))
+    with pytest.raises(ValueError, match="head"):
+        kl.local_radius(keras.Model(inputs, layers.Dense(2)(inputs)), x)
+    unknown = keras.Model(inputs, layers.Dense(2)(layers.Flatten()(layers.LSTM(3)(inputs))))
+    with pytest.raises(ValueError, match="values are lost after lstm"):
+        kl.local_radius(unknown, x)
