@@ -126,18 +126,17 @@ def test_what_the_chief_saves_is_a_plain_model(name, run, folder_of):
 @pytest.mark.parametrize("name", ["default", *strategy_runs.STRATEGIES])
 def test_a_killed_process_comes_back_where_it_was(name, alone, tmp_path):
     strategy, workers, _ = strategy_runs.STRATEGIES.get(name, (name, 1, 1))
-    killed_in = 3
     finished = strategy_runs.run(
-        strategy_runs.PROGRAM, strategy, tmp_path, killed_in, workers=workers
+        strategy_runs.PROGRAM, strategy, tmp_path, "killed", workers=workers
     )
     # The others are told, and do not wait for ever.
     assert finished[-1].returncode == -9
     assert all(worker.returncode != 0 for worker in finished), finished
     assert not list(tmp_path.glob("record-*.npz"))
-    records = strategy_runs.records(name, tmp_path)
+    records = strategy_runs.records(name, tmp_path, "resumed")
     resumed = [key for key in alone if key.startswith(("fit_", "batch_"))]
     for record in records:
-        assert record["resumed_from"] == killed_in
+        assert record["resumed_from"] == strategy_record.KILLED_IN
         for key in resumed:
             whole = alone[key]
             left = whole[-len(record[key]) :]

@@ -2,12 +2,12 @@
 
 To be run in a process of its own, or in one for each worker, with `tests` on the path:
 
-    python strategy_record.py STRATEGY FOLDER [KILL]
+    python strategy_record.py STRATEGY FOLDER whole|killed|resumed
 
 STRATEGY is `default`, `mirrored-N` for N logical CPUs, or `workers`. Every process writes the
-arrays of `record` to FOLDER/record-INDEX.npz, the chief a SavedModel and a CSV beside it. With KILL,
-the last worker kills itself, without a word to anybody, in the middle of epoch KILL; a next run
-goes on from the backup in FOLDER.
+arrays of `record` to FOLDER/record-INDEX.npz, the chief the history and models beside it. When
+`killed`, the last worker ends without a word to anybody in the middle of epoch `KILLED_IN`; when
+`resumed`, training goes on from the backup in FOLDER.
 """
 
 import os
@@ -25,6 +25,7 @@ from keras_lipattn.distribution import SharedBackup, is_chief, multi_worker
 from keras_lipattn.layers import lipschitz_layers
 
 EPOCHS = 5
+KILLED_IN = 3
 BATCH = 8
 EXAMPLES = 32
 # Not a multiple of anything.
@@ -34,16 +35,11 @@ PREDICTED = 29
 class Kill(keras.callbacks.Callback):
     """Ends the process in the middle of an epoch as a power failure would."""
 
-    def __init__(self, epoch):
-        super().__init__()
-        self._kill_in = epoch
-        self._epoch = 0
-
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch = epoch
 
     def on_train_batch_begin(self, batch, logs=None):
-        if self._epoch == self._kill_in and batch == 2:
+        if self._epoch == KILLED_IN and batch == 2:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -72,7 +68,7 @@ def penalty(epoch, current):
     return current + 0.05
 
 
-def train(strategy, folder, kill):
+def train(strategy, folder, killed):
     """The model after twenty steps, its monitor, and the history."""
     keras.utils.set_random_seed(12)
     with strategy.scope():
@@ -90,8 +86,8 @@ def train(strategy, folder, kill):
         callbacks += [log, best]
     callbacks.append(SharedBackup(str(folder / "backup"), delete_checkpoint=False))
     index, count = task(strategy)
-    if kill is not None and index == count - 1:
-        callbacks.append(Kill(kill))
+    if killed and index == count - 1:
+        callbacks.append(Kill())
     history = model.fit(
         x,
         y,
@@ -117,7 +113,7 @@ def record(model, monitor, history):
     results["evaluated"] = np.array(model.evaluate(x, y, batch_size=BATCH, verbose=0))
     results["predicted"] = model.predict(x[:PREDICTED], batch_size=BATCH, verbose=0)
     results["certified"] = np.array(certify(model).total)
-    results["resumed_from"] = np.array(history and monitor.epochs[0])
+    results["resumed_from"] = np.array(monitor.epochs[0])
     return results
 
 
@@ -131,16 +127,17 @@ def apart(model):
     return largest
 
 
-def main(name, folder, kill=None):
+def main(name, folder, mode):
     folder = pathlib.Path(folder)
     strategy = make_strategy(name)
-    with strategy.scope():
-        gradient = monitor_fits.penalty_gradient()
-    model, monitor, history = train(strategy, folder, None if kill is None else int(kill))
-    results = {"gradient": gradient, **record(model, monitor, history)}
+    model, monitor, history = train(strategy, folder, mode == "killed")
+    results = record(model, monitor, history)
     results |= {"replicas": strategy.num_replicas_in_sync, "apart": apart(model)}
-    if is_chief(strategy):
-        export_saved_model(model, folder / "saved_model")
+    if mode == "whole":
+        with strategy.scope():
+            results["gradient"] = monitor_fits.penalty_gradient()
+        if is_chief(strategy):
+            export_saved_model(model, folder / "saved_model")
     index, _ = task(strategy)
     np.savez(folder / f"record-{index}.npz", allow_pickle=False, **results)
 

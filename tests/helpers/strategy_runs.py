@@ -37,10 +37,10 @@ def run(program, *arguments, workers=1, timeout=TIMEOUT):
     )
 
 
-def records(name, folder):
+def records(name, folder, mode="whole"):
     """The arrays of all processes of a run under a strategy, those of the chief first."""
     strategy, workers, _ = STRATEGIES.get(name, (name, 1, 1))
-    for finished in run(PROGRAM, strategy, folder, workers=workers):
+    for finished in run(PROGRAM, strategy, folder, mode, workers=workers):
         assert finished.returncode == 0, finished.output
     arrays = []
     for index in range(workers):
