@@ -52,9 +52,7 @@ def _assert_same(records, alone, *prefixes):
     assert keys
     for record in records:
         for key in keys:
-            np.testing.assert_allclose(
-                record[key], alone[key], rtol=0, atol=TOLERANCE, err_msg=key
-            )
+            np.testing.assert_allclose(record[key], alone[key], rtol=0, atol=TOLERANCE, err_msg=key)
 
 
 def test_every_replica_takes_part(name, run):

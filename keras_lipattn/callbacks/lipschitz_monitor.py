@@ -150,9 +150,7 @@ class LipschitzMonitor(keras.callbacks.Callback):
         warn_of_earlier_readers(self, beside)
         # Keras knows this strategy with TensorFlow only.
         strategy = getattr(self._trained, "distribute_strategy", None)
-        require_created_in_scope(
-            strategy, self._trained.variables, f"Model {self._trained.name!r}"
-        )
+        require_created_in_scope(strategy, self._trained.variables, f"Model {self._trained.name!r}")
         if self._needs_step:
             self._check_alone(beside)
             self._check_built()

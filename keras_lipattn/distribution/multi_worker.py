@@ -1,10 +1,13 @@
 """`fit`, `evaluate` and `predict` on several workers."""
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import keras
-from keras import tree
 
+from keras_lipattn.distribution._changes import (
+    build_from_local_batches,
+    give_outputs_of_steps_an_axis,
+)
 from keras_lipattn.distribution._cluster import runs_on_workers
 
 Model = TypeVar("Model", bound=keras.Model)
@@ -46,29 +49,6 @@ def multi_worker(model: Model) -> Model:
     strategy = getattr(model, "distribute_strategy", None)
     if not runs_on_workers(strategy):
         return model
-    _build_from_local_batches(model, strategy)
-    _give_outputs_of_steps_an_axis(model)
+    build_from_local_batches(model, strategy)
+    give_outputs_of_steps_an_axis(model)
     return model
-
-
-def _build_from_local_batches(model: Any, strategy: Any) -> None:
-    build = model._maybe_symbolic_build
-
-    def build_locally(iterator=None, data_batch=None):
-        if iterator is not None:
-            _, _, batches = next(iter(iterator))
-            data_batch = tree.map_structure(
-                lambda value: strategy.experimental_local_results(value)[0], next(batches)
-            )
-        build(data_batch=data_batch)
-
-    model._maybe_symbolic_build = build_locally
-
-
-def _give_outputs_of_steps_an_axis(model: Any) -> None:
-    make = model._make_function
-
-    def make_function(step):
-        return make(lambda data: tree.map_structure(lambda value: value[None], step(data)))
-
-    model._make_function = make_function

@@ -5,6 +5,7 @@ import pathlib
 import sys
 
 import numpy as np
+
 from local_workers import run_workers
 
 TESTS = pathlib.Path(__file__).parent.parent
