@@ -27,8 +27,7 @@ from absl import app, flags, logging
 
 import keras_lipattn
 from image_data import ImageData, load_images
-from keras_lipattn.distribution import SharedBackup, is_chief, multi_worker
-from local_workers import run_workers
+from keras_lipattn.distribution import SharedBackup, is_chief, multi_worker, run_workers
 from margin_crossentropy import MarginCrossentropy
 from patch_transformer import Architecture, patch_transformer
 from tpu import tpu_strategy

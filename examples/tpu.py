@@ -21,7 +21,7 @@ def tpu_strategy(name: str) -> tf.distribute.Strategy:
         resolver = tf.distribute.cluster_resolver.TPUClusterResolver(name)
         tf.config.experimental_connect_to_cluster(resolver)
         tf.tpu.experimental.initialize_tpu_system(resolver)
-    except (ValueError, RuntimeError, ImportError, tf.errors.OpError) as error:
+    except (ValueError, RuntimeError, ImportError, OSError, tf.errors.OpError) as error:
         (cause, *_) = str(error).splitlines() or [type(error).__name__]
         raise SystemExit(
             "No TPU answers: run this on a machine with one (--tpu=local), name one that it "

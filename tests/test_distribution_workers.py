@@ -1,5 +1,7 @@
 """Several workers, one program: what Keras cannot do, who writes, who backs up."""
 
+import json
+
 import pytest
 import tensorflow as tf
 from helpers import monitor_models, strategy_runs
@@ -89,3 +91,16 @@ def test_keras_alone_still_fails_with_workers(cause):
     # When this fails, Keras has caught up: `multi_worker` can do without that change.
     for finished in strategy_runs.run(PROGRAM, cause, workers=2):
         assert finished.returncode == 3, finished.output
+
+
+@pytest.mark.distributed
+def test_a_monitor_adds_nothing_to_what_workers_tell_each_other(tmp_path):
+    path = tmp_path / "collectives.json"
+    program = strategy_runs.TESTS / "helpers" / "collectives.py"
+    for finished in strategy_runs.run(program, path, workers=2):
+        assert finished.returncode == 0, finished.output
+    found = json.loads(path.read_text())
+    assert found.keys() == {"no monitor", "running bounds", "penalty"}
+    for step in found.values():
+        # The gradient, in one piece: running vectors are the same everywhere by themselves.
+        assert step["collectives"] == {f"CollectiveReduceV2 of {step['weights']}": 1}

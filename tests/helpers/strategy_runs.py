@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 
-from local_workers import run_workers
+from keras_lipattn.distribution import run_workers
 
 TESTS = pathlib.Path(__file__).parent.parent
 PROGRAM = TESTS / "helpers" / "strategy_record.py"
@@ -23,7 +23,7 @@ TIMEOUT = 400.0
 
 
 def run(program, *arguments, workers=1, timeout=TIMEOUT):
-    """A list of `Finished`, one for each worker."""
+    """A list of `FinishedWorker`, one for each worker."""
     paths = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
     return run_workers(
         [sys.executable, str(program), *map(str, arguments)],

@@ -1,6 +1,5 @@
 """Several processes of one program on this machine, as workers of one cluster."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -10,23 +9,8 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 
-# How long workers may go on after one of them failed: TensorFlow tells them within seconds.
-_GRACE = 60.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Finished:
-    """A worker that ended.
-
-    Attributes:
-        returncode: Its exit status, or minus the signal that ended it.
-        output: What it wrote to standard output and standard error.
-        killed: Whether it had to be killed.
-    """
-
-    returncode: int
-    output: str
-    killed: bool
+from keras_lipattn.distribution.finished_worker import FinishedWorker
+from keras_lipattn.layers._arguments import require_positive, require_positive_integer
 
 
 def run_workers(
@@ -34,22 +18,39 @@ def run_workers(
     workers: int,
     *,
     timeout: float,
+    grace: float = 60.0,
     environment: Mapping[str, str] | None = None,
-) -> list[Finished]:
-    """Runs `command` once for every worker, with `TF_CONFIG` set, and waits for all of them.
+) -> list[FinishedWorker]:
+    """Runs a program as several workers on this machine, and waits for all of them.
 
-    The workers talk on 127.0.0.1, at free ports. Whatever happens, none is left running.
+    Each gets `TF_CONFIG`; they talk on 127.0.0.1, at free ports. Whatever happens, none is left
+    running, nor anything that it started. For trying out what is to run on several machines.
 
     Args:
         command: Program and arguments, the same for each worker.
         workers: Number of workers. The first one is the chief.
-        timeout: Seconds after which workers still running are killed. So are those that go on for
-            a minute after another one failed.
+        timeout: Seconds after which workers still running are killed.
+        grace: Seconds which the others have to end after one of them failed. TensorFlow tells them
+            within half a minute.
         environment: Environment of the workers, by default that of this process.
 
     Returns:
-        A list of `Finished`, in the order of the workers.
+        A list of `FinishedWorker`, in the order of the workers.
+
+    Raises:
+        ValueError: If `workers`, `timeout` or `grace` is not positive.
+        OSError: If the program cannot be started.
+
+    Example:
+
+    ```python
+    for worker in run_workers([sys.executable, "train.py"], 2, timeout=600):
+        print(worker.returncode, worker.output)
+    ```
     """
+    require_positive_integer("workers", workers)
+    require_positive("timeout", timeout)
+    require_positive("grace", grace)
     addresses = [f"127.0.0.1:{port}" for port in _free_ports(workers)]
     started: list[_Worker] = []
     try:
@@ -60,7 +61,7 @@ def run_workers(
             }
             variables = {**(environment or os.environ), "TF_CONFIG": json.dumps(config)}
             started.append(_Worker(command, variables))
-        _wait(started, timeout)
+        _wait(started, timeout, grace)
     finally:
         finished = [worker.end() for worker in started]
     return finished
@@ -78,7 +79,7 @@ def _free_ports(count: int) -> list[int]:
             each.close()
 
 
-def _wait(workers: Sequence["_Worker"], timeout: float) -> None:
+def _wait(workers: Sequence["_Worker"], timeout: float, grace: float) -> None:
     deadline = time.monotonic() + timeout
     failed = False
     while time.monotonic() < deadline:
@@ -87,7 +88,7 @@ def _wait(workers: Sequence["_Worker"], timeout: float) -> None:
             return
         if any(states) and not failed:
             failed = True
-            deadline = min(deadline, time.monotonic() + _GRACE)
+            deadline = min(deadline, time.monotonic() + grace)
         time.sleep(0.05)
 
 
@@ -97,19 +98,23 @@ class _Worker:
     def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         # A file, not a pipe: nobody has to read it while the worker runs.
         self._output = tempfile.TemporaryFile("w+", errors="replace")
-        self._process = subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=self._output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        try:
+            self._process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=self._output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError:
+            self._output.close()
+            raise
 
     def poll(self) -> int | None:
         return self._process.poll()
 
-    def end(self) -> Finished:
+    def end(self) -> FinishedWorker:
         killed = self._process.poll() is None
         try:
             os.killpg(self._process.pid, signal.SIGKILL)
@@ -119,4 +124,4 @@ class _Worker:
         returncode = self._process.wait()
         with self._output:
             self._output.seek(0)
-            return Finished(returncode, self._output.read(), killed)
+            return FinishedWorker(returncode, self._output.read(), killed)
