@@ -19,9 +19,13 @@ class SharedBackup(keras.callbacks.BackupAndRestore):
     none, both do the same.
     """
 
-    def _save_model(self):
+    def on_train_batch_end(self, batch, logs=None):
         if self._is_chief:
-            super()._save_model()
+            super().on_train_batch_end(batch, logs)
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self._is_chief:
+            super().on_epoch_end(epoch, logs)
 
     def on_train_end(self, logs=None):
         if self._is_chief:
@@ -30,4 +34,5 @@ class SharedBackup(keras.callbacks.BackupAndRestore):
     @property
     def _is_chief(self) -> bool:
         model: Any = self.model
+        # Keras knows this strategy with TensorFlow only.
         return is_chief(getattr(model, "distribute_strategy", None))
