@@ -2,7 +2,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-backends test-jax test-torch lint bench papers soundness chaos clean .venv
+.PHONY: help demo test test-distributed test-backends test-jax test-torch lint bench papers soundness chaos clean .venv
 
 # The first interpreter that runs and is new enough; a pyenv shim may exist and not run.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
@@ -18,13 +18,16 @@ KILLS ?= 20
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 help:  ## show this list
-	@grep -hE '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z.]+):.*## (.*)/  make \1\t\2/'
+	@grep -hE '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z.-]+):.*## (.*)/  make \1\t\2/'
 
 demo: .venv/installed  ## train, certify, export and serve a digits classifier in build/demo (DEMO_FLAGS=...)
 	$(BIN)/python examples/digits.py $(DEMO_FLAGS)
 
 test: .venv/installed  ## run every test (WORKERS=2 processes)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+test-distributed: .venv/installed  ## run the tests with replicas and workers, for ten minutes or more
+	$(BIN)/python -m pytest -m distributed --durations=15
 
 test-backends: test-jax test-torch  ## the tests of Keras on JAX and on PyTorch, without TensorFlow there
 

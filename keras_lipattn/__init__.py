@@ -1,5 +1,6 @@
 """Self-attention with a proven Lipschitz constant, for Keras 3."""
 
+from keras_lipattn import distribution
 from keras_lipattn.bounds import LipschitzBound
 from keras_lipattn.callbacks import (
     DurableBackup,
@@ -56,6 +57,7 @@ __all__ = [
     "certify",
     "condensed",
     "convert_attention",
+    "distribution",
     "estimate_lipschitz",
     "export_saved_model",
     "local_radius",

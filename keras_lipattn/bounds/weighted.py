@@ -1,6 +1,7 @@
 """Theorem 4.1 of docs/theory.md: the token norm of attention on weighted tokens."""
 
 import math
+import typing
 
 import numpy as np
 import numpy.typing as npt
@@ -44,7 +45,7 @@ def weighted_layer_bound(
     *,
     norm: str,
     token_weights: npt.ArrayLike,
-    **allowances: npt.ArrayLike,
+    **allowances: typing.Any,
 ) -> LipschitzBound:
     """Certified bound of a layer whose keys have weights; only the token norm has one.
 

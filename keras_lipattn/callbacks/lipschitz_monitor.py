@@ -25,6 +25,7 @@ from keras_lipattn.callbacks._tracked_step import TrackedStep
 from keras_lipattn.callbacks._watched_layers import WatchedLayer, watched_layers
 from keras_lipattn.certify import Certificate
 from keras_lipattn.layers._arguments import require_positive_integer
+from keras_lipattn.layers._strategy_scope import require_created_in_scope
 from keras_lipattn.layers.lipschitz_layer import LipschitzLayer, Tracking
 
 
@@ -162,6 +163,9 @@ class LipschitzMonitor(keras.callbacks.Callback):
         self._reset()
         beside = callbacks_beside(self)
         warn_of_earlier_readers(self, beside)
+        # Keras knows this strategy with TensorFlow only.
+        strategy = getattr(self._trained, "distribute_strategy", None)
+        require_created_in_scope(strategy, self._trained.variables, f"Model {self._trained.name!r}")
         if self._needs_step:
             self._check_alone(beside)
             self._check_built()

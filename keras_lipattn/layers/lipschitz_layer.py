@@ -21,6 +21,7 @@ from keras_lipattn.layers._operator_norms import (
     WarmNorms,
     quiet,
 )
+from keras_lipattn.layers._strategy_scope import require_created_in_scope
 from keras_lipattn.linalg.power import cold_vector
 
 
@@ -266,6 +267,8 @@ class LipschitzLayer(keras.layers.Layer):
 
     def _norms_for(self, kernels, training) -> Any:
         """The source of norms for this call, or `None` when nobody needs one."""
+        if training:
+            require_created_in_scope(None, self.variables, f"Layer {self.path!r}")
         if training and (self._tracking is not None or self._cache is not None):
             return RunningNorms(self._vectors)
         if not training and self._cache is not None:

@@ -5,13 +5,16 @@ import numpy as np
 from helpers import monitor_models
 
 from keras_lipattn.callbacks import LipschitzMonitor
+from keras_lipattn.distribution import multi_worker
 
 
 def penalty_gradient():
     """Minus the step which the penalty alone makes plain gradient descent of rate 1 take."""
     keras.utils.set_random_seed(11)
     model = monitor_models.compiled(
-        monitor_models.functional(), learning_rate=1.0, loss=monitor_models.without_loss
+        multi_worker(monitor_models.functional()),
+        learning_rate=1.0,
+        loss=monitor_models.without_loss,
     )
     before = monitor_models.weights(model)
     monitor = LipschitzMonitor(penalty=0.3, target=0.1)
