@@ -220,8 +220,8 @@ def test_constant_of_whole_weights_is_that_of_copies():
     )
 
 
-@pytest.mark.parametrize("ratio", [1e-3, 0.05, 0.3, 1.0, 7.0, 300.0])
-@pytest.mark.parametrize("tokens", [2, 3, 5])
+@pytest.mark.parametrize("ratio", [0.05, 1.0, 300.0])
+@pytest.mark.parametrize("tokens", [2, 5])
 def test_no_attack_passes_the_constant(ratio, tokens):
     rng = np.random.default_rng(int(10 * ratio) + tokens)
     layer = L2MultiHeadAttention(1, 2, use_bias=False, dtype="float64")
@@ -242,7 +242,7 @@ def test_no_attack_passes_the_constant(ratio, tokens):
     distance = math.sqrt((weighted_token_bound([[ratio, 1.0]]) - 1.0) / 4.0 + 1.5)
     witness[:-1:2, 0], witness[1:-1:2, 0] = distance, -distance
     for x in (witness, 1.5 * rng.normal(size=(tokens, 2))):
-        found = jacobians.ascend(run, x, "token", steps=8)
+        found = jacobians.ascend(run, x, "token", steps=5)
         assert 0.9 < found <= bound * (1.0 + 1e-6)
 
 
