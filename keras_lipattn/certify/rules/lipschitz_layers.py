@@ -89,7 +89,8 @@ def self_attention(layer, call):
         # Without a length in the graph the layer took its own.
         longest=_longest(layer, tokens, call.state),
     )
-    return near_input(layer, call, step, mask)
+    # Theorem 6 is for attention by distance.
+    return near_input(layer, call, step, mask) if isinstance(layer, L2MultiHeadAttention) else step
 
 
 def _weighted(layer, call: Call, mask) -> Step:
