@@ -18,7 +18,7 @@ def sibling_names(parent: keras.layers.Layer) -> dict[int, str]:
     names: dict[int, str] = {}
     taken: set[str] = set()
     for layer in parent._flatten_layers(include_self=False, recursive=False):
-        name, count = layer.name, 1
+        name, count = str(layer.name), 1
         while name in taken:
             count += 1
             name = f"{layer.name}#{count}"

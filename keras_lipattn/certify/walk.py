@@ -157,7 +157,7 @@ class Walk:
             operation = node.operation
             args, kwargs = graph.arguments_of(node, states)
             made_up = traced and not isinstance(operation, keras.layers.Layer)
-            name = names.get(id(operation), operation.name)
+            name = names.get(id(operation), str(operation.name))
             if made_up:
                 name = type(operation).__name__.lower()
             outputs = self.apply(
