@@ -225,6 +225,28 @@ def test_a_rule_is_advised_only_where_it_helps():
     assert "register_rule" in certify(model(layers.LSTM(3))).reasons[0]
 
 
+def test_layers_of_one_name_in_a_subclassed_model_have_rows_of_their_own():
+    class Twins(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.first = layers.Dense(4, use_bias=False, name="twin")
+            self.second = layers.Dense(4, activation="relu", use_bias=False, name="twin")
+
+        def call(self, x):
+            # Not in the order in which they were made, and one of them twice.
+            return self.first(ops.tanh(self.second(self.second(x))))
+
+    twins = Twins()
+    twins(np.ones((1, 5, 4), np.float32))
+    first, second = (np.linalg.norm(array_of(layer.kernel), 2) for layer in twins.layers)
+    certificate = certify(twins)
+    assert certificate.total == pytest.approx(first * second**2, rel=1e-5)
+    assert certificate.row("twin").constant == pytest.approx(first, rel=1e-5)
+    for path in ("twin#2", "twin#2:call2"):
+        assert certificate.row(path).constant == pytest.approx(second, rel=1e-5)
+    assert [layer.name for layer in twins.layers] == ["twin", "twin"]
+
+
 @pytest.mark.parametrize("build", [layers.Masking(), lambda x: x * ops.cast(x > 0.0, "float32")])
 def test_masks_computed_from_inputs_may_be_assumed_fixed(build):
     certificate = certify(model(build), assume_fixed_mask=True)

@@ -22,7 +22,7 @@ from keras import layers
 import keras_lipattn as kl
 from keras_lipattn.certify import Certificate, certify
 from keras_lipattn.certify.certify import local_certificate
-from keras_lipattn.certify.walk import Options
+from keras_lipattn.certify.options import Options
 from keras_lipattn.estimate._norms import norm_of
 
 CASES = {case.name: case for case in layer_cases()}

@@ -110,11 +110,12 @@ def _recorded(layers: Sequence[LipschitzLayer], calls: _Calls) -> Iterator[None]
 
         return recording
 
-    for layer in layers:
+    attributes: list[dict[str, Any]] = [layer.__dict__ for layer in layers]
+    for layer, own in zip(layers, attributes, strict=True):
         # Past the attribute tracking of Keras, which must not see it.
-        vars(layer)["call"] = record(layer, layer.call)
+        own["call"] = record(layer, layer.call)
     try:
         yield
     finally:
-        for layer in layers:
-            del vars(layer)["call"]
+        for own in attributes:
+            del own["call"]

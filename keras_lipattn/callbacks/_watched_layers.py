@@ -5,6 +5,7 @@ import re
 
 import keras
 
+from keras_lipattn.certify.paths import sibling_names
 from keras_lipattn.layers.lipschitz_layer import LipschitzLayer
 
 
@@ -14,8 +15,9 @@ class WatchedLayer:
 
     Attributes:
         layer: The layer.
-        paths: The names on the way from the model to the layer, joined by "/". More than one when
-            the layer is part of several models or layers.
+        paths: The names on the way from the model to the layer, joined by "/", as in certificates:
+            of layers of one name in one place, the second has "#2". More than one path when the
+            layer is part of several models or layers.
         key: The identifier which stands for the layer in log keys.
     """
 
@@ -52,8 +54,9 @@ def _collect(
     ancestors: tuple[keras.layers.Layer, ...],
     found: dict[int, tuple[LipschitzLayer, list[str]]],
 ) -> None:
+    names = sibling_names(parent)
     for layer in parent._flatten_layers(include_self=False, recursive=False):
-        path = prefix + layer.name
+        path = prefix + names[id(layer)]
         if isinstance(layer, LipschitzLayer):
             found.setdefault(id(layer), (layer, []))[1].append(path)
         elif not any(layer is ancestor for ancestor in ancestors):

@@ -10,7 +10,8 @@ class CertificateRow:
 
     Args:
         path: names of the models and layers on the way to the call, joined by "/"; unique in the
-            certificate. A layer that is called again gets ":call2" and so on.
+            certificate. A layer that is called again gets ":call2" and so on; of different layers
+            of one name in a subclassed model the second has "#2".
         layer: class of the layer, or of the node of `keras.ops`.
         constant: Lipschitz constant of the call alone, in the norm of the certificate, with
             respect to its inputs side by side.

@@ -17,11 +17,12 @@ from keras_lipattn.certify.fingerprint import fingerprint_of
 from keras_lipattn.certify.locality import Locality
 from keras_lipattn.certify.margins import find_head, pair_constants
 from keras_lipattn.certify.near import Near
+from keras_lipattn.certify.options import Options
 from keras_lipattn.certify.step import Step
 from keras_lipattn.certify.tensor_state import TensorState
 from keras_lipattn.certify.threat_model import ThreatModel
 from keras_lipattn.certify.values import require_float64
-from keras_lipattn.certify.walk import Options, Walk
+from keras_lipattn.certify.walk import Walk
 from keras_lipattn.linalg import SAFETY
 
 _OUTPUTS = {
@@ -188,7 +189,7 @@ def _walk_model(walk: Walk, model: keras.Model, inputs: Any) -> tuple[list[Tenso
         ]
         states = walk.begin(states)
         head, walk.logit_nodes = find_head(function)
-        return walk.run(function, states, "", traced=False), head
+        return walk.run(function, states, "", model, traced=False), head
     arguments = graph.call_arguments(model, inputs)
     counter = iter(range(1, 10**6))
 
@@ -211,7 +212,7 @@ def _walk_model(walk: Walk, model: keras.Model, inputs: Any) -> tuple[list[Tenso
         layout = dict(shape=(), dynamic=(), dtype="float32")
         return walk.record(model, step, given, model.name, [layout]), ""
     head, walk.logit_nodes = find_head(function)
-    return walk.run(function, states, "", traced=True), head
+    return walk.run(function, states, "", model, traced=True), head
 
 
 def _certificate(

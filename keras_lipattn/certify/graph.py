@@ -167,9 +167,14 @@ def _untouched(layer: keras.layers.Layer) -> Iterator[None]:
         for kept in (inner._inbound_nodes, inner._outbound_nodes, inner._losses)
     ]
     loss_ids = [(inner._loss_ids, set(inner._loss_ids)) for inner in layers]
-    for inner in layers:
+    names: set[str] = set()
+    for index, inner in enumerate(layers):
         if not inner.built:
             vars(inner)["build"] = _refuse_to_build(inner)
+        # Keras refuses graphs with two layers of one name, which a subclassed model may have.
+        if inner.name in names:
+            vars(inner)["name"] = f"{inner.name}#{index}"
+        names.add(inner.name)
     try:
         yield
     finally:

@@ -11,7 +11,7 @@ from keras_lipattn.certify.around import examples_of
 from keras_lipattn.certify.certificate import Certificate
 from keras_lipattn.certify.certify import certify, local_certificate
 from keras_lipattn.certify.near import Near
-from keras_lipattn.certify.walk import Options
+from keras_lipattn.certify.options import Options
 from keras_lipattn.layers._arguments import require_positive_integer
 from keras_lipattn.linalg import SAFETY
 

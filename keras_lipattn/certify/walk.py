@@ -1,7 +1,6 @@
 """The walk over the graph of a model, from its inputs to its outputs."""
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +15,10 @@ from keras_lipattn.certify.domain import Domain
 from keras_lipattn.certify.gain import Gain
 from keras_lipattn.certify.locality import Locality
 from keras_lipattn.certify.near import Near
+from keras_lipattn.certify.options import Options
+from keras_lipattn.certify.paths import sibling_names
 from keras_lipattn.certify.registry import find_rule
+from keras_lipattn.certify.row_draft import RowDraft
 from keras_lipattn.certify.step import Step
 from keras_lipattn.certify.tensor_state import TensorState
 from keras_lipattn.layers._as_run import is_finite_as_run
@@ -54,32 +56,6 @@ _MOVES = frozenset(
 
 # Operations whose output depends on the shape of the input alone.
 _FILLED = frozenset({"EmptyLike", "FullLike", "OnesLike", "ZerosLike"})
-
-
-@dataclasses.dataclass
-class RowDraft:
-    """A row of the certificate in the making."""
-
-    path: str
-    layer_class: str
-    constant: float
-    published: float
-    radius: float
-    tokens: int | None
-    theorem: str
-    reason: str
-    exact: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What the caller of `certify` decided."""
-
-    norm: str
-    sequence_length: int | None
-    input_radius: float | None
-    assume_fixed_mask: bool
-    mask: Any
 
 
 class Walk:
@@ -154,7 +130,13 @@ class Walk:
     # Graphs -----------------------------------------------------------------------------------
 
     def run(
-        self, function: keras.Function, inputs: Sequence[TensorState], prefix: str, *, traced: bool
+        self,
+        function: keras.Function,
+        inputs: Sequence[TensorState],
+        prefix: str,
+        parent: keras.layers.Layer,
+        *,
+        traced: bool,
     ) -> list[TensorState]:
         """Walks a graph.
 
@@ -162,6 +144,7 @@ class Walk:
             function: the graph.
             inputs: states of its inputs.
             prefix: path of the model or layer it belongs to, empty or with a final "/".
+            parent: that model or layer.
             traced: whether the graph came from calling a layer, so that the names of its
                 operations were made up.
 
@@ -169,11 +152,14 @@ class Walk:
             The states of its outputs, in order.
         """
         states = {id(tensor): state for tensor, state in zip(function.inputs, inputs, strict=True)}
+        names = sibling_names(parent)
         for node in graph.nodes_in_order(function):
             operation = node.operation
             args, kwargs = graph.arguments_of(node, states)
             made_up = traced and not isinstance(operation, keras.layers.Layer)
-            name = type(operation).__name__.lower() if made_up else operation.name
+            name = names.get(id(operation), str(operation.name))
+            if made_up:
+                name = type(operation).__name__.lower()
             outputs = self.apply(
                 operation, args, kwargs, node.outputs, prefix + name, id(node) in self.logit_nodes
             )
@@ -281,7 +267,7 @@ class Walk:
         ):
             step = Step(constant=math.inf, reason="it is called on inputs that are not all tensors")
             return self.record(model, step, given, path, layouts)
-        return self.run(function, flat, f"{path}/", traced=False)
+        return self.run(function, flat, f"{path}/", model, traced=False)
 
     def _by_tracing(self, layer, args, kwargs, given, path, layouts, missing) -> list[TensorState]:
         """A layer without a rule is walked through what it does."""
@@ -292,7 +278,7 @@ class Walk:
             return self.record(layer, step, given, path, layouts)
         self._compute_dtype.append(layer.compute_dtype)
         try:
-            outputs = self.run(function, inputs, f"{path}/", traced=True)
+            outputs = self.run(function, inputs, f"{path}/", layer, traced=True)
         finally:
             self._compute_dtype.pop()
         if any(state.near is not None and state.near.mask is not None for state in given):

@@ -52,7 +52,9 @@ def random_subject(seed: int, index: int) -> Subject:
         # Where one head of attention is steepest: a token between two clusters of the others.
         direction = rng.normal(size=shape[1])
         sides = np.where(np.arange(tokens) % 2, 1.0, -1.0) * (np.arange(tokens) > 0)
-        points[0] = np.outer(sides, 1.3 * direction / np.linalg.norm(direction))
+        cluster = np.outer(sides, 1.3 * direction / np.linalg.norm(direction))
+        # Not exactly: where entries tie, gradients of maxima and minima are those of no direction.
+        points[0] = cluster + 1e-3 * points[0]
     points *= 10.0 ** rng.uniform(-1.0, 0.7)
     if radius is not None:
         sizes = np.linalg.norm(points, axis=-1, keepdims=True)
