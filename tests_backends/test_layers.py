@@ -164,6 +164,30 @@ def test_attacks_stay_below_the_certificate(call, norm, cap):
     assert lower.value > 0.05 * bound.value
 
 
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: kl.ScaledCosineAttention(2, 4),
+        lambda: kl.SpectralDense(3),
+        lambda: kl.InvertibleResidual(kl.L2MultiHeadAttention(2, 4)),
+        lambda: kl.ContinuousDepth(kl.L2MultiHeadAttention(2, 4), steps=2),
+    ],
+    ids=["cosine attention", "dense", "invertible", "continuous depth"],
+)
+def test_other_layers_train_and_are_certified(build):
+    inputs = keras.Input((LENGTH, FEATURES))
+    model = keras.Model(inputs, build()(inputs))
+    x = Case().inputs().astype("float32")
+    model.compile("sgd", "mse")
+    monitor = kl.LipschitzMonitor(penalty=0.1, target=0.01)
+    target = np.zeros(model.compute_output_shape(x.shape), "float32")
+    losses = model.fit(x, target, epochs=2, verbose=0, callbacks=[monitor]).history["loss"]
+    assert losses[1] < losses[0]
+    lower = kl.estimate_lipschitz(model, x, steps=3, restarts=1).value
+    # The attack is evaluated in float32.
+    assert 0.0 < lower <= kl.certify(model).total * (1.0 + 1e-5)
+
+
 @pytest.mark.parametrize("cap", [None, *CAPS])
 def test_models_come_back_from_files(cap, tmp_path):
     inputs = keras.Input((LENGTH, FEATURES))
