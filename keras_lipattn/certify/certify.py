@@ -143,6 +143,15 @@ def local_certificate(
         certificates.append(_certificate(walk, model, outputs, head))
     worst = max(certificates, key=lambda one: one.total)
     pairs = np.max([one.pairs for one in certificates], axis=0)
+    # Dot-product attention is bounded by where its tokens are: a smaller ball with another centre
+    # may give more than the larger one.
+    with graph.names_kept():
+        walk = Walk(options)
+        everywhere = _certificate(walk, model, *_walk_model(walk, model, inputs))
+    if everywhere.total < worst.total:
+        worst = everywhere
+    if everywhere.pairs and everywhere.is_finite:
+        pairs = np.minimum(pairs, everywhere.pairs)
     lost = {path: reason for one in certificates for path, reason in one.threat_model.lost}
     threat = dataclasses.replace(
         worst.threat_model, around=describe(examples), radius=radius, lost=tuple(lost.items())
