@@ -12,7 +12,7 @@ from keras import ops
 from keras_lipattn.callbacks._watched_layers import WatchedLayer
 from keras_lipattn.estimate import estimate_lipschitz
 from keras_lipattn.estimate._losses import losses_kept
-from keras_lipattn.layers import L2MultiHeadAttention
+from keras_lipattn.layers import L2MultiHeadAttention, condensed
 from keras_lipattn.layers._arguments import describe
 from keras_lipattn.layers.lipschitz_layer import LipschitzLayer
 
@@ -59,11 +59,17 @@ def lower_estimates(
     """
     values = dict.fromkeys(["total", *(entry.key for entry in watched)], 0.0)
     keys = {id(entry.layer): entry.key for entry in watched}
-    for layer, x, kwargs in _calls(model, [entry.layer for entry in watched], sample):
-        key = keys[id(layer)]
-        values[key] = max(values[key], _estimate(layer, x, norm, kwargs))
-    if len(keras.tree.flatten(sample)) == 1:
-        values["total"] = _estimate(model, keras.tree.flatten(sample)[0], norm, {})
+    layers = [entry.layer for entry in watched]
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            if layer._condensed is None:
+                # Caps as constants: the search differentiates the layer, not their norms.
+                stack.enter_context(condensed(layer))
+        for layer, x, kwargs in _calls(model, layers, sample):
+            key = keys[id(layer)]
+            values[key] = max(values[key], _estimate(layer, x, norm, kwargs))
+        if len(keras.tree.flatten(sample)) == 1:
+            values["total"] = _estimate(model, keras.tree.flatten(sample)[0], norm, {})
     return values
 
 
