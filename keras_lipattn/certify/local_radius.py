@@ -30,7 +30,7 @@ def local_radius(
     `certify(model).radius(logits)` divides the margin of the logits by a constant for all inputs.
     Here the constant `L(r)` is that of `certify(model, around=x, radius=r)`, and the largest `r`
     is sought for which the margin is above `sqrt(2) L(r) r`, or its like for each pair of classes.
-    `L(r)` grows with `r`, so bisection finds it; every radius on the way is certified, and the
+    Bisection finds it where `L(r)` grows with `r`; every radius on the way is certified, and the
     result is never below that of the global certificate.
 
     Args:
