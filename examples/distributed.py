@@ -93,9 +93,10 @@ def _make_strategy() -> tf.distribute.Strategy:
 
 
 def _train(strategy: tf.distribute.Strategy) -> None:
-    keras.utils.set_random_seed(_SEED.value)
     out_dir = pathlib.Path(_OUT_DIR.value)
     data = load_images("digits", _DATA_DIR.value)
+    # Not before: preparing data takes random names.
+    keras.utils.set_random_seed(_SEED.value)
     # Whatever has variables is made under the strategy.
     with strategy.scope():
         model = multi_worker(
