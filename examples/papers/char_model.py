@@ -7,13 +7,19 @@ Reference:
 
 import math
 import typing
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 from keras import ops
 
-from keras_lipattn import InvertibleResidual, L2MultiHeadAttention, PositionEmbedding
+from keras_lipattn import (
+    InvertibleResidual,
+    L2MultiHeadAttention,
+    LipschitzBound,
+    PositionEmbedding,
+)
 from keras_lipattn.bounds import published_head_bound
 from keras_lipattn.linalg.gram import gram_upper_bound
 
@@ -83,6 +89,16 @@ class UntiedL2Attention(keras.layers.Layer):
         output = ops.reshape(output, (-1, length, self.num_heads * self.key_dim))
         return ops.matmul(output, self.out) + self.bias
 
+    def lipschitz(self, sequence_length=None, norm="l2", mask="causal"):
+        """No constant: `blow_up.py` shows where the derivative grows without bound."""
+        return LipschitzBound(
+            value=math.inf,
+            norm=norm,
+            kind="certified",
+            theorem="",
+            reason="the keys are not tied to the queries: no Lipschitz constant exists",
+        )
+
 
 @keras.saving.register_keras_serializable(package="char_lm")
 class PublishedBoundAttention(L2MultiHeadAttention):
@@ -98,7 +114,8 @@ class PublishedBoundAttention(L2MultiHeadAttention):
         output = gram_upper_bound(
             ops.reshape(ops.convert_to_tensor(self.output_kernel), (inner, -1))
         )
-        head = published_head_bound(sequence_length or self.max_sequence_length)
+        assert sequence_length is not None
+        head = published_head_bound(sequence_length)
         heads = ops.sqrt(ops.sum(query**4 * value**2))
         return head / math.sqrt(self.key_dim) * heads * output
 
@@ -119,7 +136,8 @@ def build(variant: str, size: Size, symbols: int) -> keras.Model:
     """
     tokens = keras.Input((size.context,), dtype="int32")
     x = keras.layers.Embedding(symbols, size.width, name="embedding")(tokens)
-    x = PositionEmbedding(size.context, initializer=_waves, name="position")(x)
+    waves: Any = _waves
+    x = PositionEmbedding(size.context, initializer=waves, name="position")(x)
     for index in range(size.layers):
         x = _attend(variant, size, index, x)
         x = keras.layers.LayerNormalization(name=f"attention_norm_{index}")(x)
