@@ -216,7 +216,6 @@ def _draw_curves(axis, results):
 
 
 def _draw_bars(axis, results):
-    low = min(run["test_nats"] for run in results["runs"])
     for index, variant in enumerate(VARIANTS):
         nats = _nats(results, variant)
         axis.bar(index, nats.mean(), color=COLOURS[variant], alpha=0.6, width=0.7)
@@ -231,8 +230,8 @@ def _draw_bars(axis, results):
         )
     labels = [variant.replace(", ", ",\n").replace(" bound", "\nbound") for variant in VARIANTS]
     axis.set_xticks(range(len(VARIANTS)), labels, fontsize=8)
-    axis.set(ylabel="test nats per character", title="One mark for each seed")
-    axis.set_ylim(bottom=0.8 * low)
+    axis.set(ylabel="test nats per character", title="Test, one mark for each seed")
+    axis.margins(y=0.12)
 
 
 def _draw_depths(axis, results):
