@@ -4,6 +4,7 @@
 # pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false
 
 import json
+import pathlib
 import zipfile
 
 import char_lm
@@ -14,6 +15,7 @@ import keras
 import numpy as np
 import pytest
 
+KEPT = pathlib.Path(__file__).parents[1] / "docs" / "papers" / "char_lm.json"
 SIZE = char_model.Size(layers=2, width=12, heads=2, context=8)
 TIED = char_model.VARIANTS[2:]
 
@@ -169,6 +171,14 @@ def test_the_documentation_is_always_there(monkeypatch):
         corpora.load("klingon")
 
 
+def test_frequencies_are_those_of_the_training_text():
+    train = np.array([0, 1, 0, 1, 0, 1, 0], "int32")
+    corpus = corpora.Corpus("two", "ab", train, train, np.array([1, 0, 1], "int32"))
+    # One more than counted: of those after the first, 4 b and 4 a; after b 4 a and 1 b.
+    assert corpora.frequency_nats(corpus, 0) == pytest.approx(np.log(2.0))
+    assert corpora.frequency_nats(corpus, 1) == pytest.approx(-np.log(0.8))
+
+
 def test_missing_file_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("LIPATTN_DATA", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"tinyshakespeare\.txt .*without that file"):
@@ -239,3 +249,26 @@ def test_the_program_runs_on_the_documentation(tmp_path, monkeypatch):
         assert run.get("decoding_error", 0.0) <= 1e-5 * 10
     assert not (tmp_path / "char_lm.runs").exists()
     assert (tmp_path / "char_lm.png").stat().st_size > 10_000
+
+
+def test_kept_models_are_compared_fairly_and_ours_is_the_better_bound():
+    results = json.loads(KEPT.read_text())
+    runs = {(run["variant"], run["seed"]): run for run in results["runs"]}
+    seeds = range(results["setting"]["seeds"])
+    assert len(seeds) >= 3
+    assert set(runs) == {(variant, seed) for variant in char_model.VARIANTS for seed in seeds}
+    weights = [run["parameters"] for run in runs.values()]
+    assert max(weights) <= 1.01 * min(weights)
+    for variant in char_model.VARIANTS:
+        tuned = [row for row in results["tuning"] if row["variant"] == variant]
+        assert {row["rate"] for row in tuned} == set(results["setting"]["rates"])
+        best = min(tuned, key=lambda row: row["valid_nats"])["rate"]
+        assert {runs[variant, seed]["rate"] for seed in seeds} == {best}
+        for seed in seeds:
+            certified = runs[variant, seed]["certificates"]["log10"]
+            assert (certified is not None) == (variant in TIED)
+    for seed in seeds:
+        published, ours = (runs[variant, seed]["test_nats"] for variant in TIED[1:])
+        assert ours < published
+        # float32 logits of a size of about ten, through layers that amplify small terms.
+        assert all(runs[variant, seed]["decoding_error"] <= 2e-4 for variant in TIED)

@@ -125,8 +125,9 @@ def compute(name: str, setting: Setting, kept: Kept) -> dict:
         "corpus": name,
         "characters": [len(corpus.train), len(corpus.valid), len(corpus.test)],
         "symbols": len(corpus.symbols),
+        "frequencies": [corpora.frequency_nats(corpus, given) for given in (0, 1)],
         "setting": setting._asdict(),
-        "training_seconds": sum(run["seconds"] for run in (*tuning, *runs, *deep)),
+        "seconds": sum(run["seconds"] for run in (*tuning, *runs, *deep)),
         "tuning": tuning,
         "runs": runs,
         "deep": deep,
@@ -191,6 +192,7 @@ def draw(results: dict, folder: pathlib.Path) -> None:
     report.table("char_lm_differences", folder, *_differences_table(results))
     report.table("char_lm_bounds", folder, *_bounds_table(results))
     report.table("char_lm_deep", folder, *_depths_table(results))
+    report.table("char_lm_samples", folder, *_samples_table(results))
 
 
 def _runs(results, variant):
@@ -266,7 +268,10 @@ def _spread(values, digits=4):
 
 
 def _models_table(results):
-    rows = []
+    rows = [
+        [f"frequencies of {what}", "", "", f"{nats:.4f}", f"{nats / math.log(2.0):.4f}", ""]
+        for what, nats in zip(("characters", "pairs"), results["frequencies"], strict=True)
+    ]
     for variant in VARIANTS:
         runs, nats = _runs(results, variant), _nats(results, variant)
         tuned = [
@@ -350,6 +355,20 @@ def _depths_table(results):
             rows.append([f"{variant}, rate {rate:g}", *(_number(found[d]) for d in depths)])
     header = ["training nats at the end"]
     return [*header, *(f"{depth} layers" for depth in results["setting"]["depths"])], rows
+
+
+def _samples_table(results):
+    rows = []
+    for variant in VARIANTS[2:]:
+        runs = _runs(results, variant)
+        text = runs[0]["sample"].replace("\n", "\\n").replace("|", "\\|").replace("`", "'")
+        error = max(run["decoding_error"] for run in runs)
+        rows.append([variant, f"`{text}`", f"{error:.1e}"])
+    header = [
+        "attention",
+        f"a text, the first {PROMPT} characters given, temperature {TEMPERATURE}",
+    ]
+    return [*header, "logits of cached decoding against the full pass"], rows
 
 
 def main(argv=None):

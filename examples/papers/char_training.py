@@ -88,7 +88,12 @@ def nats_per_character(model, text, batch=64):
     context = model.input_shape[1]
     starts = np.arange(0, len(text) - context, context)
     windows = text[starts[:, None] + np.arange(context + 1)]
-    test = tf.function(lambda rows: tf.reduce_sum(losses(model, rows)), autograph=False)
+    test = tf.function(
+        lambda rows: tf.reduce_sum(losses(model, rows)),
+        autograph=False,
+        # The last batch is smaller.
+        input_signature=[tf.TensorSpec((None, context + 1), "int32")],
+    )
     total = sum(
         float(test(tf.constant(windows[start : start + batch])))
         for start in range(0, len(windows), batch)

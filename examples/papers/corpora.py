@@ -88,6 +88,27 @@ def encode(name: str, parts: list[str]) -> Corpus:
     )
 
 
+def frequency_nats(corpus: Corpus, given: int) -> float:
+    """Nats per character of the test text by the frequencies of the training text.
+
+    Args:
+        corpus: The text.
+        given: Number of characters before that are known, 0 or 1.
+
+    Returns:
+        A float. Every count begins with one.
+    """
+    symbols = len(corpus.symbols)
+
+    def pairs(text):
+        return text[:-1] * (symbols if given else 0) + text[1:]
+
+    counts = 1.0 + np.bincount(pairs(corpus.train), minlength=symbols ** (given + 1))
+    counts = counts.reshape(-1, symbols)
+    logs = np.log(counts / counts.sum(axis=1, keepdims=True)).ravel()
+    return float(-logs[pairs(corpus.test)].mean())
+
+
 def _documentation():
     # Imported by name: what `pydoc help()` prints has no types.
     topics = importlib.import_module("pydoc_data.topics").topics

@@ -77,7 +77,8 @@ def produce(name: str, options: argparse.Namespace, compute, draw) -> dict:
         if getattr(options, "corpus", None):
             flags += f" --corpus {options.corpus}"
         results["command"] = f"python examples/papers/{name}.py{flags} --folder {options.folder}"
-        results["seconds"] = round(time.monotonic() - start, 1)
+        # A program that goes on after an interruption knows better how long it took.
+        results.setdefault("seconds", round(time.monotonic() - start, 1))
         options.folder.mkdir(parents=True, exist_ok=True)
         path.write_text(_as_text(results))
     draw(results, options.folder)
