@@ -8,6 +8,7 @@ import pathlib
 import shutil
 
 import blow_up
+import char_lm
 import continuous_depth
 import density
 import invertible
@@ -29,6 +30,7 @@ PROGRAMS = {
     "continuous_depth": continuous_depth,
     "measures": measures,
     "pretrained": pretrained,
+    "char_lm": char_lm,
 }
 
 

@@ -16,15 +16,21 @@ PAGE = "README.md"
 WIDTH, HEIGHT = 7.0, 4.2
 
 
-def arguments(documentation: str | None, argv: list[str] | None = None) -> argparse.Namespace:
+def arguments(
+    documentation: str | None,
+    argv: list[str] | None = None,
+    corpus: tuple[str, ...] = (),
+) -> argparse.Namespace:
     """The flags which every program has.
 
     Args:
         documentation: Documentation of the program, whose first line heads the help.
         argv: Arguments, those of the process by default.
+        corpus: For programs which read a text, the names of the texts to choose from.
 
     Returns:
-        A namespace with `full`, `redraw` and `folder`.
+        A namespace with `full`, `redraw` and `folder`; with texts also `corpus`, `None` if none is
+        chosen.
     """
     parser = argparse.ArgumentParser(description=(documentation or "").partition("\n")[0])
     parser.add_argument("--full", action="store_true", help="run the full setting, not the small")
@@ -37,6 +43,8 @@ def arguments(documentation: str | None, argv: list[str] | None = None) -> argpa
         default=pathlib.Path("build/papers"),
         help="where the result file, tables and plots are (default: %(default)s)",
     )
+    if corpus:
+        parser.add_argument("--corpus", choices=corpus, help="text to learn")
     return parser.parse_args(argv)
 
 
@@ -66,8 +74,11 @@ def produce(name: str, options: argparse.Namespace, compute, draw) -> dict:
         start = time.monotonic()
         results = compute(options.full)
         flags = " --full" * options.full
+        if getattr(options, "corpus", None):
+            flags += f" --corpus {options.corpus}"
         results["command"] = f"python examples/papers/{name}.py{flags} --folder {options.folder}"
-        results["seconds"] = round(time.monotonic() - start, 1)
+        # A program that goes on after an interruption knows better how long it took.
+        results.setdefault("seconds", round(time.monotonic() - start, 1))
         options.folder.mkdir(parents=True, exist_ok=True)
         path.write_text(_as_text(results))
     draw(results, options.folder)
