@@ -2,7 +2,7 @@
 
 import math
 import threading
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 import numpy as np
@@ -20,6 +20,7 @@ from keras_lipattn.layers._arguments import (
 )
 from keras_lipattn.layers._attention_axes import AttentionAxes
 from keras_lipattn.layers._distance_attention import Mask
+from keras_lipattn.layers._token_weights import check_token_weights, log_weights
 from keras_lipattn.layers._visibility import (
     Visibility,
     check_masks,
@@ -33,9 +34,17 @@ from keras_lipattn.layers.lipschitz_layer import LipschitzLayer
 class SelfAttention(LipschitzLayer):
     """Self-attention with the call signature of `keras.layers.MultiHeadAttention`.
 
-    Beside what `LipschitzLayer` wants, a subclass gives `_add_kernels`, `_weights` and `_attend`.
+    Beside what `LipschitzLayer` wants, a subclass gives `_add_kernels`, `_weights` and `_attend`,
+    and the names below. Where tokens have weights its `call` takes `token_weights`, for `_run`.
     Arguments are documented there.
     """
+
+    # Names of the kernels as operators, in the order of `_kernels`.
+    _projections: tuple[str, ...]
+    # The operator norms which the bound of a layer is made of, by norm.
+    _bound_norms: ClassVar[dict[str, tuple[str, ...]]]
+    # Why another tensor is refused as value or key.
+    _not_cross = "its Lipschitz bound is one for self-attention"
 
     def __init__(
         self,
@@ -104,11 +113,14 @@ class SelfAttention(LipschitzLayer):
         raise NotImplementedError(f"{type(self).__name__} must implement `_add_kernels`.")
 
     def _weights(self, visibility, training) -> Any:
-        """Effective weights of this call: what `_attend` wants, `(H*v, O)`, `(O,)` or `None`."""
+        """Effective weights of this call: what `_attend` wants, `(N, O)`, `(O,)` or `None`."""
         raise NotImplementedError(f"{type(self).__name__} must implement `_weights`.")
 
     def _attend(self, tokens, projections, mask, training, return_scores) -> Any:
-        """Heads side by side `(B, T, H*v)`, and the attention weights if asked for."""
+        """Heads side by side `(B, T, N)`, what to add to them, the weights `(B, H, T, T)`.
+
+        What to add is `(B, 1, N)`, or `None`. Nobody looks at weights that were not asked for.
+        """
         raise NotImplementedError(f"{type(self).__name__} must implement `_attend`.")
 
     # Building -------------------------------------------------------------------------------
@@ -193,6 +205,27 @@ class SelfAttention(LipschitzLayer):
                 f"layer was built with). Received: an input of {length} tokens"
             )
 
+    # Norms and bounds -------------------------------------------------------------------------
+
+    def _capped_norms(self):
+        names = list(self._projections) if self.spectral_norm is not None else []
+        if self.lipschitz_bound is not None:
+            names += self._bound_norms[self.lipschitz_norm]
+        return names
+
+    def _as_operator(self, name, kernel, xp):
+        return xp.reshape(kernel, self._norm_shapes()[name])
+
+    def _asked(self, sequence_length, norm, mask):
+        """Class of mask and number of tokens that `lipschitz` is asked about."""
+        self._require_built("asking for its Lipschitz constant")
+        require_norm("norm", norm)
+        require_positive_integer("sequence_length", sequence_length, optional=True)
+        visibility = classify(mask, sliding_window=self.sliding_window)
+        if isinstance(mask, str):
+            return visibility, sequence_length or self._length
+        return visibility, max(sequence_length or 1, np.shape(mask)[-1])
+
     # Calling ----------------------------------------------------------------------------------
 
     def __call__(
@@ -242,30 +275,68 @@ class SelfAttention(LipschitzLayer):
         training=None,
         use_causal_mask=False,
     ):
+        return self._run(
+            query,
+            value,
+            key,
+            query_mask,
+            value_mask,
+            key_mask,
+            attention_mask,
+            return_attention_scores,
+            training,
+            use_causal_mask,
+        )
+
+    def _run(
+        self,
+        query,
+        value,
+        key,
+        query_mask,
+        value_mask,
+        key_mask,
+        attention_mask,
+        return_attention_scores,
+        training,
+        use_causal_mask,
+        token_weights=None,
+    ):
+        """The body of `call`."""
         self._require_self_attention(query, value, key)
+        training = bool(training)
         token_masks = {
             "query_mask": query_mask,
             "value_mask": value_mask,
             "key_mask": key_mask,
             "mask of query": getattr(query, "_keras_mask", None),
+            "token_weights": token_weights,
         }
         self._check_call(query, token_masks, attention_mask, self._axes)
         visibility = self._call_visibility(attention_mask, use_causal_mask)
         tokens = self._axes.flatten(query)
         if attention_mask is not None:
             attention_mask = self._axes.repeat_mask(with_head_axis(attention_mask), query)
-        mask = Mask(
-            valid_tokens(
-                [self._axes.flatten_mask(m) for m in token_masks.values() if m is not None]
-            ),
-            attention_mask,
-            use_causal_mask,
-            self.sliding_window,
+        valid = valid_tokens(
+            [self._axes.flatten_mask(m) for m in token_masks.values() if m is not None]
         )
-        projections, c, bias = self._weights(visibility, bool(training))
-        heads, scores = self._attend(
-            tokens, projections, mask, bool(training), return_attention_scores
+        if token_weights is not None:
+            token_weights = log_weights(
+                self._axes.flatten_mask(token_weights), valid, self._norm_dtype
+            )
+        mask = Mask(valid, attention_mask, use_causal_mask, self.sliding_window, token_weights)
+        projections, c, bias = self._weights(visibility, training)
+        heads, shift, scores = self._attend(
+            tokens, projections, mask, training, return_attention_scores
         )
+        if return_attention_scores and mask.valid is not None:
+            rows = mask.valid[:, None, :, None]
+            scores = ops.where(rows, scores, ops.zeros_like(scores))
+        # What is the same for all tokens is one row an example: it passes through C before it is
+        # added.
+        if shift is not None:
+            shift = ops.matmul(shift, c)
+            bias = shift if bias is None else bias + shift
         output = ops.matmul(heads, c)
         if bias is not None:
             output = output + bias
@@ -285,14 +356,15 @@ class SelfAttention(LipschitzLayer):
     def _cross_attention(self, name, got):
         return ValueError(
             f"{type(self).__name__} is self-attention: `{name}` must be omitted or be the very "
-            "object passed as `query`, since its Lipschitz bound is one for self-attention. "
-            f"Received: {name}={got}"
+            f"object passed as `query`, since {self._not_cross}. Received: {name}={got}"
         )
 
     def _check_call(self, query, token_masks, attention_mask, axes):
         length = axes.length(query.shape)
         self._check_length(length)
         check_masks(query.shape, length, self.num_heads, token_masks, attention_mask)
+        if token_masks["token_weights"] is not None:
+            check_token_weights(token_masks["token_weights"], self.lipschitz_bound)
 
     def _shape_token(self, output):
         if len(self._output_token) == 1:
@@ -340,10 +412,16 @@ class SelfAttention(LipschitzLayer):
         return_attention_scores=False,
         training=None,
         use_causal_mask=False,
+        token_weights=None,
     ):
         self._require_self_attention(query, value, key)
         axes = AttentionAxes(len(query.shape), self.attention_axes, query.shape)
-        token_masks = {"query_mask": query_mask, "value_mask": value_mask, "key_mask": key_mask}
+        token_masks = {
+            "query_mask": query_mask,
+            "value_mask": value_mask,
+            "key_mask": key_mask,
+            "token_weights": token_weights,
+        }
         self._check_call(query, token_masks, attention_mask, axes)
         output = keras.KerasTensor(self.compute_output_shape(query.shape), self.compute_dtype)
         if not return_attention_scores:

@@ -1,16 +1,13 @@
 """Multi-head self-attention with a proven Lipschitz constant."""
 
 import math
-import threading
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 import numpy as np
-from keras import constraints as keras_constraints
-from keras import initializers, ops, regularizers
+from keras import ops
 
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
-from keras_lipattn.bounds.mask_degrees import mask_degrees
 from keras_lipattn.bounds.multihead import (
     certified_layer_bound,
     frobenius_scaling,
@@ -21,16 +18,8 @@ from keras_lipattn.bounds.multihead import (
 from keras_lipattn.bounds.published import published_layer_bound
 from keras_lipattn.bounds.unit_head import unit_head_bound
 from keras_lipattn.bounds.weighted import weighted_layer_bound
-from keras_lipattn.layers._arguments import (
-    as_tuple,
-    describe,
-    require_norm,
-    require_positive,
-    require_positive_integer,
-    require_probability,
-)
+from keras_lipattn.layers._arguments import require_positive_integer
 from keras_lipattn.layers._as_run import as_run, is_finite_as_run
-from keras_lipattn.layers._attention_axes import AttentionAxes
 from keras_lipattn.layers._condensed_attention import CondensedAttention, HeldAttention
 from keras_lipattn.layers._distance_attention import (
     BLOCKED_FROM,
@@ -46,31 +35,12 @@ from keras_lipattn.layers._fused_attention import (
     takes_kernel,
 )
 from keras_lipattn.layers._operator_norms import GramNorms, quiet
-from keras_lipattn.layers._token_weights import check_token_weights, log_weights
-from keras_lipattn.layers._visibility import (
-    Visibility,
-    check_masks,
-    classify,
-    valid_tokens,
-    with_head_axis,
-)
-from keras_lipattn.layers.lipschitz_layer import LipschitzLayer
-
-_PROJECTIONS = ("query", "value", "output")
-# The operator norms which the bound of a layer is made of.
-_BOUND_NORMS = {
-    "l2": ("concatenated_query", "stacked_output"),
-    "token": ("stacked_output", "head_query"),
-    "linf": ("head_query",),
-}
-_CROSS_ATTENTION = (
-    "L2MultiHeadAttention is self-attention: `{name}` must be omitted or be the very object "
-    "passed as `query`, since no Lipschitz bound exists for cross-attention. Received: {name}={got}"
-)
+from keras_lipattn.layers._self_attention import SelfAttention
+from keras_lipattn.layers._visibility import classify
 
 
 @keras.saving.register_keras_serializable(package="keras_lipattn")
-class L2MultiHeadAttention(LipschitzLayer):
+class L2MultiHeadAttention(SelfAttention):
     """Multi-head L2 self-attention: a drop-in for `keras.layers.MultiHeadAttention` with a proof.
 
     With tokens `X` of shape `(T, D)`, head `h` projects `Y = X W_Q / key_dim**0.25` once, for
@@ -167,6 +137,14 @@ class L2MultiHeadAttention(LipschitzLayer):
         (the layer); docs/theory.md, Sections 3 to 5 (the bounds).
     """
 
+    _projections = ("query", "value", "output")
+    _bound_norms: ClassVar = {
+        "l2": ("concatenated_query", "stacked_output"),
+        "token": ("stacked_output", "head_query"),
+        "linf": ("head_query",),
+    }
+    _not_cross = "no Lipschitz bound exists for cross-attention"
+
     def __init__(
         self,
         num_heads,
@@ -197,128 +175,40 @@ class L2MultiHeadAttention(LipschitzLayer):
                 "`use_gate` is not supported: multiplying by a gate computed from the input has no "
                 "Lipschitz bound. Received: use_gate=True"
             )
-        require_positive_integer("num_heads", num_heads)
-        require_positive_integer("key_dim", key_dim)
-        require_positive_integer("value_dim", value_dim, optional=True)
-        require_positive_integer("sliding_window", sliding_window, optional=True)
-        require_positive_integer("max_sequence_length", max_sequence_length, optional=True)
-        require_positive("spectral_norm", spectral_norm)
-        require_positive("lipschitz_bound", lipschitz_bound)
-        require_probability("dropout", dropout)
-        require_norm("lipschitz_norm", lipschitz_norm)
-        super().__init__(activity_regularizer=activity_regularizer, **kwargs)
-        self.supports_masking = True
-        self.num_heads = num_heads
-        self.key_dim = key_dim
-        self.value_dim = value_dim or key_dim
-        self.dropout = dropout
-        self.use_bias = use_bias
-        self._output_shape = as_tuple("output_shape", output_shape)
-        for side in self._output_shape or ():
-            require_positive_integer("output_shape", side)
-        self.attention_axes = as_tuple("attention_axes", attention_axes)
-        self.sliding_window = sliding_window
+        super().__init__(
+            num_heads=num_heads,
+            key_dim=key_dim,
+            value_dim=value_dim,
+            dropout=dropout,
+            use_bias=use_bias,
+            output_shape=output_shape,
+            attention_axes=attention_axes,
+            sliding_window=sliding_window,
+            spectral_norm=spectral_norm,
+            lipschitz_bound=lipschitz_bound,
+            lipschitz_norm=lipschitz_norm,
+            max_sequence_length=max_sequence_length,
+            kernel_initializer=kernel_initializer,
+            bias_initializer=bias_initializer,
+            kernel_regularizer=kernel_regularizer,
+            bias_regularizer=bias_regularizer,
+            activity_regularizer=activity_regularizer,
+            kernel_constraint=kernel_constraint,
+            bias_constraint=bias_constraint,
+            seed=seed,
+            **kwargs,
+        )
         self.flash_attention = flash_attention
-        self.spectral_norm = spectral_norm
-        self.lipschitz_bound = lipschitz_bound
-        self.lipschitz_norm = lipschitz_norm
-        self.max_sequence_length = max_sequence_length
-        self.kernel_initializer = initializers.get(kernel_initializer)
-        self.bias_initializer = initializers.get(bias_initializer)
-        self.kernel_regularizer = regularizers.get(kernel_regularizer)
-        self.bias_regularizer = regularizers.get(bias_regularizer)
-        self.kernel_constraint = keras_constraints.get(kernel_constraint)
-        self.bias_constraint = keras_constraints.get(bias_constraint)
-        self.seed = seed
-        # Degrees of a constant mask, handed from `__call__` to `call`, which sees only tensors.
-        # Replicas of a strategy trace in threads of their own.
-        self._call_degrees = threading.local()
 
-    # Building -------------------------------------------------------------------------------
-
-    def build(self, query_shape, value_shape=None, key_shape=None):
-        for name, shape in (("value_shape", value_shape), ("key_shape", key_shape)):
-            if shape is not None and tuple(shape) != tuple(query_shape):
-                raise ValueError(_CROSS_ATTENTION.format(name=name[:-6], got=f"{tuple(shape)}"))
-        rank = len(query_shape)
-        if rank < 3:
-            raise ValueError(
-                "`query` must have at least three axes, `(batch, tokens, features)`. "
-                f"Received: query_shape={tuple(query_shape)}"
-            )
-        features = query_shape[-1]
-        if not features:
-            raise ValueError(
-                "The last axis of `query` must be static and not empty. "
-                f"Received: query_shape={tuple(query_shape)}"
-            )
-        self._axes = AttentionAxes(rank, self.attention_axes, query_shape)
-        static_length = self._axes.length(query_shape)
-        if self.max_sequence_length is None and self.lipschitz_bound is not None:
-            if not static_length:
-                raise ValueError(
-                    "`lipschitz_bound` needs the number of tokens: pass `max_sequence_length`, or "
-                    "an input of static length that is not empty. "
-                    f"Received: query_shape={tuple(query_shape)}"
-                )
-            # Frozen: a cap that followed the length of each call would change outputs on common
-            # tokens whenever a batch is padded further.
-            self.max_sequence_length = static_length
-        # What the certificate is for unless told otherwise. Nothing is known of an empty sequence.
-        self._length = max(self.max_sequence_length or 0, static_length or 0) or None
-        self._check_length(static_length)
-        self.input_spec = keras.layers.InputSpec(ndim=rank, axes={-1: features})
-        self._features = features
-        self._output_token = self._output_shape or (features,)
-        heads, key_dim, value_dim = self.num_heads, self.key_dim, self.value_dim
-        self.query_kernel = self._add_kernel("query_kernel", (features, heads, key_dim), 1)
+    def _add_kernels(self):
+        features, heads, value_dim = self._features, self.num_heads, self.value_dim
+        self.query_kernel = self._add_kernel("query_kernel", (features, heads, self.key_dim), 1)
         self.value_kernel = self._add_kernel("value_kernel", (features, heads, value_dim), 1)
         self.output_kernel = self._add_kernel(
             "output_kernel", (heads, value_dim, *self._output_token), 2
         )
-        self.output_bias = None
-        if self.use_bias:
-            self.output_bias = self.add_weight(
-                name="output_bias",
-                shape=self._output_token,
-                initializer=self.bias_initializer,
-                regularizer=self.bias_regularizer,
-                constraint=self.bias_constraint,
-            )
-        self._seed_generator = None
-        if self.dropout > 0.0:
-            self._seed_generator = keras.random.SeedGenerator(self.seed)
-        self._add_running_state()
 
-    def _add_kernel(self, name, shape, input_axes):
-        """A kernel whose first `input_axes` axes are the rows of the operator it stands for."""
-        rows, cols = math.prod(shape[:input_axes]), math.prod(shape[input_axes:])
-        initializer = self.kernel_initializer
-        if isinstance(initializer, initializers.Initializer):
-            # A copy draws other numbers, as long as no seed is given.
-            initializer = initializer.__class__.from_config(initializer.get_config())
-        return self.add_weight(
-            name=name,
-            shape=shape,
-            # Fans are those of the matrix, not of a stack of small ones.
-            initializer=lambda shape, dtype: ops.reshape(
-                initializer((rows, cols), dtype=dtype), shape
-            ),
-            regularizer=self.kernel_regularizer,
-            constraint=self.kernel_constraint,
-        )
-
-    def _check_length(self, length):
-        if self.lipschitz_bound is None or length is None or self.max_sequence_length is None:
-            return
-        if length > self.max_sequence_length:
-            raise ValueError(
-                f"`lipschitz_bound={self.lipschitz_bound}` holds for at most "
-                f"{self.max_sequence_length} tokens (`max_sequence_length`, or the length this "
-                f"layer was built with). Received: an input of {length} tokens"
-            )
-
-    # What the base class asks for -------------------------------------------------------------
+    # What the base classes ask for ------------------------------------------------------------
 
     def _kernels(self):
         return [self.query_kernel, self.value_kernel, self.output_kernel]
@@ -335,14 +225,8 @@ class L2MultiHeadAttention(LipschitzLayer):
             "head_query": (heads, features, key_dim),
         }
 
-    def _capped_norms(self):
-        names = list(_PROJECTIONS) if self.spectral_norm is not None else []
-        if self.lipschitz_bound is not None:
-            names += _BOUND_NORMS[self.lipschitz_norm]
-        return names
-
     def _request_norms(self, kernels, norms, names, xp):
-        for name, kernel in zip(_PROJECTIONS, kernels, strict=True):
+        for name, kernel in zip(self._projections, kernels, strict=True):
             if name in names:
                 norms(name, self._as_operator(name, kernel, xp))
         b, c = self._fold(*self._capped(kernels, norms, xp), xp)
@@ -367,7 +251,7 @@ class L2MultiHeadAttention(LipschitzLayer):
                 self._norm_shapes()[name],
                 xp,
             )
-            for name, kernel in zip(_PROJECTIONS, kernels, strict=True)
+            for name, kernel in zip(self._projections, kernels, strict=True)
         ]
 
     def _by_head(self, kernels, xp):
@@ -382,9 +266,6 @@ class L2MultiHeadAttention(LipschitzLayer):
 
     def _scaled(self, query, xp):
         return self._rounded(query * self.key_dim**-0.25, xp)
-
-    def _as_operator(self, name, kernel, xp):
-        return xp.reshape(kernel, self._norm_shapes()[name])
 
     def _layer_factor(self, b, c, norms, visibility, xp):
         """What `lipschitz_bound` multiplies the output with."""
@@ -448,13 +329,7 @@ class L2MultiHeadAttention(LipschitzLayer):
         Raises:
             ValueError: If the layer is not built, or an argument is out of range.
         """
-        self._require_built("asking for its Lipschitz constant")
-        require_norm("norm", norm)
-        require_positive_integer("sequence_length", sequence_length, optional=True)
-        visibility = classify(mask, sliding_window=self.sliding_window)
-        tokens = sequence_length or self._length
-        if not isinstance(mask, str):
-            tokens = max(sequence_length or 1, np.shape(mask)[-1])
+        visibility, tokens = self._asked(sequence_length, norm, mask)
         if not is_finite_as_run(self.output_bias, self.compute_dtype):
             return LipschitzBound(
                 value=math.inf,
@@ -509,40 +384,6 @@ class L2MultiHeadAttention(LipschitzLayer):
 
     # Calling ----------------------------------------------------------------------------------
 
-    def __call__(
-        self,
-        query,
-        value=None,
-        key=None,
-        query_mask=None,
-        value_mask=None,
-        key_mask=None,
-        attention_mask=None,
-        **kwargs,
-    ):
-        # Here and not only in `call`: Keras converts every argument on its own, after which a
-        # tensor passed twice may be two tensors. Then only the query goes on.
-        _require_self_attention(query, value, key)
-        if isinstance(attention_mask, list | tuple):
-            attention_mask = np.asarray(attention_mask)
-        masks = {
-            "query_mask": query_mask,
-            "value_mask": value_mask,
-            "key_mask": key_mask,
-            "attention_mask": attention_mask,
-        }
-        kwargs.update((name, mask) for name, mask in masks.items() if mask is not None)
-        # One mask for all examples, written down where the layer is called, is a constant. One per
-        # example is data: one example's mask must not change the cap of another.
-        if isinstance(attention_mask, np.ndarray) and attention_mask.ndim == 2:
-            rows, columns = attention_mask.shape
-            if rows == columns:
-                self._call_degrees.value = mask_degrees(attention_mask)
-        try:
-            return super().__call__(query, **kwargs)
-        finally:
-            self._call_degrees.value = (None, None)
-
     def call(
         self,
         query,
@@ -557,69 +398,19 @@ class L2MultiHeadAttention(LipschitzLayer):
         use_causal_mask=False,
         token_weights=None,
     ):
-        _require_self_attention(query, value, key)
-        token_masks = {
-            "query_mask": query_mask,
-            "value_mask": value_mask,
-            "key_mask": key_mask,
-            "mask of query": getattr(query, "_keras_mask", None),
-            "token_weights": token_weights,
-        }
-        self._check_call(query, token_masks, attention_mask, self._axes)
-        visibility = self._call_visibility(attention_mask, use_causal_mask)
-        tokens = self._axes.flatten(query)
-        if attention_mask is not None:
-            attention_mask = self._axes.repeat_mask(with_head_axis(attention_mask), query)
-        valid = valid_tokens(
-            [self._axes.flatten_mask(m) for m in token_masks.values() if m is not None]
+        return self._run(
+            query,
+            value,
+            key,
+            query_mask,
+            value_mask,
+            key_mask,
+            attention_mask,
+            return_attention_scores,
+            training,
+            use_causal_mask,
+            token_weights,
         )
-        if token_weights is not None:
-            token_weights = log_weights(
-                self._axes.flatten_mask(token_weights), valid, self._norm_dtype
-            )
-        mask = Mask(valid, attention_mask, use_causal_mask, self.sliding_window, token_weights)
-        b, c, bias = self._weights(visibility, bool(training))
-        heads, shift, scores = self._attend(tokens, b, mask, training, return_attention_scores)
-        # What is the same for all tokens is one row an example: it passes through C before it is
-        # added.
-        common = [bias] if bias is not None else []
-        if shift is not None:
-            common.append(ops.matmul(shift, c))
-        output = ops.matmul(heads, c)
-        if common:
-            output = output + sum(common)
-        if self.lipschitz_bound is not None and tokens.shape[1] is None:
-            too_long = ops.greater(ops.shape(tokens)[1], self.max_sequence_length)
-            output = ops.where(too_long, ops.cast(np.nan, output.dtype), output)
-        if mask.valid is not None:
-            output = ops.where(ops.expand_dims(mask.valid, -1), output, ops.zeros_like(output))
-        output = self._axes.restore(output, query)
-        output = self._shape_token(output)
-        if return_attention_scores:
-            return output, scores
-        return output
-
-    def _check_call(self, query, token_masks, attention_mask, axes):
-        length = axes.length(query.shape)
-        self._check_length(length)
-        check_masks(query.shape, length, self.num_heads, token_masks, attention_mask)
-        if token_masks["token_weights"] is not None:
-            check_token_weights(token_masks["token_weights"], self.lipschitz_bound)
-
-    def _shape_token(self, output):
-        if len(self._output_token) == 1:
-            return output
-        return ops.reshape(output, (*ops.shape(output)[:-1], *self._output_token))
-
-    def _call_visibility(self, attention_mask, use_causal_mask):
-        if attention_mask is None:
-            mask = "causal" if use_causal_mask else "full"
-            return classify(mask, sliding_window=self.sliding_window)
-        n_keys, n_queries = getattr(self._call_degrees, "value", (None, None))
-        window = classify(
-            "causal" if use_causal_mask else "any", sliding_window=self.sliding_window
-        )
-        return Visibility("any", _least(n_keys, window.n_keys), _least(n_queries, window.n_queries))
 
     def _weights(self, visibility, training):
         """Effective weights of this call: `B` `(D, H*K)`, `C` `(H*K, O)`, bias `(O,)` or `None`."""
@@ -646,13 +437,7 @@ class L2MultiHeadAttention(LipschitzLayer):
         )
 
     def _track(self, b, c, factor, norms, visibility):
-        tokens = self._tracking.sequence_length or self._length
-        if tokens is None and visibility.n_keys is None:
-            raise ValueError(
-                f"The running bound of layer {self.path!r} needs a number of tokens: give the "
-                "monitor a `sequence_length`, or the layer a `max_sequence_length`. Received: an "
-                "input of unknown length"
-            )
+        tokens = self._tracked_length(visibility)
         bound = self._formula(b, c, self._tracking.norm, tokens, visibility, norms, ops)
         self._record(bound * factor)
 
@@ -669,7 +454,7 @@ class L2MultiHeadAttention(LipschitzLayer):
         near = self._split_heads(ops.matmul(ops.cast(x - centre, self.compute_dtype), b))
         shift = ops.matmul(ops.cast(centre, self.compute_dtype), b)
         y = ops.cast(near, self._norm_dtype)
-        drop = bool(training) and self.dropout > 0.0
+        drop = training and self.dropout > 0.0
         if not (drop or return_scores):
             if takes_kernel(y, self.compute_dtype, self.flash_attention):
                 return self._join_heads(fused_attention(y, mask, self.compute_dtype)), shift, None
@@ -688,9 +473,6 @@ class L2MultiHeadAttention(LipschitzLayer):
             shift = None
         else:
             heads = self._join_heads(ops.matmul(weights, near))
-        if return_scores and mask.valid is not None:
-            rows = mask.valid[:, None, :, None]
-            weights = ops.where(rows, weights, ops.zeros_like(weights))
         return heads, shift, weights
 
     def _join_heads(self, heads):
@@ -760,74 +542,12 @@ class L2MultiHeadAttention(LipschitzLayer):
         output = ops.matmul(heads, c)
         return self._shape_token(output if bias is None else output + bias), cache
 
-    # Keras ------------------------------------------------------------------------------------
-
-    def compute_mask(self, inputs, previous_mask=None):
-        return previous_mask
-
-    def compute_output_shape(self, query_shape, value_shape=None, key_shape=None):
-        return (*query_shape[:-1], *(self._output_shape or (query_shape[-1],)))
-
-    def compute_output_spec(
-        self,
-        query,
-        value=None,
-        key=None,
-        query_mask=None,
-        value_mask=None,
-        key_mask=None,
-        attention_mask=None,
-        return_attention_scores=False,
-        training=None,
-        use_causal_mask=False,
-        token_weights=None,
-    ):
-        _require_self_attention(query, value, key)
-        axes = AttentionAxes(len(query.shape), self.attention_axes, query.shape)
-        token_masks = {
-            "query_mask": query_mask,
-            "value_mask": value_mask,
-            "key_mask": key_mask,
-            "token_weights": token_weights,
-        }
-        self._check_call(query, token_masks, attention_mask, axes)
-        output = keras.KerasTensor(self.compute_output_shape(query.shape), self.compute_dtype)
-        if not return_attention_scores:
-            return output
-        batch, length = axes.batch(query.shape), axes.length(query.shape)
-        scores = keras.KerasTensor((batch, self.num_heads, length, length), self.compute_dtype)
-        return output, scores
-
     def get_config(self):
-        return {
-            **super().get_config(),
-            "num_heads": self.num_heads,
-            "key_dim": self.key_dim,
-            "value_dim": self.value_dim,
-            "dropout": self.dropout,
-            "use_bias": self.use_bias,
-            "output_shape": self._output_shape,
-            "attention_axes": self.attention_axes,
-            "sliding_window": self.sliding_window,
-            "flash_attention": self.flash_attention,
-            "spectral_norm": self.spectral_norm,
-            "lipschitz_bound": self.lipschitz_bound,
-            "lipschitz_norm": self.lipschitz_norm,
-            "max_sequence_length": self.max_sequence_length,
-            "kernel_initializer": initializers.serialize(self.kernel_initializer),
-            "bias_initializer": initializers.serialize(self.bias_initializer),
-            "kernel_regularizer": regularizers.serialize(self.kernel_regularizer),
-            "bias_regularizer": regularizers.serialize(self.bias_regularizer),
-            "kernel_constraint": keras_constraints.serialize(self.kernel_constraint),
-            "bias_constraint": keras_constraints.serialize(self.bias_constraint),
-            "seed": self.seed,
-        }
-
-
-def _require_self_attention(query, value, key):
-    for name, tensor in (("value", value), ("key", key)):
-        if tensor is not None and tensor is not query:
-            raise ValueError(_CROSS_ATTENTION.format(name=name, got=describe(tensor)))
+        config = super().get_config()
+        items = list(config.items())
+        # Where the constructor has it.
+        at = list(config).index("spectral_norm")
+        return dict([*items[:at], ("flash_attention", self.flash_attention), *items[at:]])
 
 
 def _centre(x, mask):
@@ -847,7 +567,3 @@ def _centre(x, mask):
         return ops.mean(x, axis=1, keepdims=True)
     count = ops.sum(ops.cast(valid, x.dtype), axis=1)[:, None, None]
     return ops.sum(x, axis=1, keepdims=True) / ops.maximum(count, 1.0)
-
-
-def _least(a, b):
-    return b if a is None else a if b is None else min(a, b)

@@ -1,7 +1,7 @@
 """Multi-head self-attention by cosines, with a proven Lipschitz constant."""
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 import numpy as np
@@ -14,11 +14,7 @@ from keras_lipattn.bounds.cosine import (
     visible_mass,
 )
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
-from keras_lipattn.layers._arguments import (
-    require_norm,
-    require_positive,
-    require_positive_integer,
-)
+from keras_lipattn.layers._arguments import require_positive
 from keras_lipattn.layers._as_run import is_finite_as_run
 from keras_lipattn.layers._condensed_attention import HeldAttention
 from keras_lipattn.layers._condensed_cosine import CondensedCosine
@@ -26,14 +22,6 @@ from keras_lipattn.layers._cosine_attention import cosine_weights, normalized
 from keras_lipattn.layers._operator_norms import GramNorms
 from keras_lipattn.layers._self_attention import SelfAttention
 from keras_lipattn.layers._visibility import classify
-
-_PROJECTIONS = ("query", "key", "value", "output")
-# The operator norms which the bound of a layer is made of.
-_BOUND_NORMS = {
-    "l2": ("stacked_output", "concatenated_query", "concatenated_key_value"),
-    "token": ("stacked_output", "concatenated_query", "head_key_value"),
-    "linf": ("head_query", "head_key_value"),
-}
 
 
 @keras.saving.register_keras_serializable(package="keras_lipattn")
@@ -134,6 +122,13 @@ class ScaledCosineAttention(SelfAttention):
         Transformers", ICLR 2023 (the attention); docs/theory.md, Section 7 (the bound).
     """
 
+    _projections = ("query", "key", "value", "output")
+    _bound_norms: ClassVar = {
+        "l2": ("stacked_output", "concatenated_query", "concatenated_key_value"),
+        "token": ("stacked_output", "concatenated_query", "head_key_value"),
+        "linf": ("head_query", "head_key_value"),
+    }
+
     def __init__(self, num_heads, key_dim, value_dim=None, temperature=4.0, epsilon=1.0, **kwargs):
         require_positive("temperature", temperature, optional=False)
         require_positive("epsilon", epsilon, optional=False)
@@ -178,24 +173,15 @@ class ScaledCosineAttention(SelfAttention):
             "head_key_value": (heads, features, self.key_dim + self.value_dim),
         }
 
-    def _capped_norms(self):
-        names = list(_PROJECTIONS) if self.spectral_norm is not None else []
-        if self.lipschitz_bound is not None:
-            names += _BOUND_NORMS[self.lipschitz_norm]
-        return names
-
     def _request_norms(self, kernels, norms, names, xp):
-        for name, kernel in zip(_PROJECTIONS, kernels, strict=True):
+        for name, kernel in zip(self._projections, kernels, strict=True):
             if name in names:
                 norms(name, self._as_operator(name, kernel, xp))
         capped = self._capped(kernels, norms, xp)
-        for norm, needed in _BOUND_NORMS.items():
+        for norm, needed in self._bound_norms.items():
             if set(needed) <= set(names):
                 # The norms asked for do not depend on the mass.
                 self._bound(capped, norm, 1.0, norms, xp)
-
-    def _as_operator(self, name, kernel, xp):
-        return xp.reshape(kernel, self._norm_shapes()[name])
 
     def _capped(self, kernels, norms, xp):
         """Kernels under their caps, by head: `(H, D, k)` twice, `(H, D, v)` and `(H, v, O)`."""
@@ -211,7 +197,7 @@ class ScaledCosineAttention(SelfAttention):
                     ),
                     xp,
                 )
-                for name, kernel in zip(_PROJECTIONS, kernels, strict=True)
+                for name, kernel in zip(self._projections, kernels, strict=True)
             ]
         *projections, output = kernels
         by_head = [xp.transpose(kernel, (1, 0, 2)) for kernel in projections]
@@ -278,13 +264,7 @@ class ScaledCosineAttention(SelfAttention):
         Raises:
             ValueError: If the layer is not built, or an argument is out of range.
         """
-        self._require_built("asking for its Lipschitz constant")
-        require_norm("norm", norm)
-        require_positive_integer("sequence_length", sequence_length, optional=True)
-        visibility = classify(mask, sliding_window=self.sliding_window)
-        tokens = sequence_length or self._length
-        if not isinstance(mask, str):
-            tokens = max(sequence_length or 1, np.shape(mask)[-1])
+        visibility, tokens = self._asked(sequence_length, norm, mask)
         if not all(is_finite_as_run(bias, self.compute_dtype) for bias in self._biases()):
             return LipschitzBound(
                 value=math.inf,
@@ -381,10 +361,7 @@ class ScaledCosineAttention(SelfAttention):
         mixed = ops.matmul(kept, ops.cast(value, self.compute_dtype))
         mixed = ops.transpose(mixed, (0, 2, 1, 3))
         mixed = ops.reshape(mixed, (batch, length, self.num_heads * self.value_dim))
-        if return_scores and mask.valid is not None:
-            rows = mask.valid[:, None, :, None]
-            weights = ops.where(rows, weights, ops.zeros_like(weights))
-        return mixed, weights
+        return mixed, None, weights
 
     def get_config(self):
         return {
