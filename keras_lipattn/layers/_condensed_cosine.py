@@ -1,57 +1,36 @@
 """The constants a scaled cosine attention layer runs with when condensed."""
 
-import keras
 import numpy as np
 
-from keras_lipattn.layers._operator_norms import ExactNorms, quiet
+from keras_lipattn.layers._condensed_weights import CondensedWeights
+from keras_lipattn.layers._operator_norms import quiet
 
 
-class CondensedCosine:
-    """The weights a layer runs with: capped with exact norms on the host and rounded once.
-
-    The certificate is computed from these very arrays: what is served is what is certified.
-    """
+class CondensedCosine(CondensedWeights):
+    """Kernels by head, which are rounded."""
 
     def __init__(self, layer):
-        self._layer = layer
-        self._dtype = layer._norm_dtype
-        self._norms = ExactNorms()
+        super().__init__(layer)
         with quiet():
             self._kernels = [
                 kernel.astype(self._dtype)
                 for kernel in layer._capped(layer._host_kernels(), self._norms, np)
             ]
-        self.variables = []
 
     def kernels(self, visibility):
         """Query, key and value kernels `(H, D, .)`; the output's `(H, v, O)` with its factor."""
         *projections, output = self._kernels
         with quiet():
-            output = output * np.asarray(self._factor(visibility), self._dtype)
+            output = output * np.asarray(self.factor(visibility), self._dtype)
             return *projections, self._layer._rounded(output, np)
 
-    def materialize(self):
-        """Creates the variables of a condensed graph."""
+    def _matrices(self):
         *projections, output = self._kernels
-        matrices = {
+        return {
             "condensed_projection": self._layer._projection(projections, np),
             "condensed_output": output.reshape(-1, output.shape[-1]),
         }
-        self.variables = [
-            keras.Variable(matrix, dtype=self._dtype, trainable=False, autocast=False, name=name)
-            for name, matrix in matrices.items()
-        ]
 
-    def tensors(self, visibility):
-        """The matrices `(D, H*(2*k+v))` and `(H*v, O)` of a graph."""
-        projection, output = self.variables
-        factor = self._factor(visibility)
-        return projection.value, output.value if factor == 1.0 else output.value * factor
-
-    def _factor(self, visibility):
-        """What `lipschitz_bound` multiplies the output with."""
+    def _layer_factor(self, visibility):
         kernels = [kernel.astype(np.float64) for kernel in self._kernels]
-        with quiet():
-            factor = float(self._layer._layer_factor(kernels, self._norms, visibility, np))
-        # What is too small for the dtype loses digits there, or becomes zero, as graphs have it.
-        return 0.0 if factor < np.finfo(self._dtype).tiny else factor
+        return self._layer._layer_factor(kernels, self._norms, visibility, np)

@@ -2,8 +2,7 @@
 
 from keras import ops
 
-from keras_lipattn.layers._distance_attention import softmax
-from keras_lipattn.layers._visibility import HIDDEN
+from keras_lipattn.layers._distance_attention import masked_softmax
 
 
 def normalized(z, epsilon):
@@ -26,7 +25,5 @@ def cosine_weights(queries, keys, temperature, mask):
     if mask.valid is not None:
         keys_seen = mask.valid[:, None, None, :]
         visible = keys_seen if visible is None else ops.logical_and(visible, keys_seen)
-    if visible is not None:
-        # A row of a padded token may see nothing: it is uniform then, and set to zero later.
-        scores = ops.where(visible, scores, HIDDEN)
-    return softmax(scores)
+    # A row of a padded token may see nothing: it is uniform then, and set to zero later.
+    return masked_softmax(scores, visible)

@@ -106,7 +106,7 @@ def attention_weights(y, mask):
     if not mask.all_see_all:
         positions = ops.arange(ops.shape(y)[2], dtype="int32")
         visible = mask.visible(positions, positions, mask.attention_mask)
-    return _softmax(_scores(y, y, mask), visible)
+    return masked_softmax(_scores(y, y, mask), visible)
 
 
 def mixed(y, mask):
@@ -144,17 +144,13 @@ def causal_weights(y, rows, first, mask):
     """Weights `(B, H, R, T)` of the queries `rows`, at positions from `first` on, over keys `y`."""
     positions = first + ops.arange(rows.shape[2], dtype="int32")
     visible = mask.visible(positions, ops.arange(y.shape[2], dtype="int32"), None)
-    return _softmax(_scores(rows, y, mask), visible)
+    return masked_softmax(_scores(rows, y, mask), visible)
 
 
-def _softmax(scores, visible):
+def masked_softmax(scores, visible):
+    """Softmax over the last axis, of a single entry too, where `visible`, or everywhere."""
     if visible is not None:
         scores = ops.where(visible, scores, HIDDEN)
-    return softmax(scores)
-
-
-def softmax(scores):
-    """Softmax over the last axis, of a single entry too."""
     if scores.shape[-1] == 1:
         # Keras warns of a softmax over a single entry.
         return ops.ones_like(scores)

@@ -20,7 +20,8 @@ from keras_lipattn.bounds.unit_head import unit_head_bound
 from keras_lipattn.bounds.weighted import weighted_layer_bound
 from keras_lipattn.layers._arguments import require_positive_integer
 from keras_lipattn.layers._as_run import as_run, is_finite_as_run
-from keras_lipattn.layers._condensed_attention import CondensedAttention, HeldAttention
+from keras_lipattn.layers._condensed_attention import CondensedAttention
+from keras_lipattn.layers._condensed_weights import HeldWeights
 from keras_lipattn.layers._distance_attention import (
     BLOCKED_FROM,
     Mask,
@@ -300,7 +301,7 @@ class L2MultiHeadAttention(SelfAttention):
 
     def _hold(self, mask):
         b, c, _ = self._weights(classify(mask, sliding_window=self.sliding_window), training=False)
-        return HeldAttention(b, c)
+        return HeldWeights(b, c)
 
     # Certificate ------------------------------------------------------------------------------
 

@@ -16,8 +16,8 @@ from keras_lipattn.bounds.cosine import (
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
 from keras_lipattn.layers._arguments import require_positive
 from keras_lipattn.layers._as_run import is_finite_as_run
-from keras_lipattn.layers._condensed_attention import HeldAttention
 from keras_lipattn.layers._condensed_cosine import CondensedCosine
+from keras_lipattn.layers._condensed_weights import HeldWeights
 from keras_lipattn.layers._cosine_attention import cosine_weights, normalized
 from keras_lipattn.layers._operator_norms import GramNorms
 from keras_lipattn.layers._self_attention import SelfAttention
@@ -238,7 +238,7 @@ class ScaledCosineAttention(SelfAttention):
     def _hold(self, mask):
         visibility = classify(mask, sliding_window=self.sliding_window)
         (projection, _), c, _ = self._weights(visibility, training=False)
-        return HeldAttention(projection, c)
+        return HeldWeights(projection, c)
 
     # Certificate ------------------------------------------------------------------------------
 
