@@ -137,7 +137,9 @@ def test_vectors_recover_from_kernels_of_zeros_and_nan(x):
             for kernel in layer._kernels():
                 kernel.assign(np.full(kernel.shape, broken))
             with tf.GradientTape() as tape:
-                y = tf.reduce_sum(layer(x, training=True)) + sum(layer.losses)
+                y = tf.reduce_sum(layer(x, training=True))
+                # Losses come in Keras' own float type, for `fit` to add up.
+                y += tf.cast(sum(layer.losses), y.dtype)
             gradients = tape.gradient(y, [kernel.value for kernel in layer._kernels()])
             if broken == 0.0:
                 assert all(np.isfinite(gradient).all() for gradient in gradients)

@@ -213,6 +213,15 @@ class SelfAttention(LipschitzLayer):
             names += self._bound_norms[self.lipschitz_norm]
         return names
 
+    def _sum_slack(self, terms):
+        """What covers a bound made of sums in the norm dtype, low by a roundoff for every term.
+
+        Applied on the host too: both must come to the same factor.
+        """
+        # What Keras computes float64 in, on this backend.
+        dtype = keras.backend.result_type(self._norm_dtype, self._norm_dtype)
+        return 1.0 + 2.0 * terms * float(np.finfo(dtype).eps)
+
     def _as_operator(self, name, kernel, xp):
         return xp.reshape(kernel, self._norm_shapes()[name])
 

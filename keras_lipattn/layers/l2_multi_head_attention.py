@@ -276,12 +276,7 @@ class L2MultiHeadAttention(SelfAttention):
             b, c, self.lipschitz_norm, self.max_sequence_length, visibility, norms, xp
         )
         if self.lipschitz_norm == "linf":
-            # Made of sums in the norm dtype, which may be low by a roundoff for every term. Applied
-            # on the host too: both must come to the same factor.
-            terms = self._features + self.key_dim + self.num_heads
-            # What Keras computes float64 in, on this backend.
-            dtype = keras.backend.result_type(self._norm_dtype, self._norm_dtype)
-            bound = bound * (1.0 + 2.0 * terms * float(np.finfo(dtype).eps))
+            bound = bound * self._sum_slack(self._features + self.key_dim + self.num_heads)
         shape = self._norm_shapes()["stacked_output"]
         return self._cap_factor(bound, self.lipschitz_bound, shape, xp)
 

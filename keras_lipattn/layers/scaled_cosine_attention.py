@@ -225,10 +225,8 @@ class ScaledCosineAttention(SelfAttention):
         mass = self._mass(norm, self.max_sequence_length, visibility)
         bound = self._bound(kernels, norm, mass, norms, xp)
         if norm == "linf":
-            # Made of sums in the norm dtype, which may be low by a roundoff for every term. Applied
-            # on the host too: both must come to the same factor.
             terms = self._features + self.key_dim + 2 * self.value_dim + self.num_heads
-            bound = bound * (1.0 + 2.0 * terms * float(np.finfo(self._norm_dtype).eps))
+            bound = bound * self._sum_slack(terms)
         shape = self._norm_shapes()["stacked_output"]
         return self._cap_factor(bound, self.lipschitz_bound, shape, xp)
 
