@@ -33,6 +33,9 @@ ROUNDING = 1.0 + 1e-9
 # in float32 alone: values are lost there, so that what follows gets its global constants.
 LOST = {
     "average_pool3d",
+    "cosine_attention",
+    "cosine_attention_capped",
+    "cosine_attention_causal",
     "dense_leaky_layer",
     "dot_attention",
     "dot_attention_ball",

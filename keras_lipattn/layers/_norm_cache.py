@@ -50,8 +50,8 @@ class NormCache:
         @tf.custom_gradient
         def norms(*kernels):
             def remember():
-                # With the allowance: the second call must give what the first gives.
-                fresh = bounds(*kernels) * CACHE_ALLOWANCE
+                # Without the allowance of `fill`: they come from this graph, roundings included.
+                fresh = bounds(*kernels)
                 # The kernels last: whoever finds them equal, on another thread, finds their norms.
                 with tf.control_dependencies([self._norms.value.assign(fresh)]):
                     for snapshot, kernel in zip(self._snapshots, kernels, strict=True):
