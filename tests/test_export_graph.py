@@ -44,7 +44,7 @@ def test_caps_cost_no_product(exports, signature):
         for name in ("capped", "free")
     ]
     assert counts[0] == counts[1]
-    # The layer before, two projections of tokens and of their centre, scores, mixing, the last layer.
+    # The layer before, two projections of tokens and of their centre, scores, mixing, the last one.
     assert counts[0].total() <= 8
 
 
