@@ -12,13 +12,21 @@ from tools.chaos.trainings import Kill, Trainings
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """A folder with a whole training and one that was killed twice, and what was found."""
+    """A folder with a whole training and others killed twice in all, and what was found."""
     folder = tmp_path_factory.mktemp("trainings")
     trainings = Trainings(
         folder, epochs=3, callbacks="durable", random=np.random.default_rng(20240229)
     )
     whole = trainings.train_whole()
-    return folder, whole, *trainings.train_interrupted(2)
+    kills, problems = [], []
+    # One that ends before it is hit is followed by another.
+    for _ in range(10):
+        done, at_the_end = trainings.train_interrupted(2 - len(kills))
+        kills += done
+        problems += at_the_end
+        if len(kills) == 2:
+            break
+    return folder, whole, kills, problems
 
 
 def test_a_training_killed_at_random_moments_ends_as_a_whole_one(killed):
