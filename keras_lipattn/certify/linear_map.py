@@ -5,11 +5,7 @@ import math
 import numpy as np
 
 from keras_lipattn.bounds.content_cache import cached_by_content
-from keras_lipattn.linalg import SAFETY, operator_norm
-
-# From this smaller side on, the Gram matrix is several times faster than a decomposition.
-_GRAM_SIDE = 128
-_UNIT_ROUNDOFF = 2.0**-53
+from keras_lipattn.linalg import GRAM_SIDE, SAFETY, gram_norm, operator_norm
 
 # A map of the last axis: a matrix of shape `(d_in, d_out)` that acts as `x @ matrix`, its
 # diagonal of shape `(d,)`, or `None` for the identity.
@@ -64,36 +60,9 @@ def matrix_norm(linear: LinearMap, norm: str) -> float:
 
 
 def _spectral_norm(matrix: np.ndarray) -> float:
-    if min(matrix.shape) >= _GRAM_SIDE:
+    if min(matrix.shape) >= GRAM_SIDE:
         return gram_norm(matrix)
     return SAFETY * operator_norm(matrix)
-
-
-def gram_norm(matrix: np.ndarray) -> float:
-    """An upper bound of the spectral norm by the Gram matrix of the smaller side, in float64.
-
-    With `m` terms per entry the computed Gram matrix is off by at most
-    `m u / (1 - m u) || |W|^T |W| || <= 1.01 m u |W|_F^2` in norm, and a backward stable eigenvalue
-    solver by a multiple of `u` times its norm, allowed for with `10 n`. Both are added before the
-    root is taken, so what is returned exceeds the norm by about 1e-10 at most, never falls below.
-
-    Args:
-        matrix: float64, finite, shape `(rows, columns)`.
-
-    Returns:
-        A float.
-    """
-    scale = float(np.abs(matrix).max())
-    if scale == 0.0:
-        return 0.0
-    matrix = matrix / scale
-    if matrix.shape[0] > matrix.shape[1]:
-        matrix = matrix.T
-    rows, columns = matrix.shape
-    gram = matrix @ matrix.T
-    largest = float(np.linalg.eigvalsh(gram)[-1])
-    rounding = (1.01 * columns + 10.0 * rows) * _UNIT_ROUNDOFF * float(np.trace(gram))
-    return SAFETY * scale * math.sqrt(largest + rounding)
 
 
 def centred_diagonal_norm(gamma: np.ndarray) -> float:

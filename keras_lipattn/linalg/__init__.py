@@ -1,5 +1,5 @@
 """Operator norms of matrices."""
 
-from keras_lipattn.linalg.exact import SAFETY, operator_norm
+from keras_lipattn.linalg.exact import GRAM_SIDE, SAFETY, gram_norm, operator_norm
 
-__all__ = ["SAFETY", "operator_norm"]
+__all__ = ["GRAM_SIDE", "SAFETY", "gram_norm", "operator_norm"]

@@ -1,5 +1,6 @@
 """Operator norms on the host, exact up to float64 rounding."""
 
+import math
 import typing
 
 import numpy as np
@@ -8,6 +9,9 @@ import numpy.typing as npt
 # Rounding allowance of every certified number: a float64 decomposition of a matrix with
 # sides in the thousands is low by far less than one part in 10^9.
 SAFETY = 1.0 + 1e-9
+# From this smaller side on, the Gram matrix is several times faster than a decomposition.
+GRAM_SIDE = 128
+_UNIT_ROUNDOFF = 2.0**-53
 
 
 def operator_norm(matrix: npt.ArrayLike) -> typing.Any:
@@ -47,3 +51,30 @@ def operator_norm(matrix: npt.ArrayLike) -> typing.Any:
     scaled = matrix / np.where(scale > 0.0, scale, 1.0)[..., None, None]
     norms = np.where(finite, np.linalg.norm(scaled, 2, axis=(-2, -1)) * scale, np.inf)
     return norms if batch else float(norms)
+
+
+def gram_norm(matrix: np.ndarray) -> float:
+    """An upper bound of the spectral norm by the Gram matrix of the smaller side, in float64.
+
+    With `m` terms per entry the computed Gram matrix is off by at most
+    `m u / (1 - m u) || |W|^T |W| || <= 1.01 m u |W|_F^2` in norm, and a backward stable eigenvalue
+    solver by a multiple of `u` times its norm, allowed for with `10 n`. Both are added before the
+    root is taken, so what is returned exceeds the norm by about 1e-10 at most, never falls below.
+
+    Args:
+        matrix: float64, finite, shape `(rows, columns)`.
+
+    Returns:
+        A float.
+    """
+    scale = float(np.abs(matrix).max())
+    if scale == 0.0:
+        return 0.0
+    matrix = matrix / scale
+    if matrix.shape[0] > matrix.shape[1]:
+        matrix = matrix.T
+    rows, columns = matrix.shape
+    gram = matrix @ matrix.T
+    largest = float(np.linalg.eigvalsh(gram)[-1])
+    rounding = (1.01 * columns + 10.0 * rows) * _UNIT_ROUNDOFF * float(np.trace(gram))
+    return SAFETY * scale * math.sqrt(largest + rounding)
