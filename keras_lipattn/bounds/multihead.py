@@ -24,7 +24,7 @@ from keras_lipattn.bounds.content_cache import cached_by_content
 from keras_lipattn.bounds.head_scaling import polished_scaling
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
 from keras_lipattn.bounds.unit_head import UnitBound, unit_head_bound
-from keras_lipattn.linalg import GRAM_SIDE, SAFETY, gram_norm
+from keras_lipattn.linalg import SAFETY, fast_operator_norm
 from keras_lipattn.linalg import operator_norm as exact_norm
 
 # `(name, matrix) -> norm`, in the arrays of the namespace that is used.
@@ -356,9 +356,7 @@ def _linf(
 
 
 def _exact(name: str, matrix: np.ndarray) -> typing.Any:
-    if matrix.ndim == 2 and min(matrix.shape) >= GRAM_SIDE and np.isfinite(matrix).all():
-        return gram_norm(matrix)
-    return exact_norm(matrix)
+    return fast_operator_norm(matrix) if matrix.ndim == 2 else exact_norm(matrix)
 
 
 def _stacked_output_norm(c, scale, operator_norm, xp, product_error):
