@@ -52,6 +52,9 @@ def _assert_sound(case, layer, xs, norms=NORMS):
         *cases(options=("plain",), calls=("everything",), caps=CAPS),
         *cases(options=("plain",), calls=("no mask", "causal"), caps=("token",)),
         *cases(options=("window",), calls=("pairs",), caps=("both",)),
+        *cases(options=("relative",), calls=("no mask", "causal", "pairs", "everything")),
+        *cases(options=("relative, window", "relative, axes"), calls=("no mask", "causal")),
+        *cases(options=("relative",), calls=("causal",), caps=CAPS),
     ],
     ids=str,
 )
@@ -64,8 +67,9 @@ def test_no_jacobian_exceeds_the_bound(case):
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("call", ["no mask", "causal", "pairs per head"])
 def test_no_ascent_climbs_over_the_bound(call, norm):
-    for cap in (None, "token") if call == "causal" else (None,):
-        case = Case(call=call, cap=cap)
+    more = [("plain", "token"), ("relative", None)] if call == "causal" else []
+    for options, cap in [("plain", None), *more]:
+        case = Case(options, call, cap)
         layer = case.layer(scale=0.5)
         layer.condense()
         bound = layer.lipschitz(norm=norm, mask=case.visible()).value

@@ -24,7 +24,9 @@ def _expected(case, layer, x, scale_of_kernels=None):
     if scale_of_kernels is not None:
         weights = loop_attention.capped(weights, scale_of_kernels)
     x = _numpy(keras.ops.cast(x, layer.compute_dtype))
-    return loop_attention.attend_over_axes(x, weights, bias, **case.loop_arguments())
+    return loop_attention.attend_over_axes(
+        x, weights, bias, **case.loop_arguments(), attend=case.with_biases(layer)
+    )
 
 
 def _close(found, expected, dtype):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from helpers import loop_attention, loop_cosine
-from helpers.layer_cases import BATCH, CAPS, FEATURES, LENGTH, OPTIONS, Case, cases
+from helpers.layer_cases import BATCH, CAPS, COMMON_OPTIONS, FEATURES, LENGTH, Case, cases
 
 from keras_lipattn import (
     LipschitzMonitor,
@@ -54,7 +54,7 @@ def _close(found, expected, dtype):
     [
         *cases(options=("plain",), kind=ScaledCosineAttention),
         *cases(
-            options=[name for name in OPTIONS if name != "plain"],
+            options=[name for name in COMMON_OPTIONS if name != "plain"],
             calls=("causal", "everything"),
             kind=ScaledCosineAttention,
         ),
@@ -207,7 +207,7 @@ def test_models_train_and_reload_bit_for_bit(tmp_path, cap):
 
 
 def test_config_holds_every_argument():
-    for option in OPTIONS:
+    for option in COMMON_OPTIONS:
         layer = _case(option).layer(epsilon=0.2, temperature=7.0)
         copy = ScaledCosineAttention.from_config(layer.get_config())
         assert copy.get_config() == layer.get_config()

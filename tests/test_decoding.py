@@ -13,6 +13,8 @@ CASES = {
     "token cap": {"lipschitz_bound": 0.3, "lipschitz_norm": "token"},
     "output shape": {"output_shape": (3, 2)},
     "no bias": {"use_bias": False},
+    "relative": {"max_relative_position": 3},
+    "relative, cap": {"max_relative_position": 20, "lipschitz_bound": 0.7, "sliding_window": 5},
     "bfloat16": {"dtype": "mixed_bfloat16"},
 }
 # Of the largest output. In bfloat16 the cache keeps 8 bits of each projected token.
@@ -26,6 +28,8 @@ def test_decoding_equals_the_full_pass(name, condensed):
     # Far from the origin, where distances are easily lost.
     x = np.random.default_rng(0).normal(size=(2, 12, 6)).astype("float32") + 3.0
     layer(x)
+    if layer.relative_bias is not None:
+        layer.relative_bias.assign(np.random.default_rng(1).normal(size=layer.relative_bias.shape))
     layer.condense()
     expected = layer(x, use_causal_mask=True)
 

@@ -19,6 +19,7 @@ BELOW = {"float64": 2e-5, "float32": 2e-5, "mixed_bfloat16": 0.01}
 def _layers(dtype):
     for cap in (None, "both"):
         yield Case("value dim", cap=cap, dtype=dtype).layer()
+        yield Case("relative", cap=cap, dtype=dtype).layer()
     neighbours = (SpectralDense(5, dtype=dtype), SpectralDense(5, spectral_norm=None, dtype=dtype))
     for layer in (*neighbours, CenterNormalization(dtype=dtype)):
         layer.build((None, LENGTH, FEATURES))

@@ -21,6 +21,11 @@ MASKS = {
     "padding": ({}, {"query_mask": _valid}),
     "pairs": ({}, {"attention_mask": _pairs}),
     "pairs per head": ({}, {"attention_mask": np.stack([_pairs, ~_pairs], axis=1)}),
+    "relative": ({"max_relative_position": 20}, {"use_causal_mask": True}),
+    "relative, padding": (
+        {"max_relative_position": 3, "sliding_window": 9},
+        {"attention_mask": _pairs, "query_mask": _valid},
+    ),
     "all": ({"sliding_window": 9}, {"attention_mask": _pairs[0], "query_mask": _valid}),
 }
 
@@ -54,6 +59,7 @@ def _outputs_and_gradients(layer, x, options, jit_compile, *, with_scores=False)
     [
         *((name, blocks, False) for name in MASKS for blocks in (False, True)),
         ("full", True, True),
+        ("relative", True, True),
         ("all", True, True),
         ("all", False, True),
     ],
@@ -63,6 +69,8 @@ def test_written_out_gradients_are_those_of_the_graph(name, blocks, jit_compile,
     layer = kl.L2MultiHeadAttention(2, 8, **built)
     x = tf.constant(_rng.normal(size=(2, LENGTH, FEATURES)), "float32")
     layer(x)
+    if layer.relative_bias is not None:
+        layer.relative_bias.assign(_rng.normal(size=layer.relative_bias.shape))
     # With the scores as an output nothing is written out by hand.
     expected = _outputs_and_gradients(layer, x, called, False, with_scores=True)
     in_blocks(blocks)

@@ -415,7 +415,7 @@ def test_constants_of_heads_replace_the_unit_constant(norm):
     assert "Theorem 6" in bound(constants).theorem
     assert bound(constants * [1.0, 0.5, 1.0]).value < usual
     assert bound(constants * [1.0, np.inf, 1.0]).reason == "a head has no finite constant"
-    with pytest.raises(ValueError, match="Received: norm='linf'"):
+    with pytest.raises(ValueError, match="Received: head_scores=None"):
         certified_layer_bound(b, c, norm="linf", tokens=9, head_constants=constants)
 
 

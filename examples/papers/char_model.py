@@ -25,12 +25,18 @@ from keras_lipattn.linalg.gram import gram_upper_bound
 
 VARIANTS = (
     "dot_product",
+    "dot_product, relative",
     "l2_untied",
     "l2",
+    "l2, relative",
     "contractive, published bound",
     "contractive, our bound",
 )
+# Those with L2MultiHeadAttention in them.
+TIED = VARIANTS[3:]
 COEFFICIENT = 0.95
+# Distance from which on relative positions are not told apart.
+REACH = 16
 
 
 class Size(typing.NamedTuple):
@@ -47,6 +53,51 @@ class Size(typing.NamedTuple):
     width: int
     heads: int
     context: int
+
+
+@keras.saving.register_keras_serializable(package="char_lm")
+class RelativeAttention(keras.layers.Layer):
+    """Causal dot-product attention with learned biases of its scores by relative position.
+
+    `keras.layers.MultiHeadAttention` takes no such biases; but for them it is the same layer.
+    """
+
+    def __init__(self, num_heads, key_dim, **kwargs):
+        super().__init__(**kwargs)
+        self.num_heads = num_heads
+        self.key_dim = key_dim
+
+    def build(self, input_shape):
+        _, length, width = input_shape
+        inner = self.num_heads * self.key_dim
+        for name in ("query", "key", "value"):
+            layer = keras.layers.Dense(inner, name=name)
+            layer.build(input_shape)
+            setattr(self, name, layer)
+        self.out = keras.layers.Dense(width, name="output")
+        self.out.build((None, length, inner))
+        self.bias = self.add_weight(name="bias", shape=(self.num_heads, REACH), initializer="zeros")
+
+    def call(self, inputs):
+        length = inputs.shape[1]
+        query, key, value = (
+            ops.transpose(
+                ops.reshape(layer(inputs), (-1, length, self.num_heads, self.key_dim)), (0, 2, 1, 3)
+            )
+            for layer in (self.query, self.key, self.value)
+        )
+        scores = ops.matmul(query / math.sqrt(self.key_dim), ops.swapaxes(key, -1, -2))
+        # The own key has no bias, which softmax makes the unit of the others.
+        table = ops.pad(ops.convert_to_tensor(self.bias), ((0, 0), (1, 0)))
+        lag = np.subtract.outer(np.arange(length), np.arange(length))
+        scores = scores + ops.take(table, np.clip(lag, 0, REACH), axis=1)
+        heads = ops.matmul(ops.softmax(ops.where(lag >= 0, scores, -1e9)), value)
+        heads = ops.reshape(ops.transpose(heads, (0, 2, 1, 3)), (-1, length, self.query.units))
+        return self.out(heads)
+
+    def lipschitz(self, sequence_length=None, norm="l2", mask="causal"):
+        """No constant: `blow_up.py` shows where the derivative grows without bound."""
+        return _no_constant(norm, "dot-product attention has no Lipschitz constant")
 
 
 @keras.saving.register_keras_serializable(package="char_lm")
@@ -91,13 +142,11 @@ class UntiedL2Attention(keras.layers.Layer):
 
     def lipschitz(self, sequence_length=None, norm="l2", mask="causal"):
         """No constant: `blow_up.py` shows where the derivative grows without bound."""
-        return LipschitzBound(
-            value=math.inf,
-            norm=norm,
-            kind="certified",
-            theorem="",
-            reason="the keys are not tied to the queries: no Lipschitz constant exists",
-        )
+        return _no_constant(norm, "the keys are not tied to the queries: no constant exists")
+
+
+def _no_constant(norm, reason):
+    return LipschitzBound(value=math.inf, norm=norm, kind="certified", theorem="", reason=reason)
 
 
 @keras.saving.register_keras_serializable(package="char_lm")
@@ -154,10 +203,13 @@ def _attend(variant, size, index, x):
     if variant == "dot_product":
         attention = keras.layers.MultiHeadAttention(size.heads, untied, name=name)
         return x + attention(x, x, use_causal_mask=True)
+    if variant == "dot_product, relative":
+        return x + RelativeAttention(size.heads, untied, name=name)(x)
     if variant == "l2_untied":
         return x + UntiedL2Attention(size.heads, untied, name=name)(x)
-    if variant == "l2":
-        attention = L2MultiHeadAttention(size.heads, tied, name=name)
+    if variant.startswith("l2"):
+        reach = REACH if "relative" in variant else None
+        attention = L2MultiHeadAttention(size.heads, tied, max_relative_position=reach, name=name)
         return x + attention(x, use_causal_mask=True)
     kind = PublishedBoundAttention if "published" in variant else L2MultiHeadAttention
     branch = kind(size.heads, tied, name=f"branch_{index}")

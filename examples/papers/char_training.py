@@ -118,10 +118,13 @@ def certificates(model):
         kernels = [np.asarray(branch.query_kernel), np.asarray(branch.value_kernel)]
         kernels = [np.swapaxes(kernel, 0, 1) for kernel in kernels]
         kernels.append(np.asarray(branch.output_kernel))
-        published = {
-            norm: published_layer_bound(*kernels, norm=norm, tokens=length)
-            for norm in ("l2", "linf")
-        }
+        # It knows of no biases.
+        published = None
+        if branch.relative_bias is None:
+            published = {
+                norm: published_layer_bound(*kernels, norm=norm, tokens=length)
+                for norm in ("l2", "linf")
+            }
         row = {"ours": bound.value, "published": published}
         if isinstance(layer, InvertibleResidual):
             row["scale"] = float(

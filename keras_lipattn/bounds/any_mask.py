@@ -1,6 +1,7 @@
-"""Theorem 3.D of docs/theory.md: 2-norm of the unit head, any mask with diagonal."""
+"""Theorems 3.D and 3.E of docs/theory.md: 2-norm of the unit head, any mask with diagonal."""
 
 import math
+import typing
 
 import numpy as np
 
@@ -20,28 +21,57 @@ def any_mask_bound(n_keys: int, n_queries: int, *, count: int = 6000) -> float:
     Returns:
         A float, certified whatever parameters the search came up with.
     """
+    return _bound(n_keys, n_queries, count, _entries_by_mass)
+
+
+def weighted_bound(n_keys: float, n_queries: float, *, count: int = 6000) -> float:
+    """Upper bound of the 2-norm constant where keys have weights, the own one being 1.
+
+    Args:
+        n_keys: largest weight of the other keys of a query together, `> 0`.
+        n_queries: largest weight of a key for the other queries together.
+        count: number of cells of the final evaluation.
+
+    Returns:
+        A float, certified whatever parameters the search came up with.
+    """
+    return _bound(n_keys, n_queries, count, _largest_entry)
+
+
+def _bound(n_keys, n_queries, count, entries):
     axes = np.linspace(math.log(0.001), 0.0, 12), np.linspace(-5.0, 4.0, 12)
+
+    def square(point, grid):
+        beta, excess = (math.exp(coordinate) for coordinate in point)
+        return _squared_bound(n_keys, n_queries, beta, excess, grid, entries)
+
     rough = points(n_keys, 160)
-    log_beta, log_excess = search(
-        lambda *point: _squared_bound(
-            n_keys, n_queries, math.exp(point[0]), math.exp(point[1]), rough
-        ),
-        axes,
-    )
-    square = _squared_bound(
-        n_keys, n_queries, math.exp(log_beta), math.exp(log_excess), cells(n_keys, count)
-    )
-    return SAFETY * math.sqrt(square)
+    best = search(lambda *point: square(point, rough), axes)
+    return SAFETY * math.sqrt(square(best, cells(n_keys, count)))
+
+
+def _entries_by_mass(high: Floats, beta: float) -> Floats:
+    """Largest `kappa (1 + log(1 / kappa) / beta)` of an entry that is part of the mass."""
+    mass = np.minimum(np.minimum(1.0, high), math.exp(beta - 1.0))
+    return mass * (1.0 - np.log(mass) / beta)
+
+
+def _largest_entry(high: Floats, beta: float) -> float:
+    """The same for any `kappa` in (0, 1]: a light key may be near where the mass is small."""
+    return math.exp(beta - 1.0) / beta
 
 
 def _squared_bound(
-    n_keys: int, n_queries: int, beta: float, excess: float, grid: tuple[Floats, Floats]
+    n_keys: float,
+    n_queries: float,
+    beta: float,
+    excess: float,
+    grid: tuple[Floats, Floats],
+    entries: typing.Callable[[Floats, float], Floats | float],
 ) -> float:
     """Square of the bound; `B` is `1 + excess` times the smallest value the grid admits."""
     low, high = grid
-    mass = np.minimum(np.minimum(1.0, high), math.exp(beta - 1.0))
-    entry = mass * (1.0 - np.log(mass) / beta)
-    load = off_diagonal(high, n_keys, beta) * entry / (1.0 + low) ** 2
+    load = off_diagonal(high, n_keys, beta) * entries(high, beta) / (1.0 + low) ** 2
     scale = (1.0 + excess) * load.max()
     row = diagonal_block(low, high, n_keys) ** 2 / (1.0 - load / scale)
     return float(row.max() + scale * n_queries)

@@ -127,8 +127,8 @@ def split_bound_token(
 def bound_linf(
     b: typing.Any,
     c: typing.Any,
-    row_constant: float,
-    score_constant: float,
+    row_constant: typing.Any,
+    score_constant: typing.Any,
     operator_norm: OperatorNorm,
     xp: typing.Any,
     *,
@@ -140,8 +140,8 @@ def bound_linf(
     Args:
         b: shape `(H, D, k)`.
         c: shape `(H, k, O)`.
-        row_constant: `V` of Theorem 4, a float.
-        score_constant: `4 Phi`, a float.
+        row_constant: `V` of Theorem 4, a float or shape `(H, 1)`.
+        score_constant: `4 Phi`, a float or shape `(H, 1)`.
         operator_norm: function of `(name, matrix)`, see the module.
         xp: array namespace.
         query_error: shape `(H,)`, upper bounds of the Frobenius norms of errors of the `B_h`.
@@ -204,7 +204,7 @@ def running_layer_bound(
         b: shape `(H, D, k)`.
         c: shape `(H, k, O)`.
         norm: `"l2"`, `"token"` or `"linf"`.
-        unit: the `UnitBound` of the same norm; its numbers enter the graph as constants.
+        unit: the `UnitBound` of the same norm, of floats or of scalars of the namespace.
         operator_norm: function of `(name, matrix)`, see the module.
         xp: array namespace.
 
@@ -214,7 +214,7 @@ def running_layer_bound(
     Raises:
         ValueError: if `unit` is infinite.
     """
-    if math.isinf(unit.value):
+    if isinstance(unit.value, float) and math.isinf(unit.value):
         raise ValueError(
             f"A graph needs a finite constant of the unit head: {unit.reason}. "
             f"Received: unit={unit}"
@@ -235,6 +235,7 @@ def certified_layer_bound(
     n_keys: int | None = None,
     n_queries: int | None = None,
     head_constants: npt.ArrayLike | None = None,
+    head_scores: npt.ArrayLike | None = None,
     head_theorem: str = "",
     product_scale: npt.ArrayLike | None = None,
     query_error: npt.ArrayLike | None = None,
@@ -254,7 +255,8 @@ def certified_layer_bound(
         n_keys: for `mask="any"`, the largest number of other keys a query sees.
         n_queries: for `mask="any"`, the largest number of other queries that see a key.
         head_constants: shape `(H,)`, constants of the heads in place of the unit head's
-            (from Theorem 6, for instance); `norm` is then `"l2"` or `"token"`.
+            (from Theorem 6, for instance).
+        head_scores: for `norm="linf"` with `head_constants`, shape `(H,)`: the constants `4 Phi`.
         head_theorem: where `head_constants` come from.
         product_scale: scalar or shape `(H,)`, `||B_h|| ||W_V^h|| ||W_O^h||`. When given, an
             allowance for the rounding of the product `C_h` is added: it matters when the
@@ -273,16 +275,18 @@ def certified_layer_bound(
     """
     b, c = np.asarray(b, np.float64), np.asarray(c, np.float64)
     _check_shapes(b, c)
+    ones = np.ones(len(b))
     if head_constants is None:
         unit = unit_head_bound(tokens, mask, norm, n_keys=n_keys, n_queries=n_queries)
-        heads = np.ones(len(b))
+        heads, scores = ones, unit.score_part * ones
     else:
-        if norm not in ("l2", "token"):
+        if norm == "linf" and head_scores is None:
             raise ValueError(
-                f'`head_constants` are for `norm="l2"` or `"token"`. Received: norm={norm!r}'
+                '`head_constants` need `head_scores` for `norm="linf"`. Received: head_scores=None'
             )
         unit = UnitBound(1.0, head_theorem)
         heads = np.asarray(head_constants, np.float64)
+        scores = ones if head_scores is None else np.asarray(head_scores, np.float64)
     error, query = np.zeros(len(b)), np.zeros(len(b))
     if product_scale is not None:
         error += PRODUCT_ROUNDING * np.asarray(product_scale, np.float64)
@@ -293,20 +297,22 @@ def certified_layer_bound(
     reason = ""
     if not all(np.isfinite(array).all() for array in (b, c, error, query)):
         reason = "the kernels hold NaN or infinite entries"
-    elif not np.isfinite(heads).all():
-        reason = "a head has no finite constant"
     elif math.isinf(unit.value):
         reason = unit.reason
+    elif not (np.isfinite(heads).all() and np.isfinite(scores).all()):
+        reason = "a head has no finite constant"
     value, theorem = math.inf, ""
     if not reason:
+        rows = (unit.value * heads)[:, None]
+        if norm != "linf":
+            b, query = b * heads.reshape(-1, 1, 1), query * heads
         # Kernels of size 1: squares neither overflow nor vanish. The bound is linear in each.
-        b, query = b * heads.reshape(-1, 1, 1), query * heads
         tiny = np.finfo(np.float64).tiny
         size_b = max(float(np.abs(b).max()), float(query.max()), tiny)
         size_c = max(float(np.abs(c).max()), float(error.max()), tiny)
         b, query, c, error = b / size_b, query / size_b, c / size_c, error / size_c
         if norm == "linf":
-            unscaled = cached_by_content(_linf, b, c, unit.value, unit.score_part, query, error)
+            unscaled = cached_by_content(_linf, b, c, rows, scores[:, None], query, error)
             theorem = unit.theorem
         else:
             unscaled = unit.value * cached_by_content(_best_split, norm, b, c, query, error)
@@ -346,8 +352,8 @@ def _best_split(
 def _linf(
     b: np.ndarray,
     c: np.ndarray,
-    row_constant: float,
-    score_constant: float,
+    row_constant: np.ndarray,
+    score_constant: np.ndarray,
     query: np.ndarray,
     error: np.ndarray,
 ) -> float:

@@ -13,11 +13,11 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 
 
-def cells(n: int, count: int) -> tuple[Floats, Floats]:
+def cells(n: float, count: int) -> tuple[Floats, Floats]:
     """Geometric cells that cover `[0, n]`, the first one reaching down to 0.
 
     Args:
-        n: number of other tokens, `>= 1`.
+        n: number of other tokens, or their weight, `> 0`.
         count: number of cells `K`.
 
     Returns:
@@ -27,11 +27,11 @@ def cells(n: int, count: int) -> tuple[Floats, Floats]:
     return edges[:-1], edges[1:]
 
 
-def points(n: int, count: int) -> tuple[Floats, Floats]:
+def points(n: float, count: int) -> tuple[Floats, Floats]:
     """Points of `(0, n]` as cells of no width: for a search, not for a proof.
 
     Args:
-        n: number of other tokens, `>= 1`.
+        n: number of other tokens, or their weight, `> 0`.
         count: number of points `K`.
 
     Returns:
@@ -59,18 +59,18 @@ def diagonal_parts(low: Floats, high: Floats) -> tuple[Floats, Floats, Floats]:
     return own, slope, log_mass
 
 
-def diagonal_block(low: Floats, high: Floats, n: int) -> Floats:
+def diagonal_block(low: Floats, high: Floats, n: float) -> Floats:
     """Upper bound of `a_n(S)` (Lemma 3.1 of docs/theory.md) on each cell, shape `(K,)`."""
     own, slope, log_mass = diagonal_parts(low, high)
     return own + slope * np.maximum(math.log(n) - log_mass, 0.0)
 
 
-def off_diagonal(high: Floats, n: int, beta: float) -> Floats:
+def off_diagonal(high: Floats, n: float, beta: float) -> Floats:
     """`S + Psi(S)` of Lemma 3.3 at the upper end of each cell; nondecreasing in `S`.
 
     Args:
         high: upper ends of the cells, shape `(K,)`.
-        n: number of other tokens.
+        n: number of other tokens, or their weight.
         beta: parameter of the lemma, `0 < beta <= 1`.
 
     Returns:

@@ -1,6 +1,7 @@
 """The two scalars every bound of L2 attention is made of."""
 
 import math
+import typing
 
 from scipy.special import lambertw
 
@@ -39,6 +40,27 @@ def s_star(n: float) -> float:
     Reference: Lemma 3.1 and Theorem 4 of docs/theory.md.
     """
     return _principal_lambert(n, 1.5)
+
+
+def log_lambert(x: typing.Any, xp: typing.Any) -> typing.Any:
+    """Upper bound of `W0(exp(x))`, above it by roundings only; differentiable.
+
+    Args:
+        x: array of any shape.
+        xp: array namespace, `numpy` or `keras.ops`.
+
+    Returns:
+        Array of the same shape, positive: what is below `W0(exp(-60))` becomes that.
+    """
+    # W0 is monotone, and exponentials of less vanish in float32.
+    x = xp.maximum(x, -60.0)
+    # w = log(1 + exp(x)) is above, as w exp(w) >= exp(w) - 1.
+    w = xp.maximum(x, 0.0) + xp.log1p(xp.exp(-xp.abs(x)))
+    # Newton's method for w + log(w) = x, from below after one step.
+    for _ in range(4):
+        w = w * (1.0 + x - xp.log(w)) / (1.0 + w)
+    # One for w exp(w) = exp(x): it is convex, so the step ends above.
+    return (w * w + xp.exp(x - w)) / (1.0 + w)
 
 
 def _principal_lambert(n: float, exponent: float) -> float:

@@ -1,4 +1,4 @@
-"""Theorem 4.1 of docs/theory.md: the token norm of attention on weighted tokens."""
+"""Theorems 3.E and 4.1 of docs/theory.md: attention whose keys have weights."""
 
 import math
 import typing
@@ -6,37 +6,46 @@ import typing
 import numpy as np
 import numpy.typing as npt
 
+from keras_lipattn.bounds.any_mask import weighted_bound
+from keras_lipattn.bounds.key_weights import KeyWeights, weights_by_pair
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
 from keras_lipattn.bounds.multihead import certified_layer_bound
-from keras_lipattn.bounds.token_norm import token_norm_bound
+from keras_lipattn.bounds.scalars import log_lambert
+from keras_lipattn.bounds.unit_head import UnitBound
+from keras_lipattn.linalg import SAFETY
 
 # Below this the proof of Theorem 4 asks for more; the constant is monotone, so it may stand in.
 LEAST_OTHERS = 0.2
+# For the rounding of the sums of weights, in float64 and for weights that come by way of float32.
+_ROUNDING = {"host": 1.0 + 1e-6, "graph": 1.0 + 2e-5}
+# Beyond this squares in the cells of Theorem 3.E leave the range of float64.
+_MOST = 300.0
 
 
-def weighted_token_bound(token_weights: npt.ArrayLike) -> float:
-    """Constant of the unit head in the token norm, for keys with weights.
+def weighted_unit_bound(weights: KeyWeights | None, norm: str, xp: typing.Any) -> UnitBound:
+    """Constants of the unit head in closed form, for graphs and for whom must agree with them.
 
     Args:
-        token_weights: shape `(..., T)`, not negative; a weight of 0 is padding.
+        weights: `KeyWeights` of the heads, or `None` where nobody sees another token.
+        norm: `"l2"`, `"token"` or `"linf"`.
+        xp: array namespace, `numpy` or `keras.ops`.
 
     Returns:
-        `1 + 4 W0(n exp(-3/2))` with `n` the largest weight of the other tokens, relative to
-        the own one; `inf` when a weight is NaN, infinite or negative.
+        A `UnitBound` whose numbers are arrays of the namespace, shape `(H,)`, or floats.
     """
-    weights = np.asarray(token_weights, np.float64)
-    if not (np.isfinite(weights).all() and (weights >= 0.0).all()):
-        return math.inf
-    # Relative to the largest of the sequence, so that sums do not overflow.
-    peak = np.max(weights, axis=-1, keepdims=True, initial=0.0)
-    positive = weights > 0.0
-    weights = weights / np.where(peak > 0.0, peak, 1.0)
-    others = np.sum(weights, axis=-1, keepdims=True) - weights
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        relative = np.where(positive, others / weights, 0.0)
-    # An allowance for the rounding of the sum, and of weights that come by way of float32.
-    most = (1.0 + 1e-6) * float(np.max(relative, initial=0.0))
-    return token_norm_bound(max(most, LEAST_OTHERS)) if math.isfinite(most) else math.inf
+    if weights is None:
+        return UnitBound(1.0, "", 0.0)
+    slack = _ROUNDING["host" if xp is np else "graph"]
+    phi = slack * log_lambert(weights.log_keys - 1.0, xp)
+    if norm == "l2":
+        column = xp.sqrt(1.0 + slack * weights.columns)
+        scores = xp.sqrt(phi * (slack * weights.entropies))
+        return UnitBound(column + 2.0 * (phi + scores), "Theorem 3.E")
+    others = xp.maximum(weights.log_keys, math.log(LEAST_OTHERS))
+    token = 1.0 + 4.0 * slack * log_lambert(others - 1.5, xp)
+    if norm == "token":
+        return UnitBound(token, "Theorem 4.1")
+    return UnitBound(token, "Theorem 5.3 with Theorem 4.1", 4.0 * phi)
 
 
 def weighted_layer_bound(
@@ -44,35 +53,75 @@ def weighted_layer_bound(
     c: npt.ArrayLike,
     *,
     norm: str,
-    token_weights: npt.ArrayLike,
-    **allowances: typing.Any,
+    weights: KeyWeights | None,
+    **others: typing.Any,
 ) -> LipschitzBound:
-    """Certified bound of a layer whose keys have weights; only the token norm has one.
+    """Certified bound of a layer whose keys have weights.
 
     Args:
         b: shape `(H, D, k)`, see `certified_layer_bound`.
         c: shape `(H, k, O)`.
         norm: `"l2"`, `"token"` or `"linf"`.
-        token_weights: see `weighted_token_bound`.
-        **allowances: `product_scale`, `query_error`, `product_error` of `certified_layer_bound`.
+        weights: `KeyWeights` of the heads, shape `(H,)` or `(1,)`; `None` where nobody sees
+            another token.
+        **others: `product_scale`, `query_error`, `product_error`, `published` of
+            `certified_layer_bound`.
 
     Returns:
-        A `LipschitzBound`, `inf` with the reason in the other norms.
+        A `LipschitzBound`, `inf` with the reason where weights are not finite.
     """
-    reason = "tokens with weights have a constant in the token norm only"
-    constant = weighted_token_bound(token_weights) if norm == "token" else math.inf
-    if norm == "token" and math.isinf(constant):
-        reason = "a weight of a token is negative, NaN or infinite, or far below the others"
-    if math.isinf(constant):
-        return LipschitzBound(
-            value=constant, norm=norm, kind="certified", theorem="", reason=reason
-        )
+    heads = len(np.asarray(b))
+    unit = weighted_unit_bound(weights, norm, np)
+    constants = np.broadcast_to(SAFETY * np.asarray(unit.value), heads)
+    if weights is not None and norm == "l2":
+        constants = np.minimum(constants, _cells(weights))
+    scores = np.broadcast_to(SAFETY * np.asarray(unit.score_part), heads)
     return certified_layer_bound(
         b,
         c,
         norm=norm,
         tokens=None,
-        head_constants=np.full(len(np.asarray(b)), constant),
-        head_theorem="Theorem 4.1",
-        **allowances,
+        head_constants=constants,
+        head_scores=scores,
+        head_theorem=unit.theorem or "the identity of a single token",
+        **others,
+    )
+
+
+def weights_of_tokens(
+    token_weights: npt.ArrayLike, relative_bias: npt.ArrayLike | None = None
+) -> tuple[KeyWeights | None, str]:
+    """What other keys weigh where tokens have weights, whoever sees whom.
+
+    Args:
+        token_weights: shape `(..., T)`, not negative; a weight of 0 is padding.
+        relative_bias: shape `(H, 2 R)`, finite, added to the logarithms of the weights: of the keys
+            R to 1 positions after a query, then of those 1 to R before it.
+
+    Returns:
+        A pair: `KeyWeights`, or `None` where nobody sees another token, and the reason why there
+        are none, empty where there is no reason.
+    """
+    weights = np.asarray(token_weights, np.float64)
+    if not (np.isfinite(weights).all() and (weights >= 0.0).all()):
+        return None, "a weight of a token is negative, NaN or infinite"
+    table = np.zeros((1, 2)) if relative_bias is None else np.asarray(relative_bias, np.float64)
+    reach = table.shape[1] // 2
+    table = np.insert(table, reach, 0.0, axis=1)
+    with np.errstate(divide="ignore"):
+        logarithms = np.log(weights.reshape(-1, weights.shape[-1]))
+    return weights_by_pair(
+        logarithms, lambda lag: table[:, np.clip(lag, -reach, reach) + reach]
+    ), ""
+
+
+def _cells(weights: KeyWeights) -> npt.NDArray[np.float64]:
+    """The constants of Theorem 3.E that are evaluated on cells, `(H,)`."""
+    pairs = np.stack([weights.log_keys, weights.log_queries], axis=1)
+    slack = _ROUNDING["host"]
+    return np.array(
+        [
+            weighted_bound(*(slack * np.exp(pair))) if np.max(np.abs(pair)) < _MOST else math.inf
+            for pair in pairs
+        ]
     )

@@ -19,8 +19,8 @@ from keras import ops
 BLOCK_ENTRIES = 2**22
 
 
-def attend_in_blocks(queries, keys, values, *, hide, block_size):
-    """`softmax(queries keys^T, hidden pairs left out) values` without the full matrix of weights.
+def attend_in_blocks(queries, keys, values, *, hide, block_size, relative_bias: Any = None):
+    """`softmax(queries keys^T + biases, hidden pairs left out) values` in linear memory.
 
     Args:
         queries: Tensor `(B, H, T, f)`, float32 or float64. Its length must be static.
@@ -30,6 +30,7 @@ def attend_in_blocks(queries, keys, values, *, hide, block_size):
             queries from position `start` on, with those of hidden pairs far below all others. It
             must not depend on anything that needs a gradient.
         block_size: Number of queries at a time.
+        relative_bias: `RelativeBias` of the scores, or `None`.
 
     Returns:
         Tensor `(B, H, T, k)`. It has first derivatives in reverse mode; JAX has no forward mode
@@ -38,15 +39,26 @@ def attend_in_blocks(queries, keys, values, *, hide, block_size):
     length = queries.shape[2]
     blocks = math.ceil(length / block_size)
     padded = blocks * block_size
+    columns = ops.arange(length, dtype="int32")
 
+    def rows_from(start):
+        return start + ops.arange(block_size, dtype="int32")
+
+    # No table or one: a function with a gradient of its own must see all that has one.
     @ops.custom_gradient
-    def attend(queries, keys, values):
+    def attend(queries, keys, values, *tables):
         transposed = ops.swapaxes(keys, -1, -2)
+
+        def scores_of(block, start):
+            scores = ops.matmul(block, transposed)
+            for table in tables:
+                scores = scores + relative_bias.at(rows_from(start), columns, table)
+            return hide(scores, start)
 
         def forward(index, carry):
             output, peaks = carry
             start = index * block_size
-            scores = hide(ops.matmul(_rows(queries, start, block_size), transposed), start)
+            scores = scores_of(_rows(queries, start, block_size), start)
             peak = ops.logsumexp(scores, axis=-1, keepdims=True)
             mixed = ops.matmul(ops.exp(scores - peak), values)
             return _put(output, mixed, start), _put(peaks, peak, start)
@@ -62,11 +74,11 @@ def attend_in_blocks(queries, keys, values, *, hide, block_size):
             turned = ops.swapaxes(values, -1, -2)
 
             def backward(index, carry):
-                to_queries, to_keys, to_values = carry
+                to_queries, to_keys, to_values, *to_tables = carry
                 start = index * block_size
                 block = _rows(queries, start, block_size)
                 above = _rows(upstream, start, block_size)
-                scores = hide(ops.matmul(block, transposed), start)
+                scores = scores_of(block, start)
                 weights = ops.exp(scores - _rows(peaks, start, block_size))
                 slope = ops.matmul(above, turned) - _rows(shared, start, block_size)
                 slope = weights * slope
@@ -74,16 +86,23 @@ def attend_in_blocks(queries, keys, values, *, hide, block_size):
                     _put(to_queries, ops.matmul(slope, keys), start),
                     to_keys + ops.matmul(ops.swapaxes(slope, -1, -2), block),
                     to_values + ops.matmul(ops.swapaxes(weights, -1, -2), above),
+                    *(
+                        table
+                        + relative_bias.collect(ops.sum(slope, axis=0), rows_from(start), columns)
+                        for table in to_tables
+                    ),
                 )
 
-            zeros = tuple(ops.zeros_like(tensor) for tensor in (queries, keys, values))
+            inputs = (queries, keys, values, *tables)
+            zeros = tuple(ops.zeros_like(tensor) for tensor in inputs)
             return ops.fori_loop(0, blocks, backward, zeros)
 
         return output, gradient
 
     # Queries beyond the end see what others see and are cut off: their gradient is zero.
     queries = ops.pad(queries, ((0, 0), (0, 0), (0, padded - length), (0, 0)))
-    output: Any = attend(queries, keys, values)
+    tables = () if relative_bias is None else (relative_bias.table,)
+    output: Any = attend(queries, keys, values, *tables)
     return output[:, :, :length]
 
 

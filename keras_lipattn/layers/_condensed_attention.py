@@ -11,6 +11,7 @@ class CondensedAttention(CondensedWeights):
 
     def __init__(self, layer):
         super().__init__(layer)
+        self.biases = None if layer.relative_bias is None else layer._bias_table(np)
         with quiet():
             self.kernels = layer._capped(layer._host_kernels(), self._norms, np)
             self._exact = layer._fold(*self.kernels, np)

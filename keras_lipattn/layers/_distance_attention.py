@@ -23,6 +23,7 @@ class Mask:
         use_causal_mask: Whether later tokens are hidden.
         sliding_window: `None`, or the distance from which on tokens are hidden.
         log_weights: Logarithms of the weights of the tokens, `(B, T)`, or `None`.
+        relative_bias: `RelativeBias` of the scores, or `None`.
     """
 
     valid: Any = None
@@ -30,6 +31,7 @@ class Mask:
     use_causal_mask: bool = False
     sliding_window: int | None = None
     log_weights: Any = None
+    relative_bias: Any = None
 
     @property
     def all_see_all(self):
@@ -100,28 +102,46 @@ def _key_bias(squares, mask):
     return ops.where(ops.expand_dims(mask.valid, 1), bias, HIDDEN)
 
 
-def attention_weights(y, mask):
-    """The full matrix `softmax_j(-|y_i - y_j|^2)`, `(B, H, T, T)`."""
+def attention_weights(y, mask, biases=None):
+    """The full matrix `softmax_j(-|y_i - y_j|^2 + b_ij)`, `(B, H, T, T)`.
+
+    Args:
+        y: Tensor `(B, H, T, k)`, as `score_keys` takes it.
+        mask: The `Mask` of the call.
+        biases: Tensor `(H, T, T)`; what the mask has of its own by default.
+    """
+    if biases is None:
+        biases = biases_of_pairs(y, mask)
     visible = None
     if not mask.all_see_all:
         positions = ops.arange(ops.shape(y)[2], dtype="int32")
         visible = mask.visible(positions, positions, mask.attention_mask)
-    return masked_softmax(_scores(y, y, mask), visible)
+    scores = _scores(y, y, mask)
+    return masked_softmax(scores if biases is None else scores + biases, visible)
+
+
+def biases_of_pairs(y, mask):
+    """Relative biases of all pairs, `(H, T, T)`, or `None`."""
+    if mask.relative_bias is None:
+        return None
+    positions = ops.arange(ops.shape(y)[2], dtype="int32")
+    return mask.relative_bias.at(positions, positions)
 
 
 def mixed(y, mask):
-    """`softmax_j(-|y_i - y_j|^2) y`, `(B, H, T, k)`.
+    """`softmax_j(-|y_i - y_j|^2 + b_ij) y`, `(B, H, T, k)`.
 
     On TensorFlow the derivative is written out: three of the passes over the `T * T` entries that
     differentiating softmax and both products takes are not needed. Elsewhere the compiler finds
     them, and forward mode must go through. Weights of tokens have a derivative too: not this one.
     """
+    biases = biases_of_pairs(y, mask)
     if keras.backend.backend() != "tensorflow" or mask.log_weights is not None:
-        return ops.matmul(attention_weights(y, mask), y)
+        return ops.matmul(attention_weights(y, mask, biases), y)
 
     @ops.custom_gradient
-    def mix(y):
-        weights = attention_weights(y, mask)
+    def mix(y, *biases):
+        weights = attention_weights(y, mask, *biases)
         output = ops.matmul(weights, y)
 
         def gradient(upstream):
@@ -133,18 +153,22 @@ def mixed(y, mask):
             of_keys = ops.expand_dims(ops.sum(slope, axis=-2), -1) * y
             of_pairs = ops.matmul(slope, y) + ops.matmul(ops.swapaxes(slope, -1, -2), y)
             of_values = ops.matmul(ops.swapaxes(weights, -1, -2), upstream)
-            return 2.0 * (of_pairs - of_keys) + of_values
+            of_y = 2.0 * (of_pairs - of_keys) + of_values
+            return (of_y, ops.sum(slope, axis=0)) if biases else of_y
 
         return output, gradient
 
-    return mix(y)
+    return mix(y) if biases is None else mix(y, biases)
 
 
 def causal_weights(y, rows, first, mask):
     """Weights `(B, H, R, T)` of the queries `rows`, at positions from `first` on, over keys `y`."""
     positions = first + ops.arange(rows.shape[2], dtype="int32")
-    visible = mask.visible(positions, ops.arange(y.shape[2], dtype="int32"), None)
-    return masked_softmax(_scores(rows, y, mask), visible)
+    columns = ops.arange(y.shape[2], dtype="int32")
+    scores = _scores(rows, y, mask)
+    if mask.relative_bias is not None:
+        scores = scores + mask.relative_bias.at(positions, columns)
+    return masked_softmax(scores, mask.visible(positions, columns, None))
 
 
 def masked_softmax(scores, visible):
@@ -158,7 +182,7 @@ def masked_softmax(scores, visible):
 
 
 def mixed_in_blocks(y, mask):
-    """`softmax_j(-|y_i - y_j|^2) y` with memory linear in the length, which must be static."""
+    """What `mixed` is, with memory linear in the length, which must be static."""
     batch, heads, length, _ = y.shape
     block_size = block_size_for(batch, heads, length)
     columns = ops.arange(length, dtype="int32")
@@ -180,5 +204,10 @@ def mixed_in_blocks(y, mask):
         return scores if visible is None else ops.where(visible, scores, HIDDEN)
 
     return attend_in_blocks(
-        score_queries(y), score_keys(y, mask), y, hide=hide, block_size=block_size
+        score_queries(y),
+        score_keys(y, mask),
+        y,
+        hide=hide,
+        block_size=block_size,
+        relative_bias=mask.relative_bias,
     )

@@ -123,6 +123,10 @@ class SelfAttention(LipschitzLayer):
         """
         raise NotImplementedError(f"{type(self).__name__} must implement `_attend`.")
 
+    def _relative_biases(self) -> Any:
+        """`RelativeBias` of the scores, or `None`."""
+        return None
+
     # Building -------------------------------------------------------------------------------
 
     def build(self, query_shape, value_shape=None, key_shape=None):
@@ -333,7 +337,14 @@ class SelfAttention(LipschitzLayer):
             token_weights = log_weights(
                 self._axes.flatten_mask(token_weights), valid, self._norm_dtype
             )
-        mask = Mask(valid, attention_mask, use_causal_mask, self.sliding_window, token_weights)
+        mask = Mask(
+            valid,
+            attention_mask,
+            use_causal_mask,
+            self.sliding_window,
+            token_weights,
+            self._relative_biases(),
+        )
         projections, c, bias = self._weights(visibility, training)
         heads, shift, scores = self._attend(
             tokens, projections, mask, training, return_attention_scores
@@ -388,7 +399,8 @@ class SelfAttention(LipschitzLayer):
         window = classify(
             "causal" if use_causal_mask else "any", sliding_window=self.sliding_window
         )
-        return Visibility("any", _least(n_keys, window.n_keys), _least(n_queries, window.n_queries))
+        n_keys, n_queries = _least(n_keys, window.n_keys), _least(n_queries, window.n_queries)
+        return Visibility("any", n_keys, n_queries, window.causal)
 
     def _tracked_length(self, visibility):
         """Number of tokens of the running bound."""

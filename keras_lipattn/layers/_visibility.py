@@ -19,11 +19,13 @@ class Visibility:
         mask: `"full"` (padding included), `"causal"` (padding included) or `"any"`.
         n_keys: For `"any"`, the most other keys a query sees; `None` if unknown.
         n_queries: For `"any"`, the most other queries that see a key; `None` if unknown.
+        causal: Whether later tokens are known to be hidden.
     """
 
     mask: str
     n_keys: int | None = None
     n_queries: int | None = None
+    causal: bool = False
 
 
 def classify(mask, *, sliding_window=None):
@@ -43,12 +45,13 @@ def classify(mask, *, sliding_window=None):
             '`mask` must be "full", "causal", "any" or a boolean array of shape `(T, T)`. '
             f"Received: mask={mask!r}"
         )
+    causal = mask == "causal"
     if sliding_window is None:
-        return Visibility(mask, *degrees)
+        return Visibility(mask, *degrees, causal)
     reach = sliding_window - 1
-    seen = reach if mask == "causal" else 2 * reach
+    seen = reach if causal else 2 * reach
     n_keys, n_queries = (seen if d is None else min(d, seen) for d in degrees)
-    return Visibility("any", n_keys, n_queries)
+    return Visibility("any", n_keys, n_queries, causal)
 
 
 def visible_pairs(rows, columns, *, attention_mask, use_causal_mask, sliding_window):

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_lipattn.bounds.key_weights import weights_by_lag
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
 from keras_lipattn.bounds.multihead import (
     certified_layer_bound,
@@ -16,8 +17,12 @@ from keras_lipattn.bounds.multihead import (
     split_bound_token,
 )
 from keras_lipattn.bounds.published import published_layer_bound
-from keras_lipattn.bounds.unit_head import unit_head_bound
-from keras_lipattn.bounds.weighted import weighted_layer_bound
+from keras_lipattn.bounds.unit_head import UNKNOWN_LENGTH, UnitBound, unit_head_bound
+from keras_lipattn.bounds.weighted import (
+    weighted_layer_bound,
+    weighted_unit_bound,
+    weights_of_tokens,
+)
 from keras_lipattn.layers._arguments import require_positive_integer
 from keras_lipattn.layers._as_run import as_run, is_finite_as_run
 from keras_lipattn.layers._condensed_attention import CondensedAttention
@@ -36,6 +41,7 @@ from keras_lipattn.layers._fused_attention import (
     takes_kernel,
 )
 from keras_lipattn.layers._operator_norms import GramNorms, quiet
+from keras_lipattn.layers._relative_bias import RelativeBias, by_distance
 from keras_lipattn.layers._self_attention import SelfAttention
 from keras_lipattn.layers._visibility import classify
 
@@ -62,6 +68,11 @@ class L2MultiHeadAttention(SelfAttention):
     Keras mask of the input says so: nobody sees it (not even a NaN in it) and its output row is
     zero. The certificate is for a fixed mask.
 
+    **Relative positions.** A token hears none louder than itself: with `W_Q` for queries and keys
+    the own distance is 0. `max_relative_position` adds learned biases `b_h[i - j]` to the scores,
+    which let a head prefer the token before, say. They cost the bounds little more than the
+    logarithm of what the other keys weigh, and nothing in the length where biases far away fall.
+
     Args:
         num_heads: Number of attention heads.
         key_dim: Size of each head for query and key.
@@ -75,7 +86,10 @@ class L2MultiHeadAttention(SelfAttention):
             does not depend on the sequence length then.
         flash_attention: Whether to use a backend's fused kernel: `False` for never, `True` for
             wherever it has one that keeps scores accurate, by default where that is expected to
-            pay. TensorFlow has none; the function is the same.
+            pay. TensorFlow has none; the function is the same. None takes relative positions.
+        max_relative_position: If set to `R`, every head learns a bias of its scores for each
+            distance from 1 to R, before and after, that starts at 0; tokens further apart share the
+            last one. Positions are those of the flattened sequence.
         spectral_norm: If set to `c`, caps the operator norms of the query, value and output
             kernels, as the matrices `(D, H*key_dim)`, `(D, H*value_dim)`, `(H*value_dim, output)`.
         lipschitz_bound: If set to `L`, caps the constant of the whole layer in `lipschitz_norm` by
@@ -157,6 +171,7 @@ class L2MultiHeadAttention(SelfAttention):
         attention_axes=None,
         sliding_window=None,
         flash_attention=None,
+        max_relative_position=None,
         spectral_norm=None,
         lipschitz_bound=None,
         lipschitz_norm="l2",
@@ -199,6 +214,8 @@ class L2MultiHeadAttention(SelfAttention):
             seed=seed,
             **kwargs,
         )
+        require_positive_integer("max_relative_position", max_relative_position, optional=True)
+        self.max_relative_position = max_relative_position
         self.flash_attention = flash_attention
 
     def _add_kernels(self):
@@ -208,6 +225,13 @@ class L2MultiHeadAttention(SelfAttention):
         self.output_kernel = self._add_kernel(
             "output_kernel", (heads, value_dim, *self._output_token), 2
         )
+        self.relative_bias = None
+        if self.max_relative_position is not None:
+            # Of the keys R to 1 positions after a query, then of those 1 to R before it.
+            shape = (heads, 2 * self.max_relative_position)
+            self.relative_bias = self.add_weight(
+                name="relative_bias", shape=shape, initializer="zeros"
+            )
 
     # What the base classes ask for ------------------------------------------------------------
 
@@ -280,16 +304,50 @@ class L2MultiHeadAttention(SelfAttention):
         shape = self._norm_shapes()["stacked_output"]
         return self._cap_factor(bound, self.lipschitz_bound, shape, xp)
 
-    @staticmethod
-    def _formula(b, c, norm, tokens, visibility, norms, xp):
-        unit = unit_head_bound(
-            tokens,
-            visibility.mask,
-            norm,
-            n_keys=visibility.n_keys,
-            n_queries=visibility.n_queries,
-        )
+    def _formula(self, b, c, norm, tokens, visibility, norms, xp):
+        unit = self._unit_bound(norm, tokens, visibility, xp)
         return running_layer_bound(b, c, norm=norm, unit=unit, operator_norm=norms, xp=xp)
+
+    def _unit_bound(self, norm, tokens, visibility, xp):
+        """The constant of a head, with biases the largest of all heads in closed form."""
+        if self.relative_bias is None:
+            return unit_head_bound(
+                tokens,
+                visibility.mask,
+                norm,
+                n_keys=visibility.n_keys,
+                n_queries=visibility.n_queries,
+            )
+        if not self._has_reach(tokens):
+            return UnitBound(math.inf, "", math.inf, UNKNOWN_LENGTH)
+        unit = weighted_unit_bound(self._key_weights(tokens, visibility, xp), norm, xp)
+        return unit._replace(
+            **{
+                name: constant if isinstance(constant, float) else xp.max(constant)
+                for name, constant in (("value", unit.value), ("score_part", unit.score_part))
+            }
+        )
+
+    def _has_reach(self, tokens):
+        return tokens is not None or self.sliding_window is not None
+
+    def _key_weights(self, tokens, visibility, xp):
+        """What other keys weigh by their relative positions."""
+        table = self._bias_table(xp)
+        seen = by_distance(table, tokens, visibility.causal, self.sliding_window, xp)
+        degrees = {"n_keys": visibility.n_keys, "n_queries": visibility.n_queries}
+        return weights_by_lag(*seen, tokens, xp, **degrees)
+
+    def _bias_table(self, xp):
+        """Biases as they run, those of when the layer was condensed if it is."""
+        table = getattr(self._condensed, "biases", None)
+        if xp is np:
+            return as_run(self.relative_bias, self.compute_dtype) if table is None else table
+        table = self.relative_bias if table is None else table
+        return ops.cast(ops.cast(table, self.compute_dtype), self._norm_dtype)
+
+    def _relative_biases(self):
+        return None if self.relative_bias is None else RelativeBias(self._bias_table(ops))
 
     def _condense(self):
         return CondensedAttention(self)
@@ -315,7 +373,7 @@ class L2MultiHeadAttention(SelfAttention):
                 `(T, T)` of visible pairs, whose degrees and length count. The layer's window is
                 added. With `lipschitz_bound` each of them has a cap of its own.
             token_weights: Weights `(..., T)` that the layer is called with, or `None` for equal
-                ones. Only the token norm has a constant then, for these weights.
+                ones. The constant is for these weights then, and for any mask.
 
         Returns:
             A `LipschitzBound` of kind `"certified"`: an upper bound in real arithmetic for a fixed
@@ -326,14 +384,10 @@ class L2MultiHeadAttention(SelfAttention):
             ValueError: If the layer is not built, or an argument is out of range.
         """
         visibility, tokens = self._asked(sequence_length, norm, mask)
-        if not is_finite_as_run(self.output_bias, self.compute_dtype):
-            return LipschitzBound(
-                value=math.inf,
-                norm=norm,
-                kind="certified",
-                theorem="",
-                reason="the output bias holds NaN or infinite entries",
-            )
+        biases = {"output": self.output_bias, "relative": self.relative_bias}
+        for name, values in biases.items():
+            if not is_finite_as_run(values, self.compute_dtype):
+                return _no_bound(norm, f"the {name} bias holds NaN or infinite entries")
         state = self._condensed or CondensedAttention(self)
         b, c = state.heads(visibility)
         query_error, product_error = state.rounding(visibility)
@@ -344,7 +398,16 @@ class L2MultiHeadAttention(SelfAttention):
         }
         if token_weights is not None:
             token_weights = as_run(np.asarray(token_weights), self.compute_dtype)
-            return weighted_layer_bound(b, c, norm=norm, token_weights=token_weights, **allowances)
+            biases = None if self.relative_bias is None else self._bias_table(np)
+            weights, reason = weights_of_tokens(token_weights, biases)
+            if reason:
+                return _no_bound(norm, reason)
+            return weighted_layer_bound(b, c, norm=norm, weights=weights, **allowances)
+        if self.relative_bias is not None:
+            if not self._has_reach(tokens):
+                return _no_bound(norm, UNKNOWN_LENGTH)
+            weights = self._key_weights(tokens, visibility, np)
+            return weighted_layer_bound(b, c, norm=norm, weights=weights, **allowances)
         return certified_layer_bound(
             b,
             c,
@@ -452,7 +515,8 @@ class L2MultiHeadAttention(SelfAttention):
         y = ops.cast(near, self._norm_dtype)
         drop = training and self.dropout > 0.0
         if not (drop or return_scores):
-            if takes_kernel(y, self.compute_dtype, self.flash_attention):
+            plain = mask.relative_bias is not None
+            if not plain and takes_kernel(y, self.compute_dtype, self.flash_attention):
                 return self._join_heads(fused_attention(y, mask, self.compute_dtype)), shift, None
             length = tokens.shape[1]
             if length is not None and length >= BLOCKED_FROM and blocks_will_do():
@@ -523,7 +587,11 @@ class L2MultiHeadAttention(SelfAttention):
         Returns:
             A pair: the output `(B, S, D_out)` and the new cache.
         """
-        mask = Mask(use_causal_mask=True, sliding_window=self.sliding_window)
+        mask = Mask(
+            use_causal_mask=True,
+            sliding_window=self.sliding_window,
+            relative_bias=self._relative_biases(),
+        )
         visibility = classify("causal", sliding_window=self.sliding_window)
         b, c, bias = self._weights(visibility, training=False)
         new = ops.matmul(ops.cast(inputs, self.compute_dtype), b)
@@ -543,7 +611,13 @@ class L2MultiHeadAttention(SelfAttention):
         items = list(config.items())
         # Where the constructor has it.
         at = list(config).index("spectral_norm")
-        return dict([*items[:at], ("flash_attention", self.flash_attention), *items[at:]])
+        names = ("flash_attention", "max_relative_position")
+        own = [(name, getattr(self, name)) for name in names]
+        return dict([*items[:at], *own, *items[at:]])
+
+
+def _no_bound(norm, reason):
+    return LipschitzBound(value=math.inf, norm=norm, kind="certified", theorem="", reason=reason)
 
 
 def _centre(x, mask):

@@ -10,6 +10,7 @@ from typing import Any
 
 import keras
 import numpy as np
+from helpers import loop_attention
 
 from keras_lipattn import L2MultiHeadAttention
 
@@ -17,7 +18,7 @@ BATCH, LENGTH, FEATURES, HEADS, KEY_DIM = 2, 5, 4, 2, 3
 PADDING = -7.0
 
 # Constructor options, and the axes of one example where they are not those of a sequence.
-OPTIONS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+COMMON_OPTIONS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "plain": ({}, (LENGTH,)),
     "one head": ({"num_heads": 1}, (LENGTH,)),
     "value dim": ({"value_dim": 5}, (LENGTH,)),
@@ -31,6 +32,13 @@ OPTIONS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "first axis": ({"attention_axes": 1}, (3, 2)),
     "last axis": ({"attention_axes": (-2,)}, (2, 3)),
     "outer axes": ({"attention_axes": (3, 1)}, (2, 2, 2)),
+}
+# Those of `L2MultiHeadAttention` alone.
+OPTIONS = {
+    **COMMON_OPTIONS,
+    "relative": ({"max_relative_position": 3}, (LENGTH,)),
+    "relative, window": ({"max_relative_position": 1, "sliding_window": 3}, (LENGTH,)),
+    "relative, axes": ({"max_relative_position": 9, "attention_axes": (2, 1)}, (2, 3)),
 }
 
 # Ways of capping, all of them at work for the weights of `Case.layer`.
@@ -175,6 +183,14 @@ class Case:
             "window": self.constructor.get("sliding_window"),
         }
 
+    def with_biases(self, layer):
+        """`loop_attention.attend` with the relative biases of the layer, if there are any."""
+        if self.constructor.get("max_relative_position") is None:
+            return loop_attention.attend
+        table = keras.ops.cast(layer.relative_bias, layer.compute_dtype)
+        table = keras.ops.convert_to_numpy(table).astype(np.float64)
+        return functools.partial(loop_attention.attend, relative_bias=table)
+
     def run_copies(self, layer, x, example=0):
         """Calls the layer on copies `(n, ..., D)` of one example, with its masks."""
         given, count = {}, len(x)
@@ -212,6 +228,7 @@ def kernels(layer):
     cast = [
         keras.ops.convert_to_numpy(keras.ops.cast(weight.value, layer.compute_dtype))
         for weight in layer.trainable_variables
+        if weight.name != "relative_bias"
     ]
     weights = [weight.astype(np.float64) for weight in cast]
     return weights[:3], (weights[3] if layer.use_bias else None)

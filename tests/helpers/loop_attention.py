@@ -2,7 +2,8 @@
 
 With tokens `x_i`, head `h` and `A_h = W_Q,h W_Q,h^T / sqrt(key_dim)`:
 
-    P_ij     = exp(-|(x_i - x_j) W_Q,h|^2 / sqrt(key_dim)) / (sum of these over the j that i sees)
+    P_ij     = exp(-|(x_i - x_j) W_Q,h|^2 / sqrt(key_dim) + b_h[i - j])
+               / (sum of these over the j that i sees)
     output_i = sum_h sum_j P_ij x_j A_h W_V,h W_O,h + bias
 """
 
@@ -25,7 +26,15 @@ def sees(i, j, *, attention_mask: Any = None, causal=False, window=None):
 
 
 def attend(
-    x, kernels, bias=None, *, valid=None, attention_mask: Any = None, causal=False, window=None
+    x,
+    kernels,
+    bias=None,
+    *,
+    valid=None,
+    attention_mask: Any = None,
+    causal=False,
+    window=None,
+    relative_bias: Any = None,
 ):
     """One sequence.
 
@@ -37,6 +46,7 @@ def attend(
         attention_mask: `(T, T)` or `(H, T, T)`.
         causal: whether later tokens are hidden.
         window: distance from which on tokens are hidden.
+        relative_bias: `(H, 2 * R)`, of the keys R to 1 places after a query, then 1 to R before.
 
     Returns:
         `(output, scores)` of shapes `(T, ...)` and `(H, T, T)`.
@@ -60,7 +70,10 @@ def attend(
                 and sees(i, j, attention_mask=mask, causal=causal, window=window)
             ]
             squares = [np.square((x[i] - x[j]) @ query[:, h]).sum() for j in keys]
-            logits = [-square / math.sqrt(key_dim) for square in squares]
+            logits = [
+                -square / math.sqrt(key_dim) + by_place(relative_bias, h, i - j)
+                for j, square in zip(keys, squares, strict=True)
+            ]
             weights = [math.exp(logit - max(logits)) for logit in logits]
             mixed = np.zeros(x.shape[1])
             for j, weight in zip(keys, weights, strict=True):
@@ -71,6 +84,16 @@ def attend(
         if bias is not None and (valid is None or valid[i]):
             result[i] += np.asarray(bias, np.float64).reshape(-1)
     return result.reshape(length, *output.shape[2:]), scores
+
+
+def by_place(relative_bias, head, lag):
+    """What is added to a score at distance `lag = i - j`."""
+    if relative_bias is None or lag == 0:
+        return 0.0
+    reach = len(relative_bias[head]) // 2
+    if lag > 0:
+        return relative_bias[head][reach - 1 + min(lag, reach)]
+    return relative_bias[head][reach - min(-lag, reach)]
 
 
 def attend_over_axes(

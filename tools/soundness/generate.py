@@ -163,6 +163,8 @@ def _l2_attention(rng, x):
     if rng.random() < 0.25:
         caps["sliding_window"] = int(rng.integers(1, tokens + 1))
     if rng.random() < 0.3:
+        caps["max_relative_position"] = int(rng.integers(1, tokens + 1))
+    if rng.random() < 0.3:
         caps["value_dim"] = int(rng.integers(1, 4))
     if rng.random() < 0.3:
         caps["output_shape"] = int(rng.integers(1, 6))

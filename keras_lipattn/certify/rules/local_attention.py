@@ -97,6 +97,8 @@ def _unknown(layer: L2MultiHeadAttention, call: Call) -> str:
     """Why the weights or masks of this call are not known, empty when they are."""
     if not layer._is_settled():
         return UNSETTLED
+    if layer.relative_bias is not None:
+        return "it has biases by relative position"
     if call.mask is not None:
         return "the masks that `mask` stands for are not known"
     given = call.kwargs.get("attention_mask")

@@ -1,0 +1,311 @@
+"""Biases by relative position: what they do to attention, and what they cost its constant."""
+
+# The annotations of TensorFlow and numpy do not cover what is passed and returned here.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+
+import itertools
+import math
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from keras import ops
+from scipy.special import lambertw
+
+from keras_lipattn import L2MultiHeadAttention, certify, condensed
+from keras_lipattn.bounds.key_weights import weights_by_lag, weights_by_pair
+from keras_lipattn.bounds.scalars import log_lambert
+from keras_lipattn.bounds.unit_head import unit_head_bound
+from keras_lipattn.bounds.weighted import weighted_unit_bound
+from keras_lipattn.layers._relative_bias import by_distance
+
+NORMS = ("l2", "token", "linf")
+MASKS = ("full", "causal")
+
+
+def layer_with(table, *, features=4, tokens=6, key_dim=3, **options):
+    """A layer with given biases `(H, 2 R)` and random kernels."""
+    table = np.asarray(table, "float64")
+    heads, sides = table.shape
+    options = {"dtype": "float64", "max_relative_position": sides // 2, **options}
+    layer = L2MultiHeadAttention(heads, key_dim, **options)
+    layer.build((None, tokens, features))
+    rng = np.random.default_rng(0)
+    for weight in layer.trainable_variables:
+        weight.assign(rng.normal(size=weight.shape))
+    layer.relative_bias.assign(table)
+    return layer
+
+
+def kernels_of(layer):
+    return [layer.query_kernel, layer.value_kernel, layer.output_kernel, layer.output_bias]
+
+
+def brute_force(table, tokens, mask, window):
+    """The four sums of every head, from the definition."""
+    found = []
+    for biases in table:
+        reach = len(biases) // 2
+        weights = np.zeros((tokens, tokens))
+        for i in range(tokens):
+            for j in range(tokens):
+                lag = i - j
+                hidden = (mask == "causal" and lag < 0) or (window and abs(lag) >= window)
+                if lag == 0 or hidden:
+                    continue
+                place = reach - 1 + min(lag, reach) if lag > 0 else reach - min(-lag, reach)
+                weights[i, j] = math.exp(biases[place])
+        scores = lambertw(weights / math.e).real
+        found.append(
+            (
+                np.log(weights.sum(axis=1).max()),
+                np.log(weights.sum(axis=0).max()),
+                (weights / (1.0 + weights)).sum(axis=0).max(),
+                scores.sum(axis=0).max(),
+            )
+        )
+    return np.transpose(found)
+
+
+@settings(max_examples=60)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    tokens=st.integers(2, 9),
+    reach=st.integers(1, 10),
+    window=st.none() | st.integers(2, 10),
+    mask=st.sampled_from(MASKS),
+    size=st.floats(0.1, 8.0),
+)
+def test_sums_are_those_of_the_definition(seed, tokens, reach, window, mask, size):
+    table = size * np.random.default_rng(seed).normal(size=(2, 2 * reach))
+    expected = brute_force(table, tokens, mask, window)
+    seen = by_distance(table, tokens, mask == "causal", window, np)
+    np.testing.assert_allclose(weights_by_lag(*seen, tokens, np), expected, rtol=1e-9, atol=1e-9)
+    in_graph = weights_by_lag(*map(ops.convert_to_tensor, seen), tokens, ops)
+    np.testing.assert_allclose(in_graph, expected, rtol=1e-9, atol=1e-9)
+    # Without a length there may be any number of tokens, within the window.
+    if window:
+        seen = by_distance(table, None, mask == "causal", window, np)
+        endless = np.array(weights_by_lag(*seen, None, np))
+        assert (endless >= expected - 1e-9).all()
+        long = brute_force(table, 2 * window + 1, mask, window)
+        np.testing.assert_allclose(endless, long, rtol=1e-9, atol=1e-9)
+    if mask == "full" and not window:
+        full = np.insert(table, reach, 0.0, axis=1)
+        pairs = weights_by_pair(
+            np.zeros((1, tokens)), lambda lag: full[:, np.clip(lag, -reach, reach) + reach]
+        )
+        np.testing.assert_allclose(pairs, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_degrees_of_a_mask_lower_the_sums():
+    table = np.random.default_rng(0).normal(size=(3, 8))
+    seen = by_distance(table, 9, False, None, np)
+    all_of_them = weights_by_lag(*seen, 9, np)
+    few = weights_by_lag(*seen, 9, np, n_keys=2, n_queries=1)
+    peak = table.max(axis=1)
+    np.testing.assert_allclose(few.log_keys, np.minimum(all_of_them.log_keys, peak + math.log(2)))
+    np.testing.assert_allclose(few.log_queries, np.minimum(all_of_them.log_queries, peak))
+    assert (few.columns < all_of_them.columns).all()
+    assert (few.entropies < all_of_them.entropies).all()
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_lambert_is_bounded_from_above(dtype):
+    x = np.linspace(-59.0, 300.0, 20_001).astype(dtype)
+    exact = lambertw(np.exp(x.astype("float64"))).real
+    found = np.asarray(log_lambert(ops.convert_to_tensor(x), ops), "float64")
+    # Roundings of the dtype, which the bounds have an allowance for, and of exp in the reference.
+    rounding = 10.0 * np.finfo(dtype).eps + 1e-13
+    assert (found >= exact * (1.0 - rounding)).all()
+    assert (found <= exact * (1.0 + rounding)).all()
+    assert log_lambert(np.array([1e4, -1e4]), np).tolist() == pytest.approx([9990.8, 8.8e-27], 1e-2)
+
+
+@pytest.mark.parametrize("call", [{}, {"use_causal_mask": True}, {"training": True}])
+def test_biases_begin_as_none(call):
+    x = np.random.default_rng(0).normal(size=(2, 6, 4))
+    plain = L2MultiHeadAttention(2, 3, dtype="float64")
+    relative = L2MultiHeadAttention(2, 3, max_relative_position=2, dtype="float64")
+    expected = plain(x, **call)
+    relative(x)
+    for ours, weight in zip(kernels_of(relative), kernels_of(plain), strict=True):
+        ours.assign(weight)
+    np.testing.assert_allclose(relative(x, **call), expected, rtol=1e-12)
+
+
+def test_a_head_can_hear_the_token_before_louder_than_itself():
+    layer = layer_with([[-30.0, -30.0, 8.0, -30.0]])
+    x = np.random.default_rng(0).normal(size=(1, 6, 4)) * 0.1
+    _, weights = layer(x, use_causal_mask=True, return_attention_scores=True)
+    assert (np.diagonal(weights[0, 0], offset=-1) > 0.99).all()
+    plain = layer_with([[0.0, 0.0]])
+    _, weights = plain(x, use_causal_mask=True, return_attention_scores=True)
+    assert (np.diagonal(weights[0, 0])[1:] >= np.diagonal(weights[0, 0], offset=-1)).all()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("mask", MASKS)
+def test_the_constant_of_no_biases_is_that_of_equal_weights(norm, mask):
+    zero, tokens = np.zeros((2, 4)), 9
+    seen = by_distance(zero, tokens, mask == "causal", None, np)
+    unit = weighted_unit_bound(weights_by_lag(*seen, tokens, np), norm, np)
+    plain = unit_head_bound(tokens, "any", norm)
+    if norm == "l2":
+        assert np.max(unit.value) >= plain.value
+    else:
+        np.testing.assert_allclose(unit.value, plain.value, rtol=1e-5)
+    certified = layer_with(zero, tokens=tokens).lipschitz(norm=norm, mask=mask)
+    free = layer_with(zero, tokens=tokens)
+    free.relative_bias = None
+    # Theorem 3.D, which the theorem of weights contains, in place of those of full and causal
+    # masks, and one scaling of the heads less.
+    assert certified.value == pytest.approx(free.lipschitz(norm=norm, mask="any").value, rel=1e-4)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_biases_that_fall_make_the_constant_one_of_any_length(norm):
+    reach = 40
+    slope = -0.5 * np.arange(1, reach + 1)
+    layer = layer_with([np.concatenate([slope[::-1], slope])], tokens=10)
+    at = {n: layer.lipschitz(n, norm=norm).value for n in (2, 20, 40, 80, 1000)}
+    assert at[2] < at[20] <= at[40]
+    assert at[1000] == pytest.approx(at[40], rel=1e-4)
+    plain = layer_with(np.zeros((1, 2)), tokens=10)
+    assert at[1000] < 0.5 * plain.lipschitz(1000, norm=norm).value
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("window", [None, 3])
+def test_constants_grow_with_the_length_and_with_every_bias(norm, window):
+    table = np.random.default_rng(1).normal(size=(2, 6))
+    layer = layer_with(table, sliding_window=window)
+    values = [layer.lipschitz(n, norm=norm, mask="causal").value for n in (1, 2, 3, 5, 9, 40)]
+    assert all(a <= b * (1.0 + 1e-9) for a, b in itertools.pairwise(values))
+    before = layer.lipschitz(norm=norm).value
+    layer.relative_bias.assign(table + 0.7)
+    assert layer.lipschitz(norm=norm).value > before
+
+
+def test_a_loud_neighbour_costs_a_logarithm():
+    quiet = -30.0
+    values = []
+    for bias in (0.0, 10.0, 20.0, 40.0, 80.0):
+        layer = layer_with([[quiet, quiet, bias, quiet]], tokens=64)
+        values.append(layer.lipschitz(norm="token", mask="causal").value)
+    steps = np.diff(values) / np.diff([0.0, 10.0, 20.0, 40.0, 80.0])
+    # `4 W0(exp(b - 3/2))` has slope at most 4 per unit of `b`, here times the same kernels.
+    assert (np.diff(steps) > 0.0).all()
+    assert steps[-1] <= 4.0 * values[0]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_penalty_of_the_constant_reaches_the_biases(norm):
+    layer = layer_with(np.random.default_rng(2).normal(size=(2, 6)))
+
+    def bound():
+        return layer.graph_bound(norm=norm, mask="causal")
+
+    with tf.GradientTape() as tape:
+        value = bound()
+    slope = tape.gradient(value, layer.relative_bias.value).numpy()
+    assert np.abs(slope).max() > 0.0
+    # Later keys are hidden.
+    np.testing.assert_array_equal(slope[:, :3], 0.0)
+    table, move = np.asarray(layer.relative_bias), 1e-6 * slope
+    ends = []
+    for sign in (1.0, -1.0):
+        layer.relative_bias.assign(table + sign * move)
+        ends.append(float(bound()))
+    assert (ends[0] - ends[1]) / 2e-6 == pytest.approx(np.sum(slope**2), rel=1e-5)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_cap_counts_the_biases(norm):
+    table = np.array([[2.0, 1.0, 3.0, -1.0], [0.0, -2.0, 5.0, 0.0]])
+    layer = layer_with(table, lipschitz_bound=0.5, lipschitz_norm=norm)
+    free = layer_with(table)
+    assert free.lipschitz(norm=norm).value > 1.0
+    for mask in MASKS:
+        assert layer.lipschitz(norm=norm, mask=mask).value <= 0.5
+        assert layer.lipschitz(norm=norm, mask=mask).value >= 0.2
+    x = np.random.default_rng(0).normal(size=(1, 6, 4))
+    small = layer(x)
+    layer.relative_bias.assign(table + 2.0)
+    assert layer.lipschitz(norm=norm).value <= 0.5
+    assert not np.allclose(layer(x), small)
+
+
+@pytest.mark.parametrize("cap", [None, 0.3])
+def test_a_condensed_layer_keeps_its_biases(cap):
+    table = np.array([[2.0, 1.0, 3.0, -1.0], [0.0, -2.0, 5.0, 0.0]])
+    layer = layer_with(table, lipschitz_bound=cap)
+    x = np.random.default_rng(0).normal(size=(1, 6, 4))
+    before, bound = layer(x), layer.lipschitz().value
+    with condensed(layer):
+        inside = tf.function(lambda x: layer(x), autograph=False)(x)
+        # Caps of the graph come from Gram iteration, a thousandth below the exact ones.
+        np.testing.assert_allclose(inside, before, rtol=2e-3)
+        layer.relative_bias.assign(-table)
+        np.testing.assert_array_equal(tf.function(layer, autograph=False)(x), inside)
+        assert layer.lipschitz().value == bound
+    assert not np.allclose(layer(x), before)
+
+
+def test_without_a_length_the_reason_is_told():
+    layer = L2MultiHeadAttention(1, 2, max_relative_position=2)
+    layer.build((None, None, 4))
+    assert "number of tokens is not known" in layer.lipschitz().reason
+    assert math.isfinite(layer.lipschitz(7).value)
+    windowed = L2MultiHeadAttention(1, 2, max_relative_position=2, sliding_window=4)
+    windowed.build((None, None, 4))
+    assert math.isfinite(windowed.lipschitz().value)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_biases_that_are_not_finite_have_no_constant(bad):
+    layer = layer_with([[0.0, bad, 1.0, 0.0]])
+    for norm in NORMS:
+        bound = layer.lipschitz(norm=norm)
+        assert math.isinf(bound.value)
+        assert bound.reason == "the relative bias holds NaN or infinite entries"
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_huge_biases_have_a_constant_or_a_reason(norm):
+    for size in (90.0, 500.0, 1e4):
+        layer = layer_with([[0.0, -size, size, 0.0]])
+        bound = layer.lipschitz(norm=norm)
+        assert math.isfinite(bound.value)
+        # Float32 graphs hold the logarithm.
+        single = layer_with([[0.0, -size, size, 0.0]], dtype="float32")
+        graph = float(single.graph_bound(norm=norm))
+        assert bound.value * (1.0 - 1e-4) <= graph < 2.5 * bound.value
+
+
+def test_a_model_with_relative_positions_is_certified_saved_and_loaded(tmp_path):
+    inputs = keras.Input((6, 4))
+    attention = L2MultiHeadAttention(2, 3, max_relative_position=4, sliding_window=5)
+    model = keras.Model(inputs, attention(inputs, use_causal_mask=True))
+    table = np.random.default_rng(0).normal(size=(2, 8))
+    attention.relative_bias.assign(table)
+    certificate = certify(model)
+    assert certificate.rows[0].theorem == "Theorem 5.1 with Theorem 3.E"
+    expected = attention.lipschitz(6, mask="causal").value
+    assert certificate.total == pytest.approx(expected, rel=1e-8)
+    around = certify(model, around=np.ones((1, 6, 4), "float32"), radius=0.1)
+    assert around.total == certificate.total
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert certify(loaded).total == certificate.total
+    x = np.random.default_rng(1).normal(size=(2, 6, 4)).astype("float32")
+    np.testing.assert_array_equal(loaded(x), model(x))
+
+
+def test_bad_reach_is_refused():
+    for reach in (0, -1, 1.5, "far"):
+        with pytest.raises(ValueError, match="Received: max_relative_position="):
+            L2MultiHeadAttention(1, 2, max_relative_position=reach)
