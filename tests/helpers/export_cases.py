@@ -87,7 +87,7 @@ def masked_classifier():
 def tagger():
     """A dict of outputs, one of them a label for every token."""
     inputs = keras.Input((None, WIDTH))
-    x = block(inputs)
+    x = block(inputs, attention(max_relative_position=3), use_causal_mask=True)
     return randomized(
         keras.Model(
             inputs, {"tags": layers.Dense(3)(x), "mean": layers.GlobalAveragePooling1D()(x)}
