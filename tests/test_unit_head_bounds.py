@@ -347,8 +347,9 @@ def test_every_parameter_gives_a_valid_bound():
         for _ in range(100):
             beta, excess = rng.uniform(0.01, 1.0), math.exp(rng.uniform(-5, 3))
             full = full_mask._squared_bound(tokens - 1, beta, excess, grid)
+            logs = math.log(beta), math.log(excess)
             degrees = [
-                any_mask._squared_bound(tokens - 1, tokens - 1, beta, excess, grid, entries)
+                any_mask._squared_bound(tokens - 1, tokens - 1, logs, grid, entries)
                 for entries in (any_mask._entries_by_mass, any_mask._largest_entry)
             ]
             assert min(full, *degrees) >= found**2

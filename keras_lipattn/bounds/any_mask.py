@@ -38,16 +38,34 @@ def weighted_bound(n_keys: float, n_queries: float, *, count: int = 6000) -> flo
     return _bound(n_keys, n_queries, count, _largest_entry)
 
 
+def weighted_bounds(totals: typing.Sequence[float]) -> list[float]:
+    """`weighted_bound(n, n)` for many `n` in order, each search beginning where one ended."""
+    found, best = [], None
+    for n in totals:
+        axes = _AXES if best is None else [np.linspace(x - 0.4, x + 0.4, 3) for x in best]
+        best = _parameters(n, n, _largest_entry, axes)
+        found.append(_value(n, n, _largest_entry, best, 1500))
+    return found
+
+
+_AXES = np.linspace(math.log(0.001), 0.0, 12), np.linspace(-5.0, 4.0, 12)
+
+
 def _bound(n_keys, n_queries, count, entries):
-    axes = np.linspace(math.log(0.001), 0.0, 12), np.linspace(-5.0, 4.0, 12)
+    best = _parameters(n_keys, n_queries, entries, _AXES)
+    return _value(n_keys, n_queries, entries, best, count)
 
-    def square(point, grid):
-        beta, excess = (math.exp(coordinate) for coordinate in point)
-        return _squared_bound(n_keys, n_queries, beta, excess, grid, entries)
 
+def _parameters(n_keys, n_queries, entries, axes):
+    """Logarithms of `beta <= 1` and of the excess."""
+    axes = [np.minimum(axes[0], 0.0), axes[1]]
     rough = points(n_keys, 160)
-    best = search(lambda *point: square(point, rough), axes)
-    return SAFETY * math.sqrt(square(best, cells(n_keys, count)))
+    return search(lambda *at: _squared_bound(n_keys, n_queries, at, rough, entries), axes)
+
+
+def _value(n_keys, n_queries, entries, parameters, count):
+    grid = cells(n_keys, count)
+    return SAFETY * math.sqrt(_squared_bound(n_keys, n_queries, parameters, grid, entries))
 
 
 def _entries_by_mass(high: Floats, beta: float) -> Floats:
@@ -64,12 +82,15 @@ def _largest_entry(high: Floats, beta: float) -> float:
 def _squared_bound(
     n_keys: float,
     n_queries: float,
-    beta: float,
-    excess: float,
+    parameters: typing.Sequence[float],
     grid: tuple[Floats, Floats],
     entries: typing.Callable[[Floats, float], Floats | float],
 ) -> float:
-    """Square of the bound; `B` is `1 + excess` times the smallest value the grid admits."""
+    """Square of the bound; `B` is `1 + excess` times the smallest value the grid admits.
+
+    `parameters` are the logarithms of `beta` and of the excess.
+    """
+    beta, excess = (math.exp(parameter) for parameter in parameters)
     low, high = grid
     load = off_diagonal(high, n_keys, beta) * entries(high, beta) / (1.0 + low) ** 2
     scale = (1.0 + excess) * load.max()

@@ -1,12 +1,13 @@
 """Theorems 3.E and 4.1 of docs/theory.md: attention whose keys have weights."""
 
+import functools
 import math
 import typing
 
 import numpy as np
 import numpy.typing as npt
 
-from keras_lipattn.bounds.any_mask import weighted_bound
+from keras_lipattn.bounds.any_mask import weighted_bound, weighted_bounds
 from keras_lipattn.bounds.key_weights import KeyWeights, weights_by_pair
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
 from keras_lipattn.bounds.multihead import certified_layer_bound
@@ -18,12 +19,15 @@ from keras_lipattn.linalg import SAFETY
 LEAST_OTHERS = 0.2
 # For the rounding of the sums of weights, in float64 and for weights that come by way of float32.
 _ROUNDING = {"host": 1.0 + 1e-6, "graph": 1.0 + 2e-5}
+# Logarithms of weights at which graphs know the constant that is evaluated on cells.
+_STEP = 0.125
+_POINTS = np.arange(-4.0, 12.0, _STEP)
 # Beyond this squares in the cells of Theorem 3.E leave the range of float64.
 _MOST = 300.0
 
 
 def weighted_unit_bound(weights: KeyWeights | None, norm: str, xp: typing.Any) -> UnitBound:
-    """Constants of the unit head in closed form, for graphs and for whom must agree with them.
+    """Constants of the unit head with derivatives, for graphs and for whom must agree with them.
 
     Args:
         weights: `KeyWeights` of the heads, or `None` where nobody sees another token.
@@ -40,7 +44,9 @@ def weighted_unit_bound(weights: KeyWeights | None, norm: str, xp: typing.Any) -
     if norm == "l2":
         column = xp.sqrt(1.0 + slack * weights.columns)
         scores = xp.sqrt(phi * (slack * weights.entropies))
-        return UnitBound(column + 2.0 * (phi + scores), "Theorem 3.E")
+        closed = column + 2.0 * (phi + scores)
+        total = xp.maximum(weights.log_keys, weights.log_queries)
+        return UnitBound(xp.minimum(closed, slack * _between(total, closed, xp)), "Theorem 3.E")
     others = xp.maximum(weights.log_keys, math.log(LEAST_OTHERS))
     token = 1.0 + 4.0 * slack * log_lambert(others - 1.5, xp)
     if norm == "token":
@@ -113,6 +119,29 @@ def weights_of_tokens(
     return weights_by_pair(
         logarithms, lambda lag: table[:, np.clip(lag, -reach, reach) + reach]
     ), ""
+
+
+def _between(log_total: typing.Any, beyond: typing.Any, xp: typing.Any) -> typing.Any:
+    """Theorem 3.E (i), from above: linear between points that each have the value of the next.
+
+    The constant grows with the weight, so this is above it. `beyond` is for more than the points.
+    """
+    after = _values_of_points()[1:]
+    place = (log_total - _POINTS[0]) / _STEP
+    index = xp.clip(xp.floor(place), 0, len(after) - 2)
+    part = xp.clip(place - index, 0.0, 1.0)
+    if xp is np:
+        index = index.astype(np.int64)
+    else:
+        after = xp.convert_to_tensor(after, dtype=log_total.dtype)
+        index = xp.cast(index, "int32")
+    low, high = xp.take(after, index), xp.take(after, index + 1)
+    return xp.where(place < len(after) - 1, low + part * (high - low), beyond)
+
+
+@functools.cache
+def _values_of_points() -> npt.NDArray[np.float64]:
+    return np.array(weighted_bounds(np.exp(_POINTS).tolist()))
 
 
 def _cells(weights: KeyWeights) -> npt.NDArray[np.float64]:
