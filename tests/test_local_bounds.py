@@ -24,12 +24,20 @@ def into_ball(centre, radius):
     return project
 
 
+def with_weights(tokens, rng):
+    """Masks, and weights of keys: of any size, of a neighbour, of none beyond it."""
+    weights = np.exp(2.0 * rng.normal(size=(tokens, tokens)))
+    np.fill_diagonal(weights, 1.0)
+    neighbour = np.eye(tokens) + 30.0 * np.eye(tokens, k=-1)
+    return {**cases.masks(tokens, rng), "weights": weights, "neighbour": neighbour}
+
+
 @pytest.mark.parametrize("covariance", ["eigenvalue", "trace"])
 @pytest.mark.parametrize(("tokens", "width"), [(3, 1), (6, 2), (9, 4)])
 def test_dominates_the_jacobian_in_the_whole_ball(tokens, width, covariance):
     rng = np.random.default_rng(tokens)
     b, c = cases.unit_head(width)
-    for mask in cases.masks(tokens, rng).values():
+    for mask in with_weights(tokens, rng).values():
         starts = cases.inputs(tokens, width, rng)
         for index in rng.choice(len(starts), size=3, replace=False):
             y = starts[index]
@@ -45,7 +53,7 @@ def test_dominates_the_jacobian_in_the_whole_ball(tokens, width, covariance):
 def test_dominates_the_jacobian_under_ascent_inside_the_ball():
     rng = np.random.default_rng(1)
     b, c = cases.unit_head(2)
-    for name, mask in cases.masks(5, rng).items():
+    for name, mask in with_weights(5, rng).items():
         y = rng.normal(size=(5, 2))
         for radius in (0.1, 0.4):
             bound = local_head_bound(y, radius, mask=mask, cap=UNCAPPED)

@@ -86,15 +86,29 @@ def weights_by_lag(
     return KeyWeights(keys, queries, columns, entropies)
 
 
+def biases_by_lag(
+    table: npt.NDArray[np.float64], lag: npt.NDArray[np.integer[typing.Any]]
+) -> npt.NDArray[np.float64]:
+    """Biases `(H, ...)` at distances `lag = i - j`, `(...)`, on the host.
+
+    Args:
+        table: shape `(H, 2 * R)`: of the keys R to 1 positions after a query, then of those 1 to R
+            before it; those further away share the last one, the own key has 0.
+        lag: integers.
+    """
+    reach = table.shape[1] // 2
+    table = np.insert(table, reach, 0.0, axis=1)
+    return table[:, np.clip(lag, -reach, reach) + reach]
+
+
 def weights_by_pair(
-    log_weights: npt.ArrayLike, by_lag: typing.Callable[[npt.NDArray[typing.Any]], typing.Any]
+    log_weights: npt.ArrayLike, table: npt.NDArray[np.float64]
 ) -> KeyWeights | None:
     """Sums for tokens with weights of their own, on the host; all see all.
 
     Args:
         log_weights: shape `(S, T)`, logarithms of the weights of the tokens, `-inf` for padding.
-        by_lag: function from integers `i - j`, shape `(R, T)`, to what else is added to the
-            logarithms, shape `(H, R, T)`.
+        table: shape `(H, 2 * R)`, what is added to the logarithms, see `biases_by_lag`.
 
     Returns:
         `KeyWeights`, the largest over the sequences, or `None` where nobody sees another token.
@@ -102,34 +116,43 @@ def weights_by_pair(
     found = []
     for sequence in np.asarray(log_weights, np.float64):
         places = np.flatnonzero(sequence > -np.inf)
-        if len(places) < 2:
-            continue
         weights = sequence[places]
-        rows, sums = [], []
+        blocks = []
         for start in range(0, len(places), _ROWS):
             part = slice(start, start + _ROWS)
             lag = places[part, None] - places
-            relative = weights - weights[part, None] + by_lag(lag)
-            relative = np.where(lag == 0, -np.inf, relative)
-            rows.append(_log_sum(relative, axis=2).max(axis=1))
-            entropies = log_lambert(relative - 1.0, np) * (lag != 0)
-            sums.append(
-                (
-                    _log_sum(relative, axis=1),
-                    _share(relative, np).sum(axis=1),
-                    entropies.sum(axis=1),
-                )
-            )
-        log_queries, columns, entropies = (np.stack(parts) for parts in zip(*sums, strict=True))
-        found.append(
-            (
-                np.max(rows, axis=0),
-                np.logaddexp.reduce(log_queries, axis=0).max(axis=1),
-                columns.sum(axis=0).max(axis=1),
-                entropies.sum(axis=0).max(axis=1),
-            )
-        )
+            relative = weights - weights[part, None] + biases_by_lag(table, lag)
+            blocks.append(np.where(lag == 0, -np.inf, relative))
+        found.append(_sums(blocks))
+    found = [sums for sums in found if sums is not None]
     return KeyWeights(*np.max(found, axis=0)) if found else None
+
+
+def _sums(blocks):
+    """Sums over logarithms of weights of some queries each, `(H, R, T)`, `-inf` for none."""
+    rows, columns = [], []
+    for block in blocks:
+        rows.append(_log_sum(block, axis=2).max(axis=1))
+        entropies = np.where(block > -np.inf, log_lambert(block - 1.0, np), 0.0)
+        sums = _share(block, np).sum(axis=1), entropies.sum(axis=1)
+        columns.append((_log_sum(block, axis=1), *sums))
+    log_keys = np.max(rows, axis=0) if rows else np.array(-np.inf)
+    if not (log_keys > -np.inf).any():
+        return None
+    log_queries, shares, entropies = (np.stack(parts) for parts in zip(*columns, strict=True))
+    return KeyWeights(
+        log_keys,
+        np.logaddexp.reduce(log_queries, axis=0).max(axis=1),
+        shares.sum(axis=0).max(axis=1),
+        entropies.sum(axis=0).max(axis=1),
+    )
+
+
+def weights_of_pairs(weights: npt.NDArray[np.float64]) -> KeyWeights | None:
+    """Sums of a matrix of weights `(N, N)` with a diagonal of 1, for one head."""
+    with np.errstate(divide="ignore"):
+        logarithms = np.log(weights - np.eye(len(weights)))
+    return _sums([logarithms[None]])
 
 
 def _prefixes(values, xp):

@@ -9,10 +9,12 @@ import math
 import numpy as np
 import numpy.typing as npt
 
+from keras_lipattn.bounds.key_weights import weights_of_pairs
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
 from keras_lipattn.bounds.multihead import certified_layer_bound
 from keras_lipattn.bounds.scalars import s_star
 from keras_lipattn.bounds.unit_head import unit_head_bound
+from keras_lipattn.bounds.weighted import weighted_constants
 from keras_lipattn.linalg import SAFETY, operator_norm
 
 # Distances are rounded up or down by this factor, whichever is safe.
@@ -36,8 +38,8 @@ def local_head_bound(
         y: shape `(N, d)`, the head's tokens `X B_h`, without padded tokens.
         radius: radius of the ball in the 2-norm of all entries, `>= 0`; 0 gives a bound of the
             Jacobian's norm at `y`.
-        mask: shape `(N, N)`, true where query `i` sees key `j`. The diagonal must be true.
-            Everything is visible by default.
+        mask: shape `(N, N)`, true where query `i` sees key `j`, or the weight of key `j` for it.
+            The diagonal must be true, or 1. Everything is visible by default.
         norm: `"l2"` or `"token"`, of inputs and outputs; the ball is one of the 2-norm for both.
         covariance: `"eigenvalue"` is sharper, `"trace"` saves `N` eigenvalue problems.
         cap: a constant valid everywhere; the result is never larger. The degrees of the mask
@@ -47,8 +49,8 @@ def local_head_bound(
         A float, `inf` when `y` is not finite.
 
     Raises:
-        ValueError: if shapes do not fit, the radius is negative, or a token may not attend to
-            itself.
+        ValueError: if shapes do not fit, the radius or a weight is negative, or a token may not
+            attend to itself with weight 1.
     """
     y = np.asarray(y, np.float64)
     if y.ndim != 2 or 0 in y.shape:
@@ -62,25 +64,31 @@ def local_head_bound(
             f'`covariance` must be "eigenvalue" or "trace". Received: covariance={covariance!r}'
         )
     tokens = len(y)
-    visible = np.ones((tokens, tokens), bool) if mask is None else np.asarray(mask, bool)
-    if visible.shape != (tokens, tokens):
+    mask = np.ones((tokens, tokens), bool) if mask is None else np.asarray(mask)
+    if mask.shape != (tokens, tokens):
         raise ValueError(
-            f"`mask` must have shape ({tokens}, {tokens}). Received: shape={visible.shape}"
+            f"`mask` must have shape ({tokens}, {tokens}). Received: shape={mask.shape}"
         )
-    if not visible.diagonal().all():
+    weights = mask.astype(np.float64)
+    if not (weights.diagonal() == 1.0).all():
         raise ValueError(
-            "Every token must attend to itself, or no finite bound exists. "
-            f"Received: mask.diagonal()={visible.diagonal()}"
+            "Every token must attend to itself, with weight 1, or no finite bound exists. "
+            f"Received: mask.diagonal()={mask.diagonal()}"
+        )
+    if not ((weights >= 0.0) & (weights < np.inf)).all():
+        raise ValueError(
+            "Weights of keys must be finite and not negative. "
+            f"Received: from {weights.min()} to {weights.max()}"
         )
     if not np.isfinite(y).all():
         return math.inf
     if cap is None:
-        cap = _global_constant(visible, norm)
+        cap = _global_constant(weights, norm)
     norms = np.empty((tokens, tokens))
     step = max(1, BLOCK_ENTRIES // y.size)
     for start in range(0, tokens, step):
         rows = np.arange(start, min(start + step, tokens))
-        norms[rows] = _block_norms(y, rows, radius, visible[rows], covariance)
+        norms[rows] = _block_norms(y, rows, radius, weights[rows], covariance)
     if norm == "token":
         return min(SAFETY * float(norms.sum(axis=1).max()), cap)
     return min(nonnegative_norm(norms), cap)
@@ -107,7 +115,7 @@ def local_layer_bound(
         radius: radius of the ball in the 2-norm of all entries.
         b: shape `(H, D, k)`, see `certified_layer_bound`.
         c: shape `(H, k, O)`.
-        mask: shape `(N, N)` or `(H, N, N)` with a true diagonal, everything visible by default.
+        mask: shape `(N, N)` or `(H, N, N)`, see `local_head_bound`.
         norm: `"l2"` or `"token"`, of inputs and outputs; the ball is one of the 2-norm for both.
         covariance: see `local_head_bound`.
         product_scale: see `certified_layer_bound`.
@@ -179,8 +187,11 @@ def nonnegative_norm(matrix: np.ndarray, *, num_iters: int = 40) -> float:
     return SAFETY * math.sqrt(best)
 
 
-def _global_constant(visible: np.ndarray, norm: str) -> float:
-    tokens = len(visible)
+def _global_constant(weights: np.ndarray, norm: str) -> float:
+    tokens = len(weights)
+    visible = weights > 0.0
+    if (weights != visible).any():
+        return float(weighted_constants(weights_of_pairs(weights), norm).max())
     if visible.all():
         return unit_head_bound(tokens, "full", norm).value
     if (visible == np.tri(tokens, dtype=bool)).all():
@@ -191,21 +202,19 @@ def _global_constant(visible: np.ndarray, norm: str) -> float:
 
 
 def _block_norms(
-    y: np.ndarray, rows: np.ndarray, radius: float, visible: np.ndarray, covariance: str
+    y: np.ndarray, rows: np.ndarray, radius: float, weights: np.ndarray, covariance: str
 ) -> np.ndarray:
     """Upper bounds of the norms of the Jacobian's blocks `(i, j)`, shape `(rows, N)`."""
     index = np.arange(len(rows)), rows
-    others = visible.copy()
-    others[index] = False
+    others = weights.copy()
+    others[index] = 0.0
     # Differences, never a Gram expansion, which cancels for tokens far from the origin.
     edges = y[None] - y[rows][:, None]
     distance = np.sqrt(np.square(edges).sum(axis=-1))
     travel = math.sqrt(2.0) * radius
     near = np.maximum(distance * (1.0 - DISTANCE_ROUNDING) - travel, 0.0)
     far = distance * (1.0 + DISTANCE_ROUNDING) + travel
-    kernel, upper, lower = (
-        np.where(others, np.exp(-np.square(d)), 0.0) for d in (distance, near, far)
-    )
+    kernel, upper, lower = (others * np.exp(-np.square(d)) for d in (distance, near, far))
     kernel_sum, upper_sum, lower_sum = (
         k.sum(axis=1, keepdims=True) for k in (kernel, upper, lower)
     )
@@ -236,7 +245,7 @@ def _block_norms(
     turn = 1.0 - 2.0 * (inner - reach * travel - distance * shift - travel * shift)
     root = np.sqrt(np.maximum(np.square(square) + square * turn, 0.0))
     norms = prob_up * np.sqrt(np.maximum(turn + 2.0 * square + 2.0 * root, 1.0))
-    norms = np.where(others, norms, 0.0)
-    everywhere = np.array([1.0 + 2.0 * s_star(int(n)) for n in others.sum(axis=1)])
+    norms = np.where(others > 0.0, norms, 0.0)
+    everywhere = np.array([1.0 + 2.0 * s_star(n) for n in others.sum(axis=1)])
     norms[index] = np.minimum(prob_up[index] + 2.0 * largest, everywhere)
     return norms

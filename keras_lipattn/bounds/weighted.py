@@ -78,9 +78,7 @@ def weighted_layer_bound(
     """
     heads = len(np.asarray(b))
     unit = weighted_unit_bound(weights, norm, np)
-    constants = np.broadcast_to(SAFETY * np.asarray(unit.value), heads)
-    if weights is not None and norm == "l2":
-        constants = np.minimum(constants, _cells(weights))
+    constants = np.broadcast_to(weighted_constants(weights, norm), heads)
     scores = np.broadcast_to(SAFETY * np.asarray(unit.score_part), heads)
     return certified_layer_bound(
         b,
@@ -94,6 +92,19 @@ def weighted_layer_bound(
     )
 
 
+def weighted_constants(weights: KeyWeights | None, norm: str) -> npt.NDArray[np.float64]:
+    """Certified constants of the unit head, one for each head of `weights`.
+
+    Args:
+        weights: see `weighted_unit_bound`.
+        norm: `"l2"`, `"token"` or `"linf"` (the row constant of Theorem 5.3).
+    """
+    constants = np.atleast_1d(SAFETY * np.asarray(weighted_unit_bound(weights, norm, np).value))
+    if weights is None or norm != "l2":
+        return constants
+    return np.minimum(constants, _cells(weights))
+
+
 def weights_of_tokens(
     token_weights: npt.ArrayLike, relative_bias: npt.ArrayLike | None = None
 ) -> tuple[KeyWeights | None, str]:
@@ -101,8 +112,7 @@ def weights_of_tokens(
 
     Args:
         token_weights: shape `(..., T)`, not negative; a weight of 0 is padding.
-        relative_bias: shape `(H, 2 R)`, finite, added to the logarithms of the weights: of the keys
-            R to 1 positions after a query, then of those 1 to R before it.
+        relative_bias: shape `(H, 2 R)`, finite, added to the logarithms, see `biases_by_lag`.
 
     Returns:
         A pair: `KeyWeights`, or `None` where nobody sees another token, and the reason why there
@@ -112,13 +122,9 @@ def weights_of_tokens(
     if not (np.isfinite(weights).all() and (weights >= 0.0).all()):
         return None, "a weight of a token is negative, NaN or infinite"
     table = np.zeros((1, 2)) if relative_bias is None else np.asarray(relative_bias, np.float64)
-    reach = table.shape[1] // 2
-    table = np.insert(table, reach, 0.0, axis=1)
     with np.errstate(divide="ignore"):
         logarithms = np.log(weights.reshape(-1, weights.shape[-1]))
-    return weights_by_pair(
-        logarithms, lambda lag: table[:, np.clip(lag, -reach, reach) + reach]
-    ), ""
+    return weights_by_pair(logarithms, table), ""
 
 
 def _between(log_total: typing.Any, beyond: typing.Any, xp: typing.Any) -> typing.Any:

@@ -89,7 +89,8 @@ def unit_head(width):
 
 def attention(y, mask):
     """Attention matrix of one head, shape `(N, N)`."""
-    scores = np.where(mask, -np.square(y[:, None] - y[None]).sum(axis=-1), -np.inf)
+    with np.errstate(divide="ignore"):
+        scores = np.log(mask) - np.square(y[:, None] - y[None]).sum(axis=-1)
     weights = np.exp(scores - scores.max(axis=1, keepdims=True))
     return weights / weights.sum(axis=1, keepdims=True)
 

@@ -7,8 +7,10 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_lipattn.bounds.key_weights import biases_by_lag, weights_of_pairs
 from keras_lipattn.bounds.local import local_layer_bound
 from keras_lipattn.bounds.unit_head import unit_head_bound
+from keras_lipattn.bounds.weighted import weighted_constants
 from keras_lipattn.certify.call import Call
 from keras_lipattn.certify.near import Near
 from keras_lipattn.certify.step import Step
@@ -25,6 +27,8 @@ UNSETTLED = (
     "certify inside `condensed(model)`"
 )
 
+# The weights of keys are its exponentials.
+_MOST_BIAS = 100.0
 _TOKEN_MASKS = ("query_mask", "value_mask", "key_mask")
 
 
@@ -79,7 +83,11 @@ def near_input(layer: L2MultiHeadAttention, call: Call, step: Step, mask: Any) -
         theorem = bound.theorem
         mixed = _mixed(x, b, seen)
         outputs[index, kept] = np.einsum("hnk,hko->no", mixed, c)
-        drifts.append(_drift(x, mixed, c, *errors))
+        if layer.relative_bias is None:
+            unit: Any = unit_head_bound(len(x), "any").value
+        else:
+            unit = [float(weighted_constants(weights_of_pairs(head), "l2").max()) for head in seen]
+        drifts.append(_drift(x, mixed, c, np.asarray(unit), *errors))
         if layer.output_bias is not None:
             outputs[index, kept] += np.ravel(as_run(layer.output_bias, layer.compute_dtype))
     value = layer._axes.restore(
@@ -97,8 +105,8 @@ def _unknown(layer: L2MultiHeadAttention, call: Call) -> str:
     """Why the weights or masks of this call are not known, empty when they are."""
     if not layer._is_settled():
         return UNSETTLED
-    if layer.relative_bias is not None:
-        return "it has biases by relative position"
+    if layer.relative_bias is not None and not np.abs(layer._bias_table(np)).max() < _MOST_BIAS:
+        return f"a bias by relative position is larger than {_MOST_BIAS:g}"
     if call.mask is not None:
         return "the masks that `mask` stands for are not known"
     given = call.kwargs.get("attention_mask")
@@ -114,7 +122,7 @@ def _unknown(layer: L2MultiHeadAttention, call: Call) -> str:
 
 
 def _visible(layer: L2MultiHeadAttention, call: Call, near: Near) -> tuple[np.ndarray, np.ndarray]:
-    """Valid tokens `(S, T)` and visible pairs `(S or 1, H, T, T)` of the sequences."""
+    """Valid tokens `(S, T)` and visible pairs `(S or 1, H, T, T)` or weights of the sequences."""
     axes = layer._axes
     shape = near.value.shape
     masks = [_values(call.kwargs.get(name)) for name in _TOKEN_MASKS] + [near.mask]
@@ -135,7 +143,10 @@ def _visible(layer: L2MultiHeadAttention, call: Call, near: Near) -> tuple[np.nd
         pairs = pairs & (lag >= 0)
     if layer.sliding_window is not None:
         pairs = pairs & (np.abs(lag) < layer.sliding_window)
-    return valid, pairs | (lag == 0)
+    pairs = pairs | (lag == 0)
+    if layer.relative_bias is None:
+        return valid, pairs
+    return valid, pairs * np.exp(biases_by_lag(layer._bias_table(np), lag))
 
 
 def _values(mask: Any) -> Any:
@@ -143,19 +154,21 @@ def _values(mask: Any) -> Any:
 
 
 def _mixed(x: np.ndarray, b: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """The outputs of the heads, `(H, N, k)`."""
+    """The outputs of the heads, `(H, N, k)`; `seen` holds visible pairs or weights."""
     mean = x.mean(axis=0)
     # Distances from differences of tokens near the origin: none of their digits is lost.
     y = (x - mean) @ b
     distances = np.stack([np.square(head[:, None] - head[None]).sum(axis=-1) for head in y])
-    kernel = np.where(seen, np.exp(-distances), 0.0)
+    kernel = seen * np.exp(-distances)
     weights = kernel / kernel.sum(axis=-1, keepdims=True)
     return weights @ y + (mean @ b)[:, None]
 
 
-def _drift(x, mixed, c, query_error, product_error) -> float:
-    """How far the output is from that with kernels which are off by the errors."""
-    unit = unit_head_bound(len(x), "any").value
+def _drift(x, mixed, c, unit, query_error, product_error) -> float:
+    """How far the output is from that with kernels which are off by the errors.
+
+    `unit` is a constant of the unit head, for all heads or `(H,)`.
+    """
     moved = math.sqrt(2.0) * unit * float(np.linalg.norm(x)) * query_error
     heads = np.linalg.norm(mixed, axis=(1, 2))
     sizes = SAFETY * np.asarray(operator_norm(c))
