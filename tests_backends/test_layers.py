@@ -62,7 +62,7 @@ def test_output_and_scores_equal_the_loops(case):
     weights, bias = kernels(layer)
     rounded = _numpy(keras.ops.cast(x, layer.compute_dtype))
     expected, scores = loop_attention.attend_over_axes(
-        rounded, weights, bias, **case.loop_arguments()
+        rounded, weights, bias, **case.loop_arguments(), attend=case.with_biases(layer)
     )
     tolerance = TOLERANCE[case.dtype]
     _close(case.run(layer, x), expected, tolerance)
