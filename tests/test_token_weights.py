@@ -288,6 +288,29 @@ def test_very_unequal_weights_have_a_constant():
     assert far[1].value < far[0].value < 1e4 * far[1].value
 
 
+def test_weights_over_several_axes_are_one_sequence():
+    case = Case("two axes")
+    layer, weights = case.layer(), weights_for(case)
+    flat = weights.reshape(layer_cases.BATCH, -1)
+    sequence = layer_cases.Case().layer()
+    for ours, other in zip(sequence.trainable_variables, layer.trainable_variables, strict=True):
+        ours.assign(other)
+    for norm in ("l2", "token", "linf"):
+        found = layer.lipschitz(norm=norm, token_weights=weights).value
+        assert found == sequence.lipschitz(norm=norm, token_weights=flat).value
+    with pytest.raises(ValueError, match=r"Received: token_weights of shape \(2, 6\)"):
+        layer.lipschitz(token_weights=flat)
+
+
+def test_a_kernel_of_a_backend_is_not_asked_for_weights(monkeypatch):
+    layer, x, weights = PLAIN.layer(), PLAIN.inputs(), weights_for(PLAIN)
+    expected = layer(x, token_weights=weights)
+    monkeypatch.setattr(
+        "keras_lipattn.layers.l2_multi_head_attention.takes_kernel", lambda *args: True
+    )
+    np.testing.assert_array_equal(layer(x, token_weights=weights), expected)
+
+
 def test_bad_weights_are_refused():
     layer, x = PLAIN.layer(), PLAIN.inputs()
     weights = weights_for(PLAIN)

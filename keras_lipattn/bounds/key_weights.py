@@ -32,9 +32,22 @@ class KeyWeights(typing.NamedTuple):
     entropies: typing.Any
 
 
+class SeenByLag(typing.NamedTuple):
+    """The keys on one side of a query, by distance.
+
+    Attributes:
+        log_weights: shape `(H, R)`, of the keys at distance 1 to R; those further away weigh what
+            the last one does.
+        count: number of keys that are seen at most; `R` is no more than this.
+    """
+
+    log_weights: typing.Any
+    count: int
+
+
 def weights_by_lag(
-    before: typing.Any,
-    after: typing.Any,
+    before: SeenByLag,
+    after: SeenByLag,
     tokens: int | None,
     xp: typing.Any,
     *,
@@ -44,33 +57,39 @@ def weights_by_lag(
     """Sums of weights that depend on the distance of two positions.
 
     Args:
-        before: shape `(H, A)`, logarithms of the weights of the keys 1 to A positions before a
-            query; those further away are hidden.
-        after: shape `(H, C)`, the same after a query.
+        before: what a query sees before it.
+        after: what it sees after it.
         tokens: largest number of tokens, or `None` if there may be any number.
-        xp: array namespace, `numpy` or `keras.ops`.
+        xp: array namespace, `numpy` or `keras.ops`. In a graph the sums are from above: they have
+            an allowance for their roundings.
         n_keys: most other keys a query sees, if fewer than all of these.
         n_queries: most other queries that see a key.
 
     Returns:
         `KeyWeights`, or `None` where no query sees another token.
     """
-    reach = before.shape[1] + after.shape[1]
-    if reach == 0 or tokens == 1 or n_keys == 0 or n_queries == 0:
+    sides = before, after
+    if before.count + after.count == 0 or tokens == 1 or n_keys == 0 or n_queries == 0:
         return None
-    everything = xp.concatenate([before, after], axis=1)
+    everything = xp.concatenate([side.log_weights for side in sides], axis=1)
     peak = xp.max(everything, axis=1)
     shift = peak[:, None] if xp is np else xp.stop_gradient(peak)[:, None]
+    numbers = _numbers_seen(before, after, tokens)
+    slack = 1.0 if xp is np else 1.0 + 2.0 * everything.shape[1] * _epsilon(everything)
 
     def largest(function):
-        """Largest sum of a row: what is before position `i` and what is after it."""
-        sums = _prefixes(function(before), xp), _prefixes(function(after), xp)
-        if tokens is None:
-            return sums[0][:, -1] + sums[1][:, -1]
-        row = np.arange(tokens)
-        first = xp.take(sums[0], np.minimum(row, before.shape[1]), axis=1)
-        second = xp.take(sums[1], np.minimum(tokens - 1 - row, after.shape[1]), axis=1)
-        return xp.max(first + second, axis=1)
+        """Largest sum of a row: what is before a position and what is after it."""
+        total = 0.0
+        for side, seen in zip(sides, numbers, strict=True):
+            values, size = function(side.log_weights), side.log_weights.shape[1]
+            if size == 0:
+                continue
+            sums = xp.pad(xp.cumsum(values, axis=1), ((0, 0), (1, 0)))
+            total = total + xp.take(sums, np.minimum(seen, size), axis=1)
+            beyond = np.maximum(seen - size, 0)
+            if beyond.any():
+                total = total + values[:, -1:] * _like(beyond, values, xp)
+        return slack * xp.max(total, axis=1)
 
     total = shift[:, 0] + xp.log(largest(lambda part: xp.exp(part - shift)))
     # Key j is seen by the same number of queries on either side as query N - 1 - j sees keys.
@@ -84,6 +103,30 @@ def weights_by_lag(
         columns = xp.minimum(columns, n_queries * _share(peak, xp))
         entropies = xp.minimum(entropies, n_queries * log_lambert(peak - 1.0, xp))
     return KeyWeights(keys, queries, columns, entropies)
+
+
+def _numbers_seen(before, after, tokens):
+    """How many keys are seen on either side, by the queries among which the largest sum is.
+
+    Between these positions all sums are linear.
+    """
+    if tokens is None:
+        return np.array([before.count]), np.array([after.count])
+    near = [np.arange(side.log_weights.shape[1] + 1) for side in (before, after)]
+    rows = np.concatenate(
+        [near[0], [before.count], tokens - 1 - near[1], [tokens - 1 - after.count], [tokens - 1, 0]]
+    )
+    rows = np.unique(np.clip(rows, 0, tokens - 1))
+    return np.minimum(rows, before.count), np.minimum(tokens - 1 - rows, after.count)
+
+
+def _epsilon(tensor):
+    dtype = "float64" if "float64" in str(tensor.dtype) else "float32"
+    return float(np.finfo(dtype).eps)
+
+
+def _like(array, tensor, xp):
+    return array if xp is np else xp.cast(array, tensor.dtype)
 
 
 def biases_by_lag(
@@ -155,14 +198,10 @@ def weights_of_pairs(weights: npt.NDArray[np.float64]) -> KeyWeights | None:
     return _sums([logarithms[None]])
 
 
-def _prefixes(values, xp):
-    """Sums of the first 0, 1, 2, ... values, `(H, A + 1)`."""
-    return xp.pad(xp.cumsum(values, axis=1), ((0, 0), (1, 0)))
-
-
 def _share(log_weight, xp):
     """`w / (1 + w)`."""
-    return 0.5 * (1.0 + xp.tanh(0.5 * log_weight))
+    small = xp.exp(-xp.abs(log_weight))
+    return xp.where(log_weight > 0.0, 1.0, small) / (1.0 + small)
 
 
 def _log_sum(values, axis):

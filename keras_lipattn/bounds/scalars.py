@@ -58,9 +58,9 @@ def log_lambert(x: typing.Any, xp: typing.Any) -> typing.Any:
     w = xp.maximum(x, 0.0) + xp.log1p(xp.exp(-xp.abs(x)))
     # Newton's method for w + log(w) = x, from below after one step.
     for _ in range(4):
-        w = w * (1.0 + x - xp.log(w)) / (1.0 + w)
+        w = w / (1.0 + w) * (1.0 + x - xp.log(w))
     # One for w exp(w) = exp(x): it is convex, so the step ends above.
-    return (w * w + xp.exp(x - w)) / (1.0 + w)
+    return w / (1.0 + w) * w + xp.exp(x - w) / (1.0 + w)
 
 
 def _principal_lambert(n: float, exponent: float) -> float:

@@ -133,8 +133,10 @@ def _between(log_total: typing.Any, beyond: typing.Any, xp: typing.Any) -> typin
     The constant grows with the weight, so this is above it. `beyond` is for more than the points.
     """
     after = _values_of_points()[1:]
+    last = len(after) - 1
     place = (log_total - _POINTS[0]) / _STEP
-    index = xp.clip(xp.floor(place), 0, len(after) - 2)
+    # NaN is no index; it comes back with `part`.
+    index = xp.where(place == place, xp.clip(xp.floor(place), 0, last - 1), 0.0)
     part = xp.clip(place - index, 0.0, 1.0)
     if xp is np:
         index = index.astype(np.int64)
@@ -142,7 +144,7 @@ def _between(log_total: typing.Any, beyond: typing.Any, xp: typing.Any) -> typin
         after = xp.convert_to_tensor(after, dtype=log_total.dtype)
         index = xp.cast(index, "int32")
     low, high = xp.take(after, index), xp.take(after, index + 1)
-    return xp.where(place < len(after) - 1, low + part * (high - low), beyond)
+    return xp.where(place < last, low + part * (high - low), beyond)
 
 
 @functools.cache

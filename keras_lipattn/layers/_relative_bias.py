@@ -1,7 +1,8 @@
 """Biases of scores by relative position, `b[i - j]`, and their gradient."""
 
-import numpy as np
 from keras import ops
+
+from keras_lipattn.bounds.key_weights import SeenByLag
 
 
 class RelativeBias:
@@ -37,7 +38,7 @@ class RelativeBias:
 
 
 def by_distance(table, tokens, use_causal_mask, sliding_window, xp):
-    """What queries see before and after them, `(H, A)` and `(H, C)`, the nearest first.
+    """What queries see before them and after them, a pair of `SeenByLag`.
 
     Args:
         table: As `RelativeBias` takes it.
@@ -47,9 +48,9 @@ def by_distance(table, tokens, use_causal_mask, sliding_window, xp):
         xp: Array namespace, `numpy` or `keras.ops`.
     """
     reach = table.shape[1] // 2
-    limits = [limit - 1 for limit in (tokens, sliding_window) if limit is not None]
-    # The last bias is that of all beyond.
-    distances = np.minimum(np.arange(min(limits)), reach - 1)
-    before = xp.take(table, reach + distances, axis=1)
-    after = xp.take(table, reach - 1 - (distances[:0] if use_causal_mask else distances), axis=1)
-    return before, after
+    count = min(limit - 1 for limit in (tokens, sliding_window) if limit is not None)
+    near = min(count, reach)
+    before = SeenByLag(table[:, reach : reach + near], count)
+    if use_causal_mask:
+        return before, SeenByLag(table[:, :0], 0)
+    return before, SeenByLag(xp.flip(table[:, reach - near : reach], axis=1), count)

@@ -392,15 +392,34 @@ class SelfAttention(LipschitzLayer):
         return ops.reshape(output, (*ops.shape(output)[:-1], *self._output_token))
 
     def _call_visibility(self, attention_mask, use_causal_mask):
-        if attention_mask is None:
+        degrees = getattr(self._call_degrees, "value", (None, None))
+        return self._visibility_under(attention_mask is not None, use_causal_mask, degrees)
+
+    def _visibility_under(self, has_mask, use_causal_mask, degrees=(None, None)):
+        if not has_mask:
             mask = "causal" if use_causal_mask else "full"
             return classify(mask, sliding_window=self.sliding_window)
-        n_keys, n_queries = getattr(self._call_degrees, "value", (None, None))
         window = classify(
             "causal" if use_causal_mask else "any", sliding_window=self.sliding_window
         )
-        n_keys, n_queries = _least(n_keys, window.n_keys), _least(n_queries, window.n_queries)
+        n_keys, n_queries = _least(degrees[0], window.n_keys), _least(degrees[1], window.n_queries)
         return Visibility("any", n_keys, n_queries, window.causal)
+
+    def capped_for(self, attention_mask, use_causal_mask):
+        """The class of mask that the cap of a call with these arguments is for.
+
+        Args:
+            attention_mask: An array, `None`, or anything else for a mask that is not known.
+            use_causal_mask: Whether later tokens are hidden.
+
+        Returns:
+            A `Visibility`: where the call may have known more or less of the mask, the one that
+            scales down least.
+        """
+        degrees = None, None
+        if isinstance(attention_mask, np.ndarray) and attention_mask.ndim == 2:
+            degrees = mask_degrees(attention_mask)
+        return self._visibility_under(attention_mask is not None, use_causal_mask, degrees)
 
     def _tracked_length(self, visibility):
         """Number of tokens of the running bound."""

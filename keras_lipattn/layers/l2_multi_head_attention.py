@@ -40,7 +40,7 @@ from keras_lipattn.layers._fused_attention import (
     fused_attention,
     takes_kernel,
 )
-from keras_lipattn.layers._operator_norms import GramNorms, quiet
+from keras_lipattn.layers._operator_norms import ExactNorms, GramNorms, quiet
 from keras_lipattn.layers._relative_bias import RelativeBias, by_distance
 from keras_lipattn.layers._self_attention import SelfAttention
 from keras_lipattn.layers._visibility import classify
@@ -89,7 +89,8 @@ class L2MultiHeadAttention(SelfAttention):
             pay. TensorFlow has none; the function is the same. None takes relative positions.
         max_relative_position: If set to `R`, every head learns a bias of its scores for each
             distance from 1 to R, before and after, that starts at 0; tokens further apart share the
-            last one. Positions are those of the flattened sequence.
+            last one. Positions are those of the flattened sequence. The biases, `relative_bias`,
+            have no regularizer or constraint.
         spectral_norm: If set to `c`, caps the operator norms of the query, value and output
             kernels, as the matrices `(D, H*key_dim)`, `(D, H*value_dim)`, `(H*value_dim, output)`.
         lipschitz_bound: If set to `L`, caps the constant of the whole layer in `lipschitz_norm` by
@@ -384,20 +385,24 @@ class L2MultiHeadAttention(SelfAttention):
             ValueError: If the layer is not built, or an argument is out of range.
         """
         visibility, tokens = self._asked(sequence_length, norm, mask)
+        return self.certified(norm, visibility, tokens, visibility, token_weights)
+
+    def certified(self, norm, visibility, tokens, capped_for, token_weights=None):
+        """What `lipschitz` returns, where caps are for another class of mask than the constant."""
         biases = {"output": self.output_bias, "relative": self.relative_bias}
         for name, values in biases.items():
             if not is_finite_as_run(values, self.compute_dtype):
                 return _no_bound(norm, f"the {name} bias holds NaN or infinite entries")
         state = self._condensed or CondensedAttention(self)
-        b, c = state.heads(visibility)
-        query_error, product_error = state.rounding(visibility)
+        b, c = state.heads(capped_for)
+        query_error, product_error = state.rounding(capped_for)
         allowances = {
-            "product_scale": state.product_scale(visibility),
+            "product_scale": state.product_scale(capped_for),
             "query_error": query_error,
             "product_error": product_error,
         }
         if token_weights is not None:
-            token_weights = as_run(np.asarray(token_weights), self.compute_dtype)
+            token_weights = self._flat_token_weights(token_weights)
             biases = None if self.relative_bias is None else self._bias_table(np)
             weights, reason = weights_of_tokens(token_weights, biases)
             if reason:
@@ -417,19 +422,36 @@ class L2MultiHeadAttention(SelfAttention):
             n_keys=visibility.n_keys,
             n_queries=visibility.n_queries,
             **allowances,
-            published=self._published(state, norm, tokens, visibility),
+            published=self._published(state, norm, tokens, capped_for),
         )
 
     def graph_bound(self, *, norm="l2", sequence_length=None, mask="full"):
+        visibility, tokens = self._asked(sequence_length, norm, mask)
         if self._condensed is not None:
-            return self.lipschitz(sequence_length, norm, mask).value
-        visibility = classify(mask, sliding_window=self.sliding_window)
-        tokens = sequence_length or self._length
+            certified = self.lipschitz(sequence_length, norm, mask).value
+            if self.relative_bias is None or math.isinf(certified):
+                return certified
+            # What a graph divides by must not change by condensing it: its formula is less tight.
+            b, c = (matrix.astype(np.float64) for matrix in self._condensed.heads(visibility))
+            formula = self._formula(b, c, norm, tokens, visibility, ExactNorms(), np)
+            return max(certified, float(formula))
         kernels = self._graph_kernels()
         norms = self._norms_for(kernels, training=False)
         b, c = self._fold(*self._capped(kernels, norms, ops), ops)
         bound = self._formula(b, c, norm, tokens, visibility, GramNorms(), ops)
         return bound * self._layer_factor(b, c, norms, visibility, ops)
+
+    def _flat_token_weights(self, token_weights):
+        """Weights as they run, `(..., T)` with one axis of tokens."""
+        weights = as_run(np.asarray(token_weights), self.compute_dtype)
+        if self._axes.is_plain:
+            return weights
+        if weights.ndim != self.input_spec.ndim - 1:
+            raise ValueError(
+                "With several axes `token_weights` must have those of the input but for the "
+                f"features. Received: token_weights of shape {weights.shape}"
+            )
+        return ops.convert_to_numpy(self._axes.flatten_mask(ops.convert_to_tensor(weights)))
 
     def _published(self, state, norm, tokens, visibility):
         """The bound of Kim et al. for the weights that run."""
@@ -515,7 +537,8 @@ class L2MultiHeadAttention(SelfAttention):
         y = ops.cast(near, self._norm_dtype)
         drop = training and self.dropout > 0.0
         if not (drop or return_scores):
-            plain = mask.relative_bias is not None
+            # Kernels of backends know of neither.
+            plain = mask.relative_bias is not None or mask.log_weights is not None
             if not plain and takes_kernel(y, self.compute_dtype, self.flash_attention):
                 return self._join_heads(fused_attention(y, mask, self.compute_dtype)), shift, None
             length = tokens.shape[1]

@@ -263,6 +263,10 @@ class ScaledCosineAttention(SelfAttention):
             ValueError: If the layer is not built, or an argument is out of range.
         """
         visibility, tokens = self._asked(sequence_length, norm, mask)
+        return self.certified(norm, visibility, tokens, visibility)
+
+    def certified(self, norm, visibility, tokens, capped_for):
+        """What `lipschitz` returns, where caps are for another class of mask than the constant."""
         if not all(is_finite_as_run(bias, self.compute_dtype) for bias in self._biases()):
             return LipschitzBound(
                 value=math.inf,
@@ -272,7 +276,7 @@ class ScaledCosineAttention(SelfAttention):
                 reason="a bias holds NaN or infinite entries",
             )
         state = self._condensed or CondensedCosine(self)
-        *projections, output = (k.astype(np.float64) for k in state.kernels(visibility))
+        *projections, output = (k.astype(np.float64) for k in state.kernels(capped_for))
         a, g = self._fold(projections, np)
         return certified_cosine_bound(
             a,
@@ -288,11 +292,11 @@ class ScaledCosineAttention(SelfAttention):
     def graph_bound(self, *, norm="l2", sequence_length=None, mask="full"):
         if self._condensed is not None:
             return self.lipschitz(sequence_length, norm, mask).value
-        visibility = classify(mask, sliding_window=self.sliding_window)
+        visibility, tokens = self._asked(sequence_length, norm, mask)
         kernels = self._graph_kernels()
         norms = self._norms_for(kernels, training=False)
         capped = self._capped(kernels, norms, ops)
-        mass = self._mass(norm, sequence_length or self._length, visibility)
+        mass = self._mass(norm, tokens, visibility)
         bound = self._bound(capped, norm, mass, GramNorms(), ops)
         return bound * self._layer_factor(capped, norms, visibility, ops)
 

@@ -74,7 +74,11 @@ def self_attention(layer, call):
     if call.kwargs.get("token_weights") is not None:
         return _weighted(layer, call, mask)
     tokens = attention_length(layer.attention_axes, call.state)
-    bound = layer.lipschitz(sequence_length=tokens, norm=call.norm, mask=mask)
+    visibility, most = layer._asked(tokens, call.norm, mask)
+    # The cap that runs is that of the call, whatever masks the certificate is to cover.
+    given = call.kwargs.get("attention_mask")
+    causal = bool(call.kwargs.get("use_causal_mask"))
+    bound = layer.certified(call.norm, visibility, most, layer.capped_for(given, causal))
     reason = bound.reason
     if math.isinf(bound.value) and tokens is None:
         reason += "; `certify` takes a `sequence_length`"
