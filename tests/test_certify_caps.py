@@ -1,7 +1,7 @@
 """With a cap the certificate is for the scale that runs, whatever masks it is asked about."""
 
 # Keras's tensors are TensorFlow's here, which pyright cannot know.
-# pyright: reportCallIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOptionalMemberAccess=false
 
 import math
 
@@ -74,3 +74,16 @@ def test_a_certificate_counts_the_cap_of_the_call_whatever_it_is_told(call, opti
     for norm in ("l2", "token", "linf"):
         certificate = certify(model, norm=norm, inputs=[inputs.name], **options)
         assert found[norm] <= certificate.total * (1.0 + 1e-6), norm
+
+
+@pytest.mark.parametrize(
+    "make", [keras_lipattn.L2MultiHeadAttention, keras_lipattn.ScaledCosineAttention]
+)
+@pytest.mark.parametrize("causal", [False, True])
+def test_more_masks_never_have_the_smaller_constant(make, causal):
+    inputs = keras.Input((9, 4), dtype="float64")
+    layer = make(2, 3, lipschitz_bound=0.01, dtype="float64")
+    model = keras.Model(inputs, layer(inputs, use_causal_mask=causal))
+    for norm in ("l2", "token", "linf"):
+        own = certify(model, norm=norm).total
+        assert certify(model, norm=norm, mask="any").total >= own * (1.0 - 1e-9)
