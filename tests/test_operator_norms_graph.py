@@ -191,6 +191,33 @@ def test_the_gradient_of_a_converged_step_is_that_of_the_norm():
     assert tape.gradient(moved, matrix) is None
 
 
+@pytest.mark.parametrize("scaled", [("rows",), ("columns",), ("rows", "columns")])
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
+def test_a_scaled_step_is_one_of_the_scaled_matrix(scaled, scale):
+    rng = np.random.default_rng(0)
+    matrix = tf.constant(rng.normal(size=(3, 5, 4)) * scale)
+    vector = tf.constant(rng.normal(size=(3, 4)))
+    scales = {"rows": tf.constant(rng.random((3, 5))), "columns": tf.constant(rng.random((3, 4)))}
+    ones = {name: tf.ones_like(value) for name, value in scales.items()}
+
+    def formed(matrix, scales):
+        return scales["rows"][..., :, None] * matrix * scales["columns"][..., None, :]
+
+    chosen = {name: scales[name] for name in scaled}
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch([matrix, *scales.values()])
+        steps = [
+            power_step(matrix, vector, **chosen),
+            power_step(formed(matrix, {**ones, **chosen}), vector),
+        ]
+    for one, other in zip(*steps, strict=True):
+        # A few dozen roundings.
+        np.testing.assert_allclose(one, other, rtol=1e-13)
+    for source in (matrix, *chosen.values()):
+        one, other = (tape.gradient(sigma, source) for sigma, _ in steps)
+        np.testing.assert_allclose(one, other, rtol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("matrix", "vector"),
     [

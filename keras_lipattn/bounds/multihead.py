@@ -50,11 +50,13 @@ def frobenius_scaling(b: typing.Any, c: typing.Any, xp: typing.Any) -> typing.An
     Returns:
         Shape `(H,)`, positive and finite.
     """
-    query, output = _head_sizes(b, xp), _head_sizes(c, xp)
+    query_peak, query = _peaks_and_squares(b, xp)
+    output_peak, output = _peaks_and_squares(c, xp)
     usable = xp.minimum(query, output) > 0.0
     # The inner `where` keeps 0/0 out of the gradient, the outer one out of the value.
     ratio = xp.where(usable, output, 1.0) / xp.where(usable, query, 1.0)
-    return xp.sqrt(ratio)
+    peaks = xp.where(usable, output_peak / query_peak, 1.0)
+    return xp.sqrt(peaks * xp.sqrt(ratio))
 
 
 def split_bound_l2(
@@ -82,9 +84,9 @@ def split_bound_l2(
         A scalar of the namespace.
     """
     stacked = _stacked_output_norm(c, scale, operator_norm, xp, product_error)
-    wide = xp.transpose(b * _per_head(scale, xp), (1, 0, 2))
-    wide = xp.reshape(wide, (b.shape[1], b.shape[0] * b.shape[2]))
-    joint = operator_norm("concatenated_query", wide)
+    wide = xp.reshape(xp.transpose(b, (1, 0, 2)), (b.shape[1], b.shape[0] * b.shape[2]))
+    scales = _per_feature(scale, b.shape[2], xp)
+    joint = _scaled_norm("concatenated_query", wide, scales, -1, operator_norm, xp)
     if query_error is not None:
         joint = joint + xp.sqrt(xp.sum(xp.square(query_error * scale)))
     return stacked * joint
@@ -366,22 +368,38 @@ def _exact(name: str, matrix: np.ndarray) -> typing.Any:
 
 
 def _stacked_output_norm(c, scale, operator_norm, xp, product_error):
-    stacked = xp.reshape(c / _per_head(scale, xp), (c.shape[0] * c.shape[1], c.shape[2]))
-    norm = operator_norm("stacked_output", stacked)
+    stacked = xp.reshape(c, (c.shape[0] * c.shape[1], c.shape[2]))
+    scales = _per_feature(1.0 / scale, c.shape[1], xp)
+    norm = _scaled_norm("stacked_output", stacked, scales, -2, operator_norm, xp)
     if product_error is None:
         return norm
     return norm + xp.sqrt(xp.sum(xp.square(product_error / scale)))
 
 
-def _head_sizes(matrices, xp):
-    """Frobenius norm of every head's matrix, `(H,)`; a float32 square overflows at 1e19 already."""
+def _scaled_norm(name, matrix, scales, axis, operator_norm, xp):
+    """The norm of a matrix with one of its axes scaled, formed only for those who look at it."""
+    if hasattr(operator_norm, "scaled"):
+        return operator_norm.scaled(name, matrix, scales, axis)
+    return operator_norm(name, matrix * xp.expand_dims(scales, -3 - axis))
+
+
+def _per_feature(scale, key_dim, xp):
+    """A number for every head as one for every row or column of its block, `(H * key_dim,)`."""
+    heads = scale.shape[0]
+    return xp.reshape(xp.broadcast_to(xp.expand_dims(scale, 1), (heads, key_dim)), (-1,))
+
+
+def _peaks_and_squares(matrices, xp):
+    """Largest absolute entry of every head's matrix, and the sum of squares relative to it.
+
+    Both `(H,)`. A float32 square overflows at 1e19 already.
+    """
     peak = xp.max(xp.abs(matrices), axis=(1, 2))
     peak = xp.where(peak > 0.0, peak, 1.0)
     if xp is not np:
-        # The result does not depend on it.
+        # The Frobenius norm does not depend on it.
         peak = xp.stop_gradient(peak)
-    squares = xp.sum(xp.square(matrices / _per_head(peak, xp)), axis=(1, 2))
-    return peak * _safe_sqrt(squares, xp)
+    return peak, xp.sum(xp.square(matrices / _per_head(peak, xp)), axis=(1, 2))
 
 
 def _per_head(scale, xp):

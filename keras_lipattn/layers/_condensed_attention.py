@@ -13,8 +13,9 @@ class CondensedAttention(CondensedWeights):
         super().__init__(layer)
         self.biases = None if layer.relative_bias is None else layer._bias_table(np)
         with quiet():
-            self.kernels = layer._capped(layer._host_kernels(), self._norms, np)
-            self._exact = layer._fold(*self.kernels, np)
+            kernels = layer._host_kernels()
+            self.kernels = layer._capped(kernels, self._norms, np)
+            _, *self._exact = layer._fold(kernels, self._norms, np)
             self._b, self._c = (matrix.astype(self._dtype) for matrix in self._exact)
 
     def heads(self, visibility):

@@ -33,9 +33,16 @@ class RunningNorms:
         self._moved = {}
 
     def __call__(self, name, matrix):
+        return self._norm(name, matrix)
+
+    def scaled(self, name, matrix, scales, axis):
+        """The norm of `matrix` with its rows (`axis=-2`) or columns (`-1`) scaled."""
+        return self._norm(name, matrix, **{{-2: "rows", -1: "columns"}[axis]: scales})
+
+    def _norm(self, name, matrix, **scales):
         if name not in self._norms:
             vector = ops.cast(ops.convert_to_tensor(self._vectors[name]), matrix.dtype)
-            self._norms[name], self._moved[name] = power_step(matrix, vector)
+            self._norms[name], self._moved[name] = power_step(matrix, vector, **scales)
         return self._norms[name]
 
     def commit(self):

@@ -255,7 +255,7 @@ class L2MultiHeadAttention(SelfAttention):
         for name, kernel in zip(self._projections, kernels, strict=True):
             if name in names:
                 norms(name, self._as_operator(name, kernel, xp))
-        b, c = self._fold(*self._capped(kernels, norms, xp), xp)
+        _, b, c = self._fold(kernels, norms, xp)
         if "stacked_output" in names:
             split = split_bound_l2 if "concatenated_query" in names else split_bound_token
             split(b, c, frobenius_scaling(b, c, xp), norms, xp)
@@ -264,14 +264,17 @@ class L2MultiHeadAttention(SelfAttention):
 
     def _capped(self, kernels, norms, xp):
         """Kernels under their caps, by head: `(H, D, K)`, `(H, D, V)` and `(H, V, O)`."""
-        return self._by_head(self._under_caps(kernels, norms, xp), xp)
+        if self.spectral_norm is not None:
+            factors = self._cap_factors(kernels, norms, xp)
+            kernels = [kernel * factor for kernel, factor in zip(kernels, factors, strict=True)]
+        return self._by_head(kernels, xp)
 
-    def _under_caps(self, kernels, norms, xp):
+    def _cap_factors(self, kernels, norms, xp):
+        """What `spectral_norm` multiplies the kernels with."""
         if self.spectral_norm is None:
-            return kernels
+            return [1.0] * len(kernels)
         return [
-            kernel
-            * self._cap_factor(
+            self._cap_factor(
                 norms(name, self._as_operator(name, kernel, xp)),
                 self.spectral_norm,
                 self._norm_shapes()[name],
@@ -285,13 +288,21 @@ class L2MultiHeadAttention(SelfAttention):
         output = xp.reshape(output, (self.num_heads, self.value_dim, -1))
         return xp.transpose(query, (1, 0, 2)), xp.transpose(value, (1, 0, 2)), output
 
-    def _fold(self, query, value, output, xp):
-        """`B_h = W_Q,h / key_dim**0.25` `(H, D, K)` and `C_h = B_h^T W_V,h W_O,h` `(H, K, O)`."""
-        b = self._scaled(query, xp)
-        return b, xp.matmul(xp.matmul(xp.transpose(b, (0, 2, 1)), value), output)
+    def _fold(self, kernels, norms, xp):
+        """`B = W_Q / key_dim**0.25` under its cap, by head and folded with the other kernels.
 
-    def _scaled(self, query, xp):
-        return self._rounded(query * self.key_dim**-0.25, xp)
+        Returns:
+            `B` as the kernel lies, `(D, H, K)`, all `B_h`, `(H, D, K)`, and all
+            `C_h = B_h^T W_V,h W_O,h`, `(H, K, O)`.
+        """
+        of_query, of_value, of_output = self._cap_factors(kernels, norms, xp)
+        flat = self._rounded(kernels[0] * (of_query * self.key_dim**-0.25), xp)
+        b, value, output = self._by_head([flat, *kernels[1:]], xp)
+        inner = xp.matmul(xp.transpose(b, (0, 2, 1)), value)
+        if self.spectral_norm is not None:
+            # Here they meet the fewest entries. One after the other, so that nothing underflows.
+            inner = inner * of_value * of_output
+        return flat, b, xp.matmul(inner, output)
 
     def _layer_factor(self, b, c, norms, visibility, xp):
         """What `lipschitz_bound` multiplies the output with."""
@@ -437,7 +448,7 @@ class L2MultiHeadAttention(SelfAttention):
             return max(certified, float(formula))
         kernels = self._graph_kernels()
         norms = self._norms_for(kernels, training=False)
-        b, c = self._fold(*self._capped(kernels, norms, ops), ops)
+        _, b, c = self._fold(kernels, norms, ops)
         bound = self._formula(b, c, norm, tokens, visibility, GramNorms(), ops)
         return bound * self._layer_factor(b, c, norms, visibility, ops)
 
@@ -500,15 +511,14 @@ class L2MultiHeadAttention(SelfAttention):
         else:
             kernels = self._graph_kernels()
             norms = self._norms_for(kernels, training)
-            kernels = self._under_caps(kernels, norms, ops)
-            b, c = self._fold(*self._by_head(kernels, ops), ops)
-            factor = self._layer_factor(b, c, norms, visibility, ops)
+            flat, heads, c = self._fold(kernels, norms, ops)
+            factor = self._layer_factor(heads, c, norms, visibility, ops)
             if training and self._tracking is not None:
-                self._track(b, c, factor, norms, visibility)
+                self._track(heads, c, factor, norms, visibility)
             if training and norms is not None:
                 norms.commit()
             # The heads side by side, as they are in the kernel: cheaper than turning `b` back.
-            b = self._as_operator("query", self._scaled(kernels[0], ops), ops)
+            b = self._as_operator("query", flat, ops)
             c = ops.reshape(c * factor, (-1, c.shape[-1]))
         bias = self.output_bias
         return (

@@ -9,7 +9,7 @@ from keras import ops
 WARM_UP_STEPS = 30
 
 
-def power_step(matrix, vector):
+def power_step(matrix, vector, *, rows=None, columns=None):
     """One power-iteration step; a lower bound of the spectral norm, differentiable in `matrix`.
 
     The estimate is `u^T W v` for the unit vectors `u ~ W vector` and `v ~ W^T u`, whose gradient is
@@ -21,23 +21,27 @@ def power_step(matrix, vector):
         matrix: Tensor `(..., m, n)`.
         vector: Tensor `(..., n)`, right singular vector estimate. Any vector not orthogonal to the
             leading one will do.
+        rows: Tensor `(..., m)` or `None`; the step is one of `diag(rows) matrix diag(columns)`,
+            which is not formed, and differentiable in both.
+        columns: Tensor `(..., n)` or `None`.
 
     Returns:
         A pair: the estimate `(...)` and the new vector `(..., n)`, no gradient flowing through it.
-        A vector of zeros or NaN, given or reached (by a zero matrix, say), is replaced by a fixed
-        one: the next step starts afresh.
+        Where a vector of zeros or NaN is given or reached (by a zero matrix, say), a fixed one
+        takes its place.
     """
-    *batch, rows, columns = matrix.shape
-    fixed = ops.stop_gradient(matrix)
-    left, _ = _unit(ops.matmul(fixed, ops.expand_dims(_or_cold(vector), -1)))
-    # As a row: the product with the transposed matrix without turning the matrix.
-    left = ops.reshape(ops.stop_gradient(left), (*batch, 1, rows))
-    right, sigma = _unit(ops.reshape(ops.matmul(left, matrix), (*batch, columns, 1)))
-    sigma = ops.reshape(sigma, tuple(batch))
-    floor = _frobenius(fixed) / math.sqrt(min(rows, columns))
-    missing = ops.stop_gradient(ops.maximum(floor - sigma, 0.0))
-    right = ops.reshape(ops.stop_gradient(right), (*batch, columns))
-    return sigma + missing, _or_cold(right)
+    *batch, height, width = matrix.shape
+    # All vectors are rows `(..., 1, n)`, but where a product wants a column.
+    rows, columns = (_as_row(weights) for weights in (rows, columns))
+    fixed, fixed_rows, fixed_columns = map(_fixed, (matrix, rows, columns))
+    image = ops.matmul(fixed, _turned(_times(_as_row(vector), fixed_columns)))
+    left = _unit(_times(_turned(image), fixed_rows))
+    image = _times(ops.matmul(_times(left, rows), matrix), columns)
+    right = _unit(ops.stop_gradient(image))
+    sigma = ops.reshape(ops.matmul(image, _turned(right)), tuple(batch))
+    floor = _frobenius(fixed, fixed_rows, fixed_columns) / math.sqrt(min(height, width))
+    missing = ops.maximum(floor - ops.stop_gradient(sigma), 0.0)
+    return sigma + missing, ops.reshape(right, (*batch, width))
 
 
 def cold_vector(shape):
@@ -61,37 +65,51 @@ def warm_vector(matrix, *, steps=WARM_UP_STEPS):
     return vector
 
 
-def _or_cold(vector):
+def _as_row(vector):
+    return None if vector is None else ops.expand_dims(vector, -2)
+
+
+def _turned(vector):
+    """A row as a column or the other way round: a change of shape alone."""
+    *batch, height, width = vector.shape
+    return ops.reshape(vector, (*batch, width, height))
+
+
+def _fixed(tensor):
+    return None if tensor is None else ops.stop_gradient(tensor)
+
+
+def _times(row, weights):
+    return row if weights is None else row * weights
+
+
+def _unit(row):
+    """A row `(..., 1, n)` at length one; the cold vector for zero or NaN."""
+    # Scaling by the largest entry first keeps the squares from under- or overflowing: their sum is
+    # at least 1, or the row is zero.
+    smallest = float(np.finfo(keras.backend.standardize_dtype(row.dtype)).tiny)
+    row = row / ops.maximum(ops.max(ops.abs(row), axis=-1, keepdims=True), smallest)
+    squares = ops.sum(ops.square(row), axis=-1, keepdims=True)
+    cold = ops.convert_to_tensor(cold_vector(row.shape[-1:]), dtype=row.dtype)
     # A comparison with NaN is false.
-    usable = ops.sum(ops.square(vector), axis=-1, keepdims=True) > 0
-    cold = cold_vector(vector.shape[-1:])
-    return ops.where(usable, vector, ops.convert_to_tensor(cold, dtype=vector.dtype))
+    return ops.where(squares > 0.0, row / ops.sqrt(ops.maximum(squares, 0.5)), cold)
 
 
-def _unit(column):
-    """A column `(..., n, 1)` at length one, and its length `(..., 1, 1)`; zero stays zero."""
-    # Scaling by the largest entry first keeps the squares from under- or overflowing; the scaled
-    # length is at least 1 then, above the floor, or the column is zero and stays so.
-    peak = ops.stop_gradient(_peak(column))
-    column = column / peak
-    length = ops.sqrt(ops.maximum(ops.sum(ops.square(column), axis=-2, keepdims=True), 0.5))
-    return column / length, length * peak
-
-
-def _frobenius(matrix):
+def _frobenius(matrix, rows, columns):
     """Frobenius norms, and zero where the squares leave the range: no floor then."""
-    *batch, rows, columns = matrix.shape
-    flat = ops.reshape(matrix, (*batch, 1, rows * columns))
-    # As a product: one pass over the matrix.
-    squares = ops.matmul(flat, ops.reshape(matrix, (*batch, rows * columns, 1)))
-    squares = ops.reshape(squares, tuple(batch))
+    squares = ops.square(matrix)
+    if rows is None and columns is None:
+        squares = ops.sum(squares, axis=(-2, -1))
+    elif rows is None:
+        squares = ops.sum(ops.matmul(squares, _turned(ops.square(columns))), axis=(-2, -1))
+    else:
+        squares = _times(ops.matmul(ops.square(rows), squares), _squared(columns))
+        squares = ops.sum(squares, axis=(-2, -1))
     return ops.sqrt(ops.where(squares < np.inf, squares, ops.zeros_like(squares)))
 
 
-def _peak(column):
-    """Largest absolute entry, positive even where there is none."""
-    smallest = float(np.finfo(keras.backend.standardize_dtype(column.dtype)).tiny)
-    return ops.maximum(ops.max(ops.abs(column), axis=-2, keepdims=True), smallest)
+def _squared(tensor):
+    return None if tensor is None else ops.square(tensor)
 
 
 def _host_unit(vector):
