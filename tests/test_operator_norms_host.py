@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from keras_lipattn.linalg import SAFETY, operator_norm
+from keras_lipattn.linalg import SAFETY, fast_operator_norm, operator_norm
 
 matrices = hypothesis_numpy.arrays(
     np.float64,
@@ -77,3 +77,24 @@ def test_takes_low_precision_as_the_numbers_it_holds():
 def test_refuses_vectors():
     with pytest.raises(ValueError, match=r"two axes.*Received: shape=\(3,\)"):
         operator_norm(np.ones(3))
+
+
+@pytest.mark.parametrize("shape", [(130, 3), (3, 130), (150, 140), (2, 3, 128, 16), (4, 8, 200)])
+@pytest.mark.parametrize("size", [1e-200, 1.0, 1e200])
+def test_a_large_matrix_gets_an_upper_bound_close_by(shape, size):
+    matrix = np.random.default_rng(4).normal(size=shape)
+    tied = np.sign(matrix[..., :1]) * np.ones(shape)
+    orthogonal = np.linalg.svd(matrix, full_matrices=False)
+    for case in (matrix, tied, orthogonal.U @ orthogonal.Vh, 0.0 * matrix):
+        exact, fast = operator_norm(case * size), fast_operator_norm(case * size)
+        assert np.shape(fast) == shape[:-2]
+        # A decomposition is off by a few roundings in either direction.
+        assert np.all(fast >= exact * (1.0 - 1e-14))
+        assert np.all(fast <= exact * (1.0 + 2e-9))
+
+
+def test_the_fast_norm_is_infinite_where_an_entry_is_not_finite():
+    batch = np.ones((2, 130, 3))
+    batch[0, 5, 1] = np.nan
+    np.testing.assert_allclose(fast_operator_norm(batch), [np.inf, np.sqrt(390.0)])
+    assert fast_operator_norm(np.zeros((0, 200))) == 0.0

@@ -10,7 +10,7 @@ norms.
 
 import numpy as np
 
-from keras_lipattn.linalg import operator_norm
+from keras_lipattn.linalg import fast_operator_norm
 
 STEPS = 40
 SUBSPACE = 8
@@ -33,10 +33,12 @@ def polished_scaling(
         `(scaling, estimate)`: a positive array of shape `(H,)`, and a *lower* estimate of the
         split bound at `start`. A bound at `scaling` below it needs no comparison with `start`.
     """
+    # Relative to the first scaling: heads of all sizes are alike then, and fit float32.
+    b, c = b * start[:, None, None], c / start[:, None, None]
     outputs = _Factor(c)
     queries = _Factor(np.swapaxes(b, 1, 2)) if norm == "l2" else _HeadNorms(b)
-    best_value, best = np.inf, start
-    logs = np.log(start)
+    best_value, best = np.inf, np.ones(len(start))
+    logs = np.zeros(len(start))
     for step in range(STEPS):
         scale = np.exp(logs)
         query, query_shares = queries.norm(scale)
@@ -47,8 +49,8 @@ def polished_scaling(
         logs = logs - (query_shares - output_shares) / (1.0 + step / 6.0)
     estimate = 0.0
     for _ in range(4):
-        estimate = queries.norm(start)[0] * outputs.norm(1.0 / start)[0]
-    return best, estimate
+        estimate = queries.norm(np.ones(len(start)))[0] * outputs.norm(np.ones(len(start)))[0]
+    return best * start, estimate
 
 
 class _Factor:
@@ -57,18 +59,20 @@ class _Factor:
     def __init__(self, blocks: np.ndarray) -> None:
         heads, self.rows, columns = blocks.shape
         stacked = blocks.reshape(heads * self.rows, columns)
-        # Entries of size 1: the squares in the Gram matrix neither overflow nor vanish.
+        # Entries of size 1: the squares in the Gram matrix neither overflow nor vanish. Estimates
+        # need no more than float32.
         self.size = max(float(np.abs(stacked).max()), np.finfo(np.float64).tiny)
-        stacked = stacked / self.size
+        stacked = (stacked / self.size).astype(np.float32)
         self.gram = stacked @ stacked.T
         shape = len(stacked), min(SUBSPACE, len(stacked))
-        self.basis = np.linalg.qr(np.random.default_rng(0).normal(size=shape))[0]
+        basis = np.random.default_rng(0).normal(size=shape)
+        self.basis = np.linalg.qr(basis.astype(np.float32))[0]
 
     def norm(self, weights: np.ndarray) -> tuple[float, np.ndarray]:
         """A lower estimate of the norm, and the heads' shares in its square."""
-        rows = np.repeat(weights, self.rows)[:, None]
+        rows = np.repeat(weights.astype(np.float32), self.rows)[:, None]
         image = rows * (self.gram @ (rows * self.basis))
-        values, turn = np.linalg.eigh(self.basis.T @ image)
+        values, turn = np.linalg.eigh((self.basis.T @ image).astype(np.float64))
         top = max(values[-1], np.finfo(np.float64).tiny)
         weight = (np.maximum(values, 0.0) / top) ** SHARPNESS
         shares = np.square(self.basis @ turn) @ weight
@@ -81,7 +85,7 @@ class _HeadNorms:
     """`sqrt(sum_h weight_h^2 ||B_h||^2)`."""
 
     def __init__(self, b: np.ndarray) -> None:
-        self.norms = operator_norm(b)
+        self.norms = fast_operator_norm(b)
 
     def norm(self, weights: np.ndarray) -> tuple[float, np.ndarray]:
         """The norm, and the heads' shares in its square."""

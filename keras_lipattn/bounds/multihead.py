@@ -25,7 +25,6 @@ from keras_lipattn.bounds.head_scaling import polished_scaling
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
 from keras_lipattn.bounds.unit_head import UnitBound, unit_head_bound
 from keras_lipattn.linalg import SAFETY, fast_operator_norm
-from keras_lipattn.linalg import operator_norm as exact_norm
 
 # `(name, matrix) -> norm`, in the arrays of the namespace that is used.
 OperatorNorm = typing.Callable[[str, typing.Any], typing.Any]
@@ -364,7 +363,7 @@ def _linf(
 
 
 def _exact(name: str, matrix: np.ndarray) -> typing.Any:
-    return fast_operator_norm(matrix) if matrix.ndim == 2 else exact_norm(matrix)
+    return fast_operator_norm(matrix)
 
 
 def _stacked_output_norm(c, scale, operator_norm, xp, product_error):

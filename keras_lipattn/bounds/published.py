@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from keras_lipattn.bounds.scalars import phi_inv
-from keras_lipattn.linalg import SAFETY, fast_operator_norm, operator_norm
+from keras_lipattn.linalg import SAFETY, fast_operator_norm
 
 
 def published_head_bound(tokens: int) -> float:
@@ -55,7 +55,7 @@ def published_layer_bound(
     stacked = output.reshape(-1, output.shape[-1])
     four_phi = 4.0 * phi_inv(tokens - 1)
     if norm == "l2":
-        heads = np.sum(operator_norm(query) ** 4 * operator_norm(value) ** 2)
+        heads = np.sum(fast_operator_norm(query) ** 4 * fast_operator_norm(value) ** 2)
         head = math.sqrt(tokens / key_dim) * (four_phi + 1.0)
         return float(SAFETY * head * math.sqrt(heads) * fast_operator_norm(stacked))
     if norm == "linf":

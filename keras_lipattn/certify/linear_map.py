@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from keras_lipattn.bounds.content_cache import cached_by_content
-from keras_lipattn.linalg import GRAM_SIDE, SAFETY, gram_norm, operator_norm
+from keras_lipattn.linalg import SAFETY, fast_operator_norm
 
 # A map of the last axis: a matrix of shape `(d_in, d_out)` that acts as `x @ matrix`, its
 # diagonal of shape `(d,)`, or `None` for the identity.
@@ -60,9 +60,7 @@ def matrix_norm(linear: LinearMap, norm: str) -> float:
 
 
 def _spectral_norm(matrix: np.ndarray) -> float:
-    if min(matrix.shape) >= GRAM_SIDE:
-        return gram_norm(matrix)
-    return SAFETY * operator_norm(matrix)
+    return SAFETY * fast_operator_norm(matrix)
 
 
 def centred_diagonal_norm(gamma: np.ndarray) -> float:

@@ -1,6 +1,5 @@
 """Operator norms on the host, exact up to float64 rounding."""
 
-import math
 import typing
 
 import numpy as np
@@ -9,7 +8,7 @@ import numpy.typing as npt
 # Rounding allowance of every certified number: a float64 decomposition of a matrix with
 # sides in the thousands is low by far less than one part in 10^9.
 SAFETY = 1.0 + 1e-9
-# From this smaller side on, the Gram matrix is several times faster than a decomposition.
+# From this longer side on, the Gram matrix is several times faster than a decomposition.
 GRAM_SIDE = 128
 _UNIT_ROUNDOFF = 2.0**-53
 
@@ -53,7 +52,7 @@ def operator_norm(matrix: npt.ArrayLike) -> typing.Any:
     return norms if batch else float(norms)
 
 
-def gram_norm(matrix: np.ndarray) -> float:
+def gram_norm(matrix: np.ndarray) -> typing.Any:
     """An upper bound of the spectral norm by the Gram matrix of the smaller side, in float64.
 
     With `m` terms per entry the computed Gram matrix is off by at most
@@ -62,26 +61,28 @@ def gram_norm(matrix: np.ndarray) -> float:
     root is taken, so what is returned exceeds the norm by about 1e-10 at most, never falls below.
 
     Args:
-        matrix: float64, finite, shape `(rows, columns)`.
+        matrix: float64, finite, not empty, shape `(rows, columns)`, or a batch
+            `(..., rows, columns)`.
 
     Returns:
-        A float.
+        A float for one matrix, a float64 array of shape `(...)` for a batch.
     """
-    scale = float(np.abs(matrix).max())
-    if scale == 0.0:
-        return 0.0
-    matrix = matrix / scale
-    if matrix.shape[0] > matrix.shape[1]:
-        matrix = matrix.T
-    rows, columns = matrix.shape
-    gram = matrix @ matrix.T
-    largest = float(np.linalg.eigvalsh(gram)[-1])
-    rounding = (1.01 * columns + 10.0 * rows) * _UNIT_ROUNDOFF * float(np.trace(gram))
-    return SAFETY * scale * math.sqrt(largest + rounding)
+    batch = matrix.shape[:-2]
+    scale = np.maximum(matrix.max(axis=(-2, -1)), -matrix.min(axis=(-2, -1)))
+    matrix = matrix / np.where(scale > 0.0, scale, 1.0)[..., None, None]
+    if matrix.shape[-2] > matrix.shape[-1]:
+        matrix = np.swapaxes(matrix, -2, -1)
+    rows, columns = matrix.shape[-2:]
+    gram = np.matmul(matrix, np.swapaxes(matrix, -2, -1))
+    largest = np.linalg.eigvalsh(gram)[..., -1]
+    trace = np.trace(gram, axis1=-2, axis2=-1)
+    rounding = (1.01 * columns + 10.0 * rows) * _UNIT_ROUNDOFF * trace
+    norms = SAFETY * scale * np.sqrt(largest + rounding)
+    return norms if batch else float(norms)
 
 
-def fast_operator_norm(matrix: np.ndarray) -> float:
-    """`operator_norm` of one matrix; that of a large one by `gram_norm`, hence 1e-9 above it."""
-    if min(matrix.shape) >= GRAM_SIDE and np.isfinite(matrix).all():
+def fast_operator_norm(matrix: np.ndarray) -> typing.Any:
+    """`operator_norm`; that of large matrices by `gram_norm`, hence up to 1e-9 above it."""
+    if matrix.size and max(matrix.shape[-2:]) >= GRAM_SIDE and np.isfinite(matrix).all():
         return gram_norm(matrix)
     return operator_norm(matrix)
