@@ -74,10 +74,15 @@ def _scores(rows, y, mask):
     """Scores `(B, H, R, T)` of the queries `rows` over keys `y`: softmax ignores terms in `i`."""
     if not _adding_is_cheaper(rows, y):
         return ops.matmul(score_queries(rows), ops.swapaxes(score_keys(y, mask), -1, -2))
-    products = ops.matmul(2.0 * rows, ops.swapaxes(y, -1, -2))
-    # Where queries are the keys, their squares stand in the products already.
-    squares = 0.5 * ops.diagonal(products, axis1=-2, axis2=-1) if rows is y else _squares(y)
-    return products + ops.expand_dims(_key_bias(squares, mask), -2)
+    # With the heads in the batch, TensorFlow's kernels take the factor and what is added into the
+    # product: no pass over the scores is spent on either.
+    batch, heads, queries, key_dim = ops.shape(rows)
+    keys = ops.shape(y)[2]
+    columns = ops.reshape(ops.swapaxes(y, -1, -2), (batch * heads, 1, key_dim, keys))
+    rows = ops.reshape(rows, (batch * heads, 1, queries, key_dim))
+    bias = ops.reshape(_key_bias(_squares(y), mask), (batch * heads, 1, 1, keys))
+    scores = ops.matmul(2.0 * rows, columns) + bias
+    return ops.reshape(scores, (batch, heads, queries, keys))
 
 
 def _adding_is_cheaper(rows, y):
