@@ -156,7 +156,8 @@ def test_the_constant_of_no_biases_is_that_of_equal_weights(norm, mask):
     if norm == "l2":
         assert np.max(unit.value) >= plain.value
     else:
-        np.testing.assert_allclose(unit.value, plain.value, rtol=1e-5)
+        # Up to the slack for roundings in graphs.
+        np.testing.assert_allclose(unit.value, plain.value, rtol=2e-5)
     certified = layer_with(zero, tokens=tokens).lipschitz(norm=norm, mask=mask)
     free = layer_with(zero, tokens=tokens)
     free.relative_bias = None
@@ -249,11 +250,11 @@ def test_sums_of_long_sequences_are_from_above_in_float32(tokens):
         exact = weights_by_lag(*by_distance(table, tokens, False, None, np), tokens, np)
         single = ops.convert_to_tensor(table.astype("float32"))
         seen = by_distance(single, tokens, False, None, ops)
-        found = weights_by_lag(*seen, tokens, ops)
+        found = weights_by_lag(*seen, tokens, ops, epsilon=2.0**-23)
         for name, low, high in zip(exact._fields, exact, found, strict=True):
             size = max(1e-3, float(np.abs(low).max()))
             gap = (np.asarray(high, "float64") - low).max() / size
-            assert -2e-6 < gap < 1e-4, name
+            assert -2e-7 < gap < 1e-4, name
 
 
 def test_any_length_takes_no_time():

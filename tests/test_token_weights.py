@@ -15,7 +15,7 @@ from keras import ops
 
 from keras_lipattn import L2MultiHeadAttention, certify
 from keras_lipattn.bounds.token_norm import token_norm_bound
-from keras_lipattn.bounds.weighted import weighted_unit_bound, weights_of_tokens
+from keras_lipattn.bounds.weighted import weighted_constants, weights_of_tokens
 
 PLAIN = Case()
 CALLS = ("no mask", "causal", "query mask", "pairs per head", "everything")
@@ -29,7 +29,7 @@ def weighted_token_bound(token_weights):
     """Constant of the unit head in the token norm."""
     weights, reason = weights_of_tokens(token_weights)
     assert reason == ""
-    return float(np.max(weighted_unit_bound(weights, "token", np).value))
+    return float(weighted_constants(weights, "token").max())
 
 
 def numpy(tensor):

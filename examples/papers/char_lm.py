@@ -88,7 +88,7 @@ FULL = Setting(
     size=Size(layers=2, width=48, heads=8, context=64),
     plan=Plan(batch=16, steps=10_000, warm_up=1000),
     rates=(0.003, 0.01, 0.03),
-    tuning_steps=1000,
+    tuning_steps=3000,
     seeds=3,
     deep_size=Size(layers=0, width=48, heads=4, context=32),
     deep_plan=Plan(batch=16, steps=300, warm_up=0),

@@ -53,6 +53,7 @@ def weights_by_lag(
     *,
     n_keys: int | None = None,
     n_queries: int | None = None,
+    epsilon: float = 0.0,
 ) -> KeyWeights | None:
     """Sums of weights that depend on the distance of two positions.
 
@@ -60,10 +61,10 @@ def weights_by_lag(
         before: what a query sees before it.
         after: what it sees after it.
         tokens: largest number of tokens, or `None` if there may be any number.
-        xp: array namespace, `numpy` or `keras.ops`. In a graph the sums are from above: they have
-            an allowance for their roundings.
+        xp: array namespace, `numpy` or `keras.ops`.
         n_keys: most other keys a query sees, if fewer than all of these.
         n_queries: most other queries that see a key.
+        epsilon: of the dtype that graphs sum in; sums have an allowance for their roundings then.
 
     Returns:
         `KeyWeights`, or `None` where no query sees another token.
@@ -75,7 +76,7 @@ def weights_by_lag(
     peak = xp.max(everything, axis=1)
     shift = peak[:, None] if xp is np else xp.stop_gradient(peak)[:, None]
     numbers = _numbers_seen(before, after, tokens)
-    slack = 1.0 if xp is np else 1.0 + 2.0 * everything.shape[1] * _epsilon(everything)
+    slack = 1.0 + 2.0 * everything.shape[1] * epsilon
 
     def largest(function):
         """Largest sum of a row: what is before a position and what is after it."""
@@ -118,11 +119,6 @@ def _numbers_seen(before, after, tokens):
     )
     rows = np.unique(np.clip(rows, 0, tokens - 1))
     return np.minimum(rows, before.count), np.minimum(tokens - 1 - rows, after.count)
-
-
-def _epsilon(tensor):
-    dtype = "float64" if "float64" in str(tensor.dtype) else "float32"
-    return float(np.finfo(dtype).eps)
 
 
 def _like(array, tensor, xp):

@@ -332,7 +332,10 @@ class L2MultiHeadAttention(SelfAttention):
             )
         if not self._has_reach(tokens):
             return UnitBound(math.inf, "", math.inf, UNKNOWN_LENGTH)
-        unit = weighted_unit_bound(self._key_weights(tokens, visibility, xp), norm, xp)
+        # On the host too: both must come to the same factor.
+        epsilon = float(np.finfo(self._norm_dtype).eps)
+        weights = self._key_weights(tokens, visibility, xp, epsilon=epsilon)
+        unit = weighted_unit_bound(weights, norm, xp)
         return unit._replace(
             **{
                 name: constant if isinstance(constant, float) else xp.max(constant)
@@ -343,12 +346,12 @@ class L2MultiHeadAttention(SelfAttention):
     def _has_reach(self, tokens):
         return tokens is not None or self.sliding_window is not None
 
-    def _key_weights(self, tokens, visibility, xp):
+    def _key_weights(self, tokens, visibility, xp, *, epsilon=0.0):
         """What other keys weigh by their relative positions."""
         table = self._bias_table(xp)
         seen = by_distance(table, tokens, visibility.causal, self.sliding_window, xp)
         degrees = {"n_keys": visibility.n_keys, "n_queries": visibility.n_queries}
-        return weights_by_lag(*seen, tokens, xp, **degrees)
+        return weights_by_lag(*seen, tokens, xp, **degrees, epsilon=epsilon)
 
     def _bias_table(self, xp):
         """Biases as they run, those of when the layer was condensed if it is."""
