@@ -235,8 +235,10 @@ def _draw_bars(axis, results):
             ha="center",
             fontsize=8,
         )
-    labels = [variant.replace(", ", ",\n").replace(" bound", "\nbound") for variant in VARIANTS]
-    axis.set_xticks(range(len(VARIANTS)), labels, fontsize=8)
+    labels = [variant.replace(", ", "\n").replace("_", "\n") for variant in VARIANTS]
+    axis.set_xticks(
+        range(len(VARIANTS)), [label.replace(" ", "\n") for label in labels], fontsize=8
+    )
     axis.set(ylabel="test nats per character", title="Test, one mark for each seed")
     axis.margins(y=0.12)
 
