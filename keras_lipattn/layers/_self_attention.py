@@ -402,8 +402,7 @@ class SelfAttention(LipschitzLayer):
         window = classify(
             "causal" if use_causal_mask else "any", sliding_window=self.sliding_window
         )
-        n_keys, n_queries = _least(degrees[0], window.n_keys), _least(degrees[1], window.n_queries)
-        return Visibility("any", n_keys, n_queries, window.causal)
+        return Visibility("any", *degrees).within(window)
 
     def capped_for(self, attention_mask, use_causal_mask):
         """The class of mask that the cap of a call with these arguments is for.
@@ -493,7 +492,3 @@ class SelfAttention(LipschitzLayer):
             "bias_constraint": keras_constraints.serialize(self.bias_constraint),
             "seed": self.seed,
         }
-
-
-def _least(a, b):
-    return b if a is None else a if b is None else min(a, b)

@@ -27,6 +27,15 @@ class Visibility:
     n_queries: int | None = None
     causal: bool = False
 
+    def within(self, other):
+        """The class of what both this and another `Visibility` leave visible."""
+        degrees = (_least(self.n_keys, other.n_keys), _least(self.n_queries, other.n_queries))
+        return Visibility("any", *degrees, self.causal or other.causal)
+
+
+def _least(a, b):
+    return b if a is None else a if b is None else min(a, b)
+
 
 def classify(mask, *, sliding_window=None):
     """`Visibility` of `mask`: `"full"`, `"causal"`, `"any"`, or an array `(..., T, T)`.

@@ -78,7 +78,10 @@ def self_attention(layer, call):
     # The cap that runs is that of the call, whatever masks the certificate is to cover.
     given = call.kwargs.get("attention_mask")
     causal = bool(call.kwargs.get("use_causal_mask"))
-    bound = layer.certified(call.norm, visibility, most, layer.capped_for(given, causal))
+    capped_for = layer.capped_for(given, causal)
+    if given is not None:
+        visibility = visibility.within(capped_for)
+    bound = layer.certified(call.norm, visibility, most, capped_for)
     reason = bound.reason
     if math.isinf(bound.value) and tokens is None:
         reason += "; `certify` takes a `sequence_length`"
@@ -140,9 +143,10 @@ def attention_mask_class(call: Call):
                 "moves; `assume_fixed_mask=True` certifies for a fixed mask",
             )
     if given is None:
-        if call.mask is not None and not causal:
-            return call.mask, None
-        return ("causal" if causal else "full"), None
+        if causal:
+            return "causal", None
+        # What is claimed of masks does not make those smaller that the graph shows.
+        return ("any" if isinstance(call.mask, str) and call.mask == "any" else "full"), None
     if isinstance(given, TensorState):
         return (call.mask if call.mask is not None else "any"), None
     pairs = np.asarray(given, bool)
