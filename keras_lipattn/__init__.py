@@ -8,7 +8,7 @@ from keras_lipattn.callbacks import (
     DurableCSVLogger,
     LipschitzMonitor,
 )
-from keras_lipattn.certify import Certificate, certify, local_radius, register_rule
+from keras_lipattn.certification import Certificate, certify, local_radius, register_rule
 from keras_lipattn.convert import Conversion, convert_attention
 from keras_lipattn.estimate import LipschitzEstimate, estimate_lipschitz
 from keras_lipattn.export import ExportError, export_saved_model

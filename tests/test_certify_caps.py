@@ -13,7 +13,7 @@ from helpers import jacobians
 
 import keras_lipattn
 from keras_lipattn.bounds import s_star
-from keras_lipattn.certify import certify
+from keras_lipattn.certification import certify
 
 
 def _between_clusters(tokens, seen):

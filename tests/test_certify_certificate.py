@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from keras import layers
 
 import keras_lipattn
-from keras_lipattn.certify import Certificate, CertificateRow, certify
-from keras_lipattn.certify.margins import MOST_PAIRED_CLASSES
+from keras_lipattn.certification import Certificate, CertificateRow, certify
+from keras_lipattn.certification.classifier_head import MOST_PAIRED_CLASSES
 
 TOOL = pathlib.Path(__file__).parents[1] / "tools" / "certify.py"
 

@@ -10,7 +10,7 @@ from helpers.certify_cases import (
     snapshot,
 )
 
-from keras_lipattn.certify import certify
+from keras_lipattn.certification import certify
 
 CASES = {case.name: case for case in layer_cases()}
 

@@ -9,7 +9,7 @@ from helpers.certify_cases import snapshot
 from keras import layers, ops
 
 import keras_lipattn
-from keras_lipattn.certify import certify
+from keras_lipattn.certification import certify
 
 
 class Block(layers.Layer):

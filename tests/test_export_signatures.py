@@ -12,7 +12,7 @@ from helpers import export_cases as cases
 from helpers.serving_client import in_float64
 from keras import layers
 
-from keras_lipattn.certify import Certificate
+from keras_lipattn.certification import Certificate
 from keras_lipattn.export import ExportError, export_saved_model
 
 TOLERANCE = 1e-5

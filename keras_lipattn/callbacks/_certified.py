@@ -9,7 +9,7 @@ from typing import Any
 import keras
 
 from keras_lipattn.callbacks._watched_layers import WatchedLayer
-from keras_lipattn.certify import Certificate, CertificateRow, certify
+from keras_lipattn.certification import Certificate, CertificateRow, certify
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_lipattn.certify import graph
+from keras_lipattn.certification import tracing
 from keras_lipattn.convert._tied_weights import matching_value, tied_query
 from keras_lipattn.convert.conversion import Conversion
 from keras_lipattn.layers import L2MultiHeadAttention
@@ -48,9 +48,9 @@ def convert_attention(model: keras.Model, x: Any = None) -> Conversion:
     >>> conversion = keras_lipattn.convert_attention(model, x)
     >>> conversion.model.compile("adam", "mse")
     >>> conversion.model.fit(x, model.predict(x), epochs=10)
-    >>> keras_lipattn.certify(conversion.model)
+    >>> keras_lipattn.certification(conversion.model)
     """
-    function = graph.function_of(model) if isinstance(model, keras.Model) else None
+    function = tracing.function_of(model) if isinstance(model, keras.Model) else None
     if function is None:
         raise ValueError(
             "`model` must be a Functional or built Sequential model, whose graph is known. "
@@ -68,7 +68,7 @@ def convert_attention(model: keras.Model, x: Any = None) -> Conversion:
                 layers.append((operation, copies[id(operation)]))
         return copies[id(operation)]
 
-    with graph.names_kept():
+    with tracing.names_kept():
         converted = copy_of(model)
     for old, new in layers:
         if isinstance(old, keras.layers.MultiHeadAttention):
@@ -83,12 +83,12 @@ def convert_attention(model: keras.Model, x: Any = None) -> Conversion:
 
 
 def _inner(operation: Any) -> keras.Function | None:
-    return graph.function_of(operation) if isinstance(operation, keras.Model) else None
+    return tracing.function_of(operation) if isinstance(operation, keras.Model) else None
 
 
 def _convertible(function: keras.Function) -> Iterator[keras.layers.MultiHeadAttention]:
     """The attention layers of a graph, once per call, or an error that names what cannot be."""
-    for node in graph.nodes_in_order(function):
+    for node in tracing.nodes_in_order(function):
         operation = node.operation
         inner = _inner(operation)
         if inner is not None:

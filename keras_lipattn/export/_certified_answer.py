@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_lipattn.certify import Certificate
+from keras_lipattn.certification import Certificate
 from keras_lipattn.export._ports import Port
 
 # The last operations of the signature: a handful of float32 roundings, each below 1.2e-7.
@@ -59,7 +59,7 @@ class CertifiedAnswer:
         radius = tf.minimum(radius, self._room(inputs, z.dtype, tf))
         # Comparisons with NaN are false: what is not a number is not certified.
         valid = tf.logical_and(radius > 0.0, tf.reduce_all(tf.math.is_finite(z), axis=-1))
-        valid = tf.logical_and(valid, self._short_enough(inputs, tf))
+        valid = tf.logical_and(valid, self._of_certified_length(inputs, tf))
         zero = tf.zeros_like(radius)
         return {
             "logits": z,
@@ -134,7 +134,7 @@ class CertifiedAnswer:
             rooms.append(room)
         return tf.reduce_min(tf.stack(rooms), axis=0)
 
-    def _short_enough(self, inputs, tf):
+    def _of_certified_length(self, inputs, tf):
         if self.sequence_length is None:
             return tf.constant(True)
         sizes = [
@@ -142,6 +142,9 @@ class CertifiedAnswer:
             for port in (*self.certified, *self.embedded)
             for axis in port.dynamic_axes
         ]
+        if self.certificate.threat_model.shapes:
+            # Code of the model ran at this length: at another one it may do something else.
+            return tf.reduce_all([size == self.sequence_length for size in sizes] or [True])
         return tf.reduce_all([size <= self.sequence_length for size in sizes] or [True])
 
 

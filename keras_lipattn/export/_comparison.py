@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_lipattn.certify import Certificate
+from keras_lipattn.certification import Certificate
 from keras_lipattn.export import _clean_process
 from keras_lipattn.export._allowance import UNIT_ROUNDOFF
 from keras_lipattn.export._logits import without_activation

@@ -7,10 +7,9 @@ from typing import Any
 
 import keras
 
-from keras_lipattn.certify import Certificate, graph
-from keras_lipattn.certify.gain import Gain
-from keras_lipattn.certify.margins import find_head
-from keras_lipattn.certify.tensor_state import TensorState
+from keras_lipattn.certification import Certificate
+from keras_lipattn.certification.traced_model import TracedModel
+from keras_lipattn.certification.tracing import Trace
 
 _LINEAR = (None, keras.activations.linear)
 
@@ -38,55 +37,30 @@ def ending_of(model: keras.Model, structure: Any, certificate: Certificate) -> E
     """
     if not certificate.head:
         return Ending(refusal="its output is not one vector of numbers per example")
-    function = graph.function_of(model)
-    traced = function is None
-    if function is None:
-        states = keras.tree.map_structure(_state, structure)
-        with graph.names_kept():
-            function, _ = graph.trace(model, (states,), {}, mask_of=lambda state: state)
-    _, dropped = find_head(function)
-    calls = list(_calls(function))
-    last = [node.operation for node in calls if id(node) in dropped]
-    if not last:
-        return Ending(refusal=_misleading(calls, function, certificate.head))
-    if len(last) > 1 or sum(node.operation is last[0] for node in calls) > 1:
-        return Ending(refusal=f"its last layer {last[0].name!r} is called more than once")
-    if traced and not isinstance(last[0], keras.layers.Layer):
+    length = certificate.threat_model.longest
+    traced = TracedModel(model, (structure,), sequence_length=length)
+    calls = traced.trace.calls
+    if traced.logit_call is None:
+        return Ending(refusal=_misleading(traced.trace, certificate.head))
+    last = calls[traced.logit_call]
+    if sum(call.operation is last.operation for call in calls) > 1:
+        name = last.operation.name
+        return Ending(refusal=f"its last layer {name!r} is called more than once")
+    if not last.recorded:
         return Ending(
             refusal="its `call` ends in an activation from `keras.ops`, which cannot be left out: "
             "use a layer, such as `keras.layers.Softmax`"
         )
-    return Ending(last[0])
+    return Ending(last.operation)
 
 
-def _state(leaf: keras.KerasTensor) -> TensorState:
-    """A symbolic tensor as `graph.trace` takes it; what is known of its size does not matter."""
-    sizes = tuple(leaf.shape[1:])
-    nothing = Gain.none("l2")
-    return TensorState(
-        gain=nothing,
-        published=nothing,
-        shape=sizes,
-        dynamic=tuple(size is None for size in sizes),
-        dtype=keras.backend.standardize_dtype(leaf.dtype),
-    )
-
-
-def _calls(function: Any) -> Iterator[Any]:
-    """All calls of a graph, those in nested models once for every call of the model."""
-    for node in graph.nodes_in_order(function):
-        yield node
-        inner = None
-        if isinstance(node.operation, keras.Model):
-            inner = graph.function_of(node.operation)
-        if inner is not None:
-            yield from _calls(inner)
-
-
-def _misleading(calls: list[Any], function: Any, head: str) -> str:
+def _misleading(trace: Trace, head: str) -> str:
     """Why the output is no logit although nothing can be left out; empty when it may be one."""
-    outputs = [leaf for leaf in keras.tree.flatten(function.outputs)]
-    final = [node.operation for node in calls if node.outputs and node.outputs[0] is outputs[0]]
+    final = [
+        call.operation
+        for call in trace.calls
+        if [*map(id, call.outputs)] == [*map(id, trace.outputs)]
+    ]
     activation = getattr(final[-1], "activation", None) if final else None
     if head == "logit" and activation not in _LINEAR:
         return (

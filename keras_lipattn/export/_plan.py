@@ -8,8 +8,9 @@ import keras
 import numpy as np
 
 from keras_lipattn.bounds.lipschitz_bound import NORMS
-from keras_lipattn.certify import Certificate, graph
-from keras_lipattn.certify.weights import as_run
+from keras_lipattn.certification import Certificate
+from keras_lipattn.certification.tracing import call_specs
+from keras_lipattn.certification.weights import cast_to_compute_dtype
 from keras_lipattn.export._logits import Ending, ending_of
 from keras_lipattn.export._ports import Port
 
@@ -82,18 +83,14 @@ def make_plan(
         outputs: What it returns on an example, flat.
         sequence_length: Largest size of the axis of an input that varies, or `None`.
     """
-    function = graph.function_of(model)
-    if function is not None:
-        names = graph.input_names(function)
-    else:
-        names = [f"input {index}" for index in range(1, len(ports) + 1)]
+    _, names = call_specs(model, (structure,))
     used = certificate.threat_model.inputs
     certified = [port for port, name in zip(ports, names, strict=True) if name in used]
     embedded = []
     if any(name.startswith(_LOOKED_UP) for name in used):
         embedded = [p for p in ports if p not in certified and not p.floating and p.dtype != "bool"]
     tables = [
-        as_run(layer.embeddings, None)
+        cast_to_compute_dtype(layer.embeddings, None)
         for layer in model._flatten_layers()
         if getattr(layer, "embeddings", None) is not None
     ]

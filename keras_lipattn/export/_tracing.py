@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from keras_lipattn.certify import Certificate
+from keras_lipattn.certification import Certificate
 from keras_lipattn.export._allowance import relative_error
 from keras_lipattn.export._certified_answer import CertifiedAnswer
 from keras_lipattn.export._logits import without_activation

@@ -11,7 +11,8 @@ from typing import Any
 
 import keras
 
-from keras_lipattn.certify import Certificate, certify, graph
+from keras_lipattn.certification import Certificate, certify
+from keras_lipattn.certification.tracing import call_specs, function_of
 from keras_lipattn.export._comparison import Comparison, compare, default_tolerance, live_outputs
 from keras_lipattn.export._example import example_arrays, made_up_arrays
 from keras_lipattn.export._plan import Plan, make_plan
@@ -216,13 +217,13 @@ def _resolve_target(path: Any, version: Any, overwrite: bool) -> pathlib.Path:
 
 def _input_structure(model: keras.Model, example_batch: Any, sequence_length: int | None) -> Any:
     """What the model is called on, as symbolic tensors."""
-    function = graph.function_of(model)
+    function = function_of(model)
     if function is not None:
         return function.input
     if example_batch is not None:
         return keras.tree.map_structure(lambda leaf: _symbol(leaf, sequence_length), example_batch)
     try:
-        arguments = graph.call_arguments(model, None)
+        arguments = call_specs(model)[0]
     except ValueError as error:
         raise ValueError(
             "A model that is not Functional or Sequential needs an `example_batch`, for the shapes "

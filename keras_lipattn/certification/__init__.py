@@ -1,0 +1,48 @@
+"""From a model to a certificate: rules for layers, propagation of constants, a value to keep."""
+
+from keras_lipattn.certification.certificate import Certificate
+from keras_lipattn.certification.certificate_row import CertificateRow
+from keras_lipattn.certification.certifying import certify
+from keras_lipattn.certification.fingerprint import fingerprint_of
+from keras_lipattn.certification.layer_call import LayerCall
+from keras_lipattn.certification.local_radii import local_radius
+from keras_lipattn.certification.maps import (
+    Affine,
+    CenterValue,
+    Combination,
+    Composite,
+    Concatenation,
+    Elementwise,
+    LipschitzMap,
+    TokenMixing,
+    chain,
+)
+from keras_lipattn.certification.registry import register_rule
+from keras_lipattn.certification.self_check import CertificateRefuted
+from keras_lipattn.certification.tensor_state import Kind, TensorState
+from keras_lipattn.certification.threat_model import ThreatModel
+from keras_lipattn.certification.token_range import TokenRange
+
+__all__ = [
+    "Affine",
+    "CenterValue",
+    "Certificate",
+    "CertificateRefuted",
+    "CertificateRow",
+    "Combination",
+    "Composite",
+    "Concatenation",
+    "Elementwise",
+    "Kind",
+    "LayerCall",
+    "LipschitzMap",
+    "TensorState",
+    "ThreatModel",
+    "TokenMixing",
+    "TokenRange",
+    "certify",
+    "chain",
+    "fingerprint_of",
+    "local_radius",
+    "register_rule",
+]

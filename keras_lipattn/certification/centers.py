@@ -1,0 +1,119 @@
+"""Reading the inputs that local certificates are for."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_lipattn.certification.tracing import function_of, input_names
+
+
+def check_ball(around: Any, radius: Any) -> None:
+    """Raises a `ValueError` unless both or none are given, and the radius is one."""
+    if (around is None) != (radius is None):
+        raise ValueError(
+            "`around` and `radius` make a ball together: give both or none. "
+            f"Received: around {'missing' if around is None else 'given'}, radius={radius!r}"
+        )
+    if radius is not None and not (
+        isinstance(radius, int | float | np.number)
+        and not isinstance(radius, bool)
+        and 0.0 <= float(radius) < math.inf
+    ):
+        raise ValueError(
+            f"`radius` must be a finite number that is not negative. Received: radius={radius!r}"
+        )
+
+
+def examples_of(model: keras.Model, around: Any) -> tuple[Any, list[list[np.ndarray]]]:
+    """The centers of the balls.
+
+    Args:
+        model: the model.
+        around: its inputs, in the structure of the call: one example without a batch axis, or a
+            batch.
+
+    Returns:
+        Arrays in the structure of the call, and for each example the flat list of its inputs,
+        each of shape `(1, ...)`.
+
+    Raises:
+        ValueError: if they are not finite, or not of the shapes that the model takes.
+    """
+    function = function_of(model)
+    if function is not None and isinstance(around, dict):
+        names = input_names(function)
+        if set(around) != set(names):
+            raise ValueError(f"`around` must have the keys {names}. Received: {list(around)}")
+        around = [around[name] for name in names]
+    arrays = keras.tree.map_structure(lambda leaf: np.asarray(_numbers(leaf)), around)
+    flat = keras.tree.flatten(arrays)
+    shapes = _shapes(model, function, flat)
+    if len(flat) != len(shapes):
+        raise ValueError(
+            f"`around` must have one array for each of the {len(shapes)} inputs of the model. "
+            f"Received: {len(flat)} arrays"
+        )
+    batched = [_with_batch(array, shape) for array, shape in zip(flat, shapes, strict=True)]
+    count = len(batched[0])
+    if count == 0 or any(len(array) != count for array in batched):
+        raise ValueError(
+            "`around` must have at least one example, as many in every input. "
+            f"Received: {[len(array) for array in batched]} examples"
+        )
+    structure = keras.tree.pack_sequence_as(arrays, batched)
+    return structure, [[array[i : i + 1] for array in batched] for i in range(count)]
+
+
+def describe(examples: Sequence[Sequence[np.ndarray]]) -> str:
+    """Text for the centers: how many, of which shapes, and a digest of their numbers."""
+    digest = hashlib.sha256()
+    for example in examples:
+        for array in example:
+            digest.update(f"{array.dtype} {array.shape};".encode())
+            digest.update(np.ascontiguousarray(array).tobytes())
+    shapes = " and ".join(str(tuple(array.shape[1:])) for array in examples[0])
+    count = "1 input" if len(examples) == 1 else f"{len(examples)} inputs"
+    return f"{count} of shape {shapes}, SHA-256 {digest.hexdigest()[:16]}"
+
+
+def _numbers(leaf: Any) -> Any:
+    if keras.ops.is_tensor(leaf) or isinstance(leaf, keras.Variable):
+        return keras.ops.convert_to_numpy(leaf)
+    return leaf
+
+
+def _shapes(model, function, flat) -> list[tuple]:
+    """Shapes that the inputs must have, the batch axis included."""
+    if function is not None:
+        return [tuple(tensor.shape) for tensor in function.inputs]
+    config = model.get_build_config() or {}
+    known = config.get("shapes_dict") or config
+    leaves = [shape for name, shape in known.items() if name.endswith("shape") and shape]
+    if len(leaves) == len(flat) and all(isinstance(shape, tuple | list) for shape in leaves):
+        # What a subclassed model was built with, of any length.
+        return [(None, *[None] * (len(shape) - 2), shape[-1]) for shape in leaves]
+    return [(None, *array.shape[1:]) for array in flat]
+
+
+def _with_batch(array: np.ndarray, shape: tuple) -> np.ndarray:
+    sizes = array.shape if array.ndim == len(shape) else (None, *array.shape)
+    fits = len(sizes) == len(shape) and all(
+        wanted is None or size is None or wanted == size
+        for size, wanted in zip(sizes[1:], shape[1:], strict=True)
+    )
+    if not fits or array.dtype.kind not in "fiub":
+        raise ValueError(
+            "`around` must hold one example of an input of the model, or a batch of them, of shape "
+            f"{shape}. Received: an array of shape {array.shape} and dtype {array.dtype}"
+        )
+    if not np.isfinite(array).all():
+        raise ValueError(
+            "`around` must be finite. Received: an array with entries that are NaN or infinite"
+        )
+    if array.dtype.kind == "f":
+        array = array.astype(np.float64)
+    return array if array.ndim == len(shape) else array[None]

@@ -1,0 +1,301 @@
+"""The certificate of a model: a value that can be printed, kept and compared."""
+
+import dataclasses
+import json
+import math
+import os
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_lipattn.certification.certificate_row import CertificateRow
+from keras_lipattn.certification.fingerprint import fingerprint_of
+from keras_lipattn.certification.threat_model import ThreatModel
+from keras_lipattn.linalg import SAFETY
+
+SCHEMA = 1
+# Above this total a margin of 1 between logits certifies a radius below 1e-3 / sqrt(2), less
+# than a fifth of one grey level of an image in [0, 1].
+VACUOUS_ABOVE = 1e3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Certificate:
+    """A proven Lipschitz constant of a model, with what it is made of and what it holds for.
+
+    Args:
+        model: name of the model.
+        total: Lipschitz constant of the model, an upper bound; `inf` when none is known.
+        log10: its decimal logarithm, finite even where the total is too large for a float.
+        published_total: the same graph with the earlier published bound for every attention layer;
+            `inf` where there is none.
+        published_log10: its decimal logarithm.
+        threat_model: what the constant holds for.
+        rows: one `CertificateRow` per call of a layer, in the order they run.
+        head: `"softmax"`, `"sigmoid"`, `"logits"`, `"logit"` or `""`: what kind of classifier the
+            model looks like.
+        pairs: for each pair of classes an upper bound of how fast the difference of their logits
+            can change; empty for models that are no classifiers.
+        fingerprint: SHA-256 of the weights, see `matches`.
+
+    Example:
+
+    >>> certificate = certify(model)
+    >>> print(certificate)
+    >>> certificate.radius(logits)
+    """
+
+    model: str
+    total: float
+    log10: float
+    published_total: float
+    published_log10: float
+    threat_model: ThreatModel
+    rows: tuple[CertificateRow, ...]
+    head: str = ""
+    pairs: tuple[tuple[float, ...], ...] = ()
+    fingerprint: str = ""
+
+    @property
+    def norm(self) -> str:
+        """Norm of the certificate: `"l2"`, `"token"` or `"linf"`."""
+        return self.threat_model.norm
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether anything at all is certified."""
+        return math.isfinite(self.total)
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why the total is `inf`, one sentence per cause; empty when it is finite."""
+        if self.is_finite:
+            return ()
+        causes = [row.reason for row in self.rows if not row.is_finite]
+        if not causes and math.isfinite(self.log10):
+            causes = [f"the constant 10^{self.log10:.1f} is too large for a float"]
+        return tuple(causes) or ("no input of the model is certified: all are integers or masks",)
+
+    @property
+    def vacuous(self) -> str:
+        """Why the certificate says nothing of use, in words; empty when it does.
+
+        A certificate is called vacuous when its total is above 1000: two logits that differ by 1
+        are then certified for a radius below 0.0008 only, less than a fifth of one grey level
+        of an image in [0, 1].
+        """
+        if not self.is_finite:
+            return "vacuous: nothing finite is certified"
+        if self.total > VACUOUS_ABOVE:
+            radius = 1.0 / (math.sqrt(2.0) * self.total)
+            return (
+                f"vacuous: a total of 10^{self.log10:.1f} turns a margin of 1 between two logits "
+                f"into a radius of {radius:.1e}"
+            )
+        return ""
+
+    def row(self, path: str) -> CertificateRow:
+        """The row of this path.
+
+        Args:
+            path: as in `CertificateRow.path`.
+
+        Returns:
+            A `CertificateRow`.
+
+        Raises:
+            KeyError: if there is none.
+        """
+        for row in self.rows:
+            if row.path == path:
+                return row
+        raise KeyError(f"The certificate has no row of this path. Received: path={path!r}")
+
+    # Classifiers ------------------------------------------------------------------------------
+
+    def pair_radius(self, logits: Any, *, allowance: float = 0.0) -> np.ndarray:
+        """For each example and rival class, how far the input must move to make the rival win.
+
+        Args:
+            logits: shape `(..., classes)`, before any softmax.
+            allowance: subtracted from every margin, for the rounding of the logits.
+
+        Returns:
+            Shape `(..., classes)`, in units of the norm of the threat model: the radius of an open
+            ball within which the winner stays ahead of this class; `inf` for the winner itself,
+            0 for ties and logits that are not finite. For a local certificate it counts only as far
+            as the radius of the threat model.
+
+        Raises:
+            ValueError: if the model is no classifier, or `logits` has another number of classes.
+        """
+        logits = np.asarray(logits, np.float64)
+        pairs = self._pairs_for(logits)
+        classes = logits.shape[-1]
+        winner = logits.argmax(axis=-1)
+        with np.errstate(invalid="ignore"):
+            margins = np.take_along_axis(logits, winner[..., None], axis=-1) - logits - allowance
+        speed = pairs[winner]
+        # Equal columns of the last kernel: that rival never gains on the winner.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            radii = np.where(margins > 0.0, margins / speed, 0.0)
+        radii = np.where(np.isfinite(logits).all(axis=-1, keepdims=True), radii, 0.0)
+        own = np.arange(classes) == winner[..., None]
+        return np.where(own & np.isfinite(logits), np.inf, np.where(np.isnan(radii), 0.0, radii))
+
+    def radius(self, logits: Any, *, allowance: float = 0.0) -> np.ndarray:
+        """Radius of the open ball around each input on which its class provably stays.
+
+        The ball is one of the norm of the threat model, within the domain named there. A model
+        with one unit decides by the sign of its logit. A local certificate says nothing about
+        what is further away than its own radius, and about logits of other inputs.
+
+        Args:
+            logits: shape `(..., classes)` before any softmax; `(..., 1)` or `(...)` before the
+                sigmoid for a model with one unit.
+            allowance: subtracted from every margin, for the rounding of the logits.
+
+        Returns:
+            Shape `(...)`, 0 at ties and where nothing is certified.
+
+        Raises:
+            ValueError: if the model is no classifier, or `logits` has another number of classes.
+        """
+        if self.head in ("sigmoid", "logit"):
+            logits = np.asarray(logits, np.float64)
+            if logits.ndim and logits.shape[-1] == 1:
+                logits = logits[..., 0]
+            with np.errstate(divide="ignore", invalid="ignore"):
+                radius = (np.abs(logits) - allowance) / self.total
+            radius = np.where(np.isfinite(logits) & (radius > 0.0), radius, 0.0)
+        else:
+            radius = self.pair_radius(logits, allowance=allowance).min(axis=-1)
+        return np.minimum(radius, self.threat_model.radius)
+
+    def _pairs_for(self, logits: np.ndarray) -> np.ndarray:
+        if self.head not in ("softmax", "logits"):
+            raise ValueError(
+                "Only a model with one vector of two or more logits per example has margins "
+                f"between classes. Received: a model whose head is {self.head!r}"
+            )
+        classes = logits.shape[-1] if logits.ndim else 0
+        if self.pairs:
+            if classes != len(self.pairs):
+                raise ValueError(
+                    f"`logits` must have {len(self.pairs)} classes. Received: shape={logits.shape}"
+                )
+            return np.asarray(self.pairs)
+        if classes < 2:
+            raise ValueError(
+                f"`logits` must have at least two classes. Received: shape={logits.shape}"
+            )
+        speed = self.total * (2.0 if self.norm == "linf" else SAFETY * math.sqrt(2.0))
+        return np.full((classes, classes), speed)
+
+    # Identity ---------------------------------------------------------------------------------
+
+    def matches(self, model: keras.Model) -> bool:
+        """Whether `model` has the very weights that were certified: name, type, shape, bits."""
+        return self.fingerprint == fingerprint_of(model)
+
+    # Text -------------------------------------------------------------------------------------
+
+    def __str__(self) -> str:
+        from keras_lipattn.certification.report import table
+
+        return table(self)
+
+    def plot(self, path: str | os.PathLike) -> None:
+        """Draws what each row costs and saves the picture.
+
+        Args:
+            path: file to write; its ending decides the format.
+
+        Raises:
+            ImportError: if matplotlib is not installed.
+            OSError: if the picture cannot be written; an old one stays.
+        """
+        from keras_lipattn.certification.report import plot
+
+        plot(self, path)
+
+    def to_json(self) -> str:
+        """The certificate as JSON. Infinite numbers are the string `"inf"`, or `"-inf"`."""
+        content = {"schema": SCHEMA, **dataclasses.asdict(self)}
+        content["vacuous"] = self.vacuous
+        content["reasons"] = self.reasons
+        return json.dumps(_encode(content), indent=2, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Certificate":
+        """The certificate that `to_json` wrote.
+
+        Args:
+            text: the JSON.
+
+        Returns:
+            A `Certificate` equal to the one written.
+
+        Raises:
+            ValueError: if the text is no certificate, or of another schema.
+        """
+        content = json.loads(text)
+        schema = content.get("schema") if isinstance(content, dict) else None
+        if schema != SCHEMA:
+            raise ValueError(
+                f"The text must be a certificate of schema {SCHEMA}. Received: schema={schema!r}"
+            )
+        content = _decode(content)
+        for derived in ("schema", "vacuous", "reasons"):
+            content.pop(derived, None)
+        threat: dict[str, Any] = {
+            key: _frozen(value) for key, value in content.pop("threat_model").items()
+        }
+        rows = tuple(CertificateRow(**row) for row in content.pop("rows"))
+        pairs = tuple(tuple(row) for row in content.pop("pairs"))
+        try:
+            return cls(threat_model=ThreatModel(**threat), rows=rows, pairs=pairs, **content)
+        except TypeError as error:
+            raise ValueError(f"The text is no certificate. Received: {error}") from error
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _encode(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_encode(item) for item in value]
+    if isinstance(value, float) and math.isinf(value):
+        return "inf" if value > 0 else "-inf"
+    return value
+
+
+_NUMBERS = frozenset(
+    {
+        "constant",
+        "cost",
+        "input_radius",
+        "log10",
+        "published",
+        "published_log10",
+        "published_total",
+        "radius",
+        "share",
+        "total",
+        "pairs",
+    }
+)
+
+
+def _decode(value: Any, *, number: bool = False) -> Any:
+    if isinstance(value, dict):
+        return {key: _decode(item, number=key in _NUMBERS) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_decode(item, number=number) for item in value]
+    if number and value in ("inf", "-inf"):
+        return float(value)
+    return value

@@ -1,0 +1,358 @@
+"""From a model to its certificate."""
+
+import dataclasses
+import math
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_lipattn.bounds.lipschitz_bound import NORMS
+from keras_lipattn.certification import rules as _rules  # registers the rules
+from keras_lipattn.certification.centers import check_ball, describe, examples_of
+from keras_lipattn.certification.certificate import Certificate
+from keras_lipattn.certification.certificate_row import CertificateRow
+from keras_lipattn.certification.classifier_head import pair_constants
+from keras_lipattn.certification.enclosure import Enclosure
+from keras_lipattn.certification.evaluation import require_float64
+from keras_lipattn.certification.fingerprint import fingerprint_of
+from keras_lipattn.certification.local_pass import LocalPass
+from keras_lipattn.certification.maps import side_by_side, unbounded
+from keras_lipattn.certification.propagation import Options, Propagation, Row
+from keras_lipattn.certification.self_check import check_certificate
+from keras_lipattn.certification.tensor_state import TensorState
+from keras_lipattn.certification.threat_model import ThreatModel
+from keras_lipattn.certification.traced_model import TracedModel
+from keras_lipattn.certification.tracing import TraceError
+from keras_lipattn.linalg import SAFETY
+
+_OUTPUTS = {
+    "softmax": "pre-softmax logits (the softmax at the end is left out)",
+    "sigmoid": "pre-sigmoid logit of the one unit (the sigmoid at the end is left out)",
+    "logits": "output, taken for logits",
+    "logit": "output, taken for the logit of one unit",
+    "": "output",
+}
+
+
+def certify(
+    model: keras.Model,
+    norm: str = "l2",
+    sequence_length: int | None = None,
+    input_radius: float | None = None,
+    assume_fixed_mask: bool = False,
+    mask: Any = None,
+    inputs: Any = None,
+    around: Any = None,
+    radius: float | None = None,
+    check: bool = False,
+) -> Certificate:
+    """Proves a Lipschitz constant for a whole model, at inference, for the weights now loaded.
+
+    Keras runs the model on symbolic tensors, and the constants of the calls are composed: sums for
+    branches, products along chains, one norm for linear maps that follow each other. A layer
+    without a rule is looked into; what stays unknown is `inf` with a reason. Code that is looked
+    into is certified for the length it ran at, and for any number of examples: whatever depends on
+    the batch is `inf`. The model is not changed in any way: not its weights, losses, random state,
+    traced functions, nor its graph.
+
+    With `around` and `radius` the certificate is a local one: for inputs in the ball of this
+    radius around a given input, in the chosen norm. It is never larger than the global one, and
+    often much smaller: attention uses what it sees there (Theorem 6), normalisations the sizes of
+    their tokens, products the sizes of their factors. Everything else keeps its global constant.
+    Values at the center are computed in float64, for the weights as they run.
+
+    Args:
+        model: a built `keras.Model`.
+        norm: `"l2"` (2-norm of all entries), `"token"` (largest Euclidean norm of a token, where
+            tokens are all axes but the batch and the last one) or `"linf"` (largest absolute
+            entry), of inputs and outputs alike. Several inputs count side by side.
+        sequence_length: largest length of an input with one axis of unknown size. Where Python code
+            of a layer runs on that axis, the certificate is for exactly this length, and says so.
+        input_radius: if given, the certificate is only for inputs whose tokens have at most this
+            Euclidean norm. Some layers have a finite constant only then.
+        assume_fixed_mask: whether to certify for masks that stay fixed even where the model
+            computes them from a certified input. The certificate then says so.
+        mask: class of the masks of attention layers that get one whose values are not in the graph,
+            or may get padding from outside: `"full"`, `"causal"`, `"any"`, or a boolean array of
+            visible pairs. `None`: none from outside, and `"any"` for those in the graph.
+        inputs: for subclassed models, what they are called on: arrays, or `keras.KerasTensor`s, in
+            the structure of the call. By default the shape they were built with, as floats.
+        around: for a local certificate, the center: one example (no batch axis) in the structure of
+            the call, or a batch of examples. For a batch the certificate holds in each of the
+            balls: its total and its pairs are the largest of all, its rows are those of the
+            example with the largest total. Lengths and masks are those of the examples; integers
+            stay fixed, and the ball is around their embeddings.
+        radius: radius of the balls, in the norm `norm`. 0 bounds the Jacobian at the center.
+        check: whether to try to refute the certificate before it is returned, on random and extreme
+            inputs, at the price of about a dozen forward passes. See `CertificateRefuted`.
+
+    Returns:
+        A `Certificate`.
+
+    Raises:
+        ValueError: if `model` is not a built model, an argument is out of range, or only one of
+            `around` and `radius` is given.
+        CertificateRefuted: with `check=True`, if a measurement contradicts the certificate. That is
+            an error of this package; please report it.
+
+    Example:
+
+    >>> inputs = keras.Input((16, 32))
+    >>> x = keras_lipattn.L2MultiHeadAttention(4, 8)(inputs)
+    >>> x = keras.layers.GlobalAveragePooling1D()(x)
+    >>> model = keras.Model(inputs, keras.layers.Dense(10)(x))
+    >>> print(keras_lipattn.certification(model))
+
+    Reference: docs/theory.md, sections 3 to 5 for attention, 6 for local certificates, 8 for
+        everything else.
+    """
+    _check_arguments(model, norm, sequence_length, input_radius, mask)
+    check_ball(around, radius)
+    options = Options(
+        norm=norm,
+        sequence_length=sequence_length,
+        input_radius=input_radius,
+        assume_fixed_mask=assume_fixed_mask,
+        mask=mask,
+    )
+    if around is not None:
+        return local_certificate(model, options, inputs, around, float(radius or 0.0))[0]
+    traced = TracedModel(model, inputs, sequence_length)
+    propagation, certificate = _certify_traced(traced, options)
+    if check:
+        check_certificate(traced, propagation, certificate)
+    return certificate
+
+
+def _certify_traced(
+    traced: TracedModel, options: Options, local: LocalPass | None = None
+) -> tuple[Propagation, Certificate]:
+    propagation = Propagation(
+        traced.trace, traced.comparison, options, local, logit_call=traced.logit_call
+    )
+    if traced.failure:
+        return propagation, _certificate(traced, propagation, _refused(traced, propagation))
+    outputs = propagation.run(traced.names)
+    return propagation, _certificate(traced, propagation, outputs)
+
+
+def _refused(traced: TracedModel, propagation: Propagation) -> list[TensorState]:
+    """The outputs of a model that could not be traced."""
+    states = [
+        propagation._input_state(name, propagation._layout(tensor))
+        for name, tensor in zip(traced.names, traced.trace.inputs, strict=True)
+    ]
+    model = traced.model
+    refusal = unbounded(traced.failure)
+    reason = f"{type(model).__name__} {model.name!r}: {traced.failure}."
+    row = Row(model.name, type(model).__name__, refusal, reason, math.inf, None)
+    propagation.rows.append(row)
+    layout = dict(shape=(), dynamic=(), fold=1, dtype="float32")
+    return [refusal.propagate(states, 0, propagation.options.norm, layout)]
+
+
+def local_certificate(
+    model: keras.Model, options: Options, inputs: Any, around: Any, radius: float
+) -> tuple[Certificate, list[Enclosure | None]]:
+    """The certificate near some inputs, and for each of them what is known about the output."""
+    require_float64()
+    if options.sequence_length is not None:
+        raise ValueError(
+            "`around` has a length of its own. "
+            f"Received: sequence_length={options.sequence_length} together with `around`"
+        )
+    structure, examples = examples_of(model, around)
+    _check_inside(options.input_radius, examples)
+    if inputs is None:
+        inputs = _specs(model, structure)
+    shapes = [array.shape[1:] for array in examples[0]]
+    traced = TracedModel(model, inputs, shapes=shapes)
+    certificates, enclosures = [], []
+    for example in examples:
+        try:
+            local = LocalPass(traced.single, example, radius, options.norm)
+        except TraceError:
+            # It cannot be traced, so there are no values either.
+            certificates.append(_certify_traced(traced, options)[1])
+            enclosures.append(None)
+            continue
+        in_l2, certificate = _certify_traced(traced, dataclasses.replace(options, norm="l2"), local)
+        if not traced.failure:
+            enclosures.append(in_l2.state_of(traced.trace.outputs[0]).enclosure)
+        if options.norm != "l2":
+            _, certificate = _certify_traced(traced, options, local)
+        threat = dataclasses.replace(certificate.threat_model, lost=tuple(local.lost.items()))
+        certificates.append(dataclasses.replace(certificate, threat_model=threat))
+    worst = max(certificates, key=lambda one: one.total)
+    pairs = np.max([one.pairs for one in certificates], axis=0)
+    # Dot-product attention is bounded by where its tokens are: a smaller ball with another center
+    # may give more than the larger one.
+    _, everywhere = _certify_traced(traced, options)
+    lost = {path: reason for one in certificates for path, reason in one.threat_model.lost}
+    if everywhere.total < worst.total:
+        worst = everywhere
+    if everywhere.pairs and everywhere.is_finite:
+        pairs = np.minimum(pairs, everywhere.pairs)
+    threat = dataclasses.replace(
+        worst.threat_model, around=describe(examples), radius=radius, lost=tuple(lost.items())
+    )
+    total = dataclasses.replace(
+        worst,
+        threat_model=threat,
+        pairs=tuple(tuple(float(value) for value in row) for row in pairs),
+    )
+    return total, enclosures
+
+
+def _check_inside(input_radius, examples) -> None:
+    if input_radius is None:
+        return
+    for example in examples:
+        for array in example:
+            if array.dtype.kind != "f":
+                continue
+            largest = float(np.linalg.norm(array, axis=-1).max(initial=0.0))
+            if largest > input_radius * (1.0 + 1e-9):
+                raise ValueError(
+                    "The tokens of `around` must have a norm of at most `input_radius`. "
+                    f"Received: input_radius={input_radius}, largest norm {largest:g}"
+                )
+
+
+def _specs(model: keras.Model, structure: Any) -> Any:
+    """What a subclassed model is called on: floats in its own dtype, everything else as it is."""
+
+    def spec(array):
+        dtype = model.input_dtype if array.dtype.kind == "f" else array.dtype.name
+        return keras.KerasTensor((None, *array.shape[1:]), dtype=dtype)
+
+    return keras.tree.map_structure(spec, structure)
+
+
+def _certificate(
+    traced: TracedModel, propagation: Propagation, outputs: list[TensorState]
+) -> Certificate:
+    model, head = traced.model, traced.head
+    norm = propagation.options.norm
+    conflicts = sorted(propagation.computed_inputs & set(propagation.looked_up_inputs))
+    if conflicts:
+        names = ", ".join(propagation.inputs[index] for index in conflicts)
+        reason = f"the integer input {names} is looked up in one place and computed with in another"
+        refusal = unbounded(reason)
+        row = Row("inputs", type(model).__name__, refusal, f"{reason}.", math.inf, None)
+        propagation.rows.append(row)
+        layout = dict(shape=(), dynamic=(), fold=1, dtype="float32")
+        outputs = [refusal.propagate(outputs, len(propagation.rows) - 1, norm, layout)]
+        head = ""
+    used = [
+        name
+        for index, name in enumerate(propagation.inputs)
+        if index not in propagation.looked_up_inputs
+    ]
+    gain, published = side_by_side(norm, outputs)
+    log, published_log = gain.log, published.log
+    if not used:
+        log = published_log = math.inf
+    log, published_log = (value + math.log(SAFETY) for value in (log, published_log))
+    total, published_total = _exp(log), _exp(published_log)
+    costs: dict[int, float] = {}
+    for state in outputs:
+        # Several outputs side by side: their costs count by their weights.
+        weight = math.exp(2.0 * (state.gain.log - gain.log)) if math.isfinite(gain.log) else 0.0
+        for row, cost in state.costs.items():
+            costs[row] = costs.get(row, 0.0) + weight * cost
+    options = propagation.options
+    lengths = [*propagation.max_tokens]
+    if options.sequence_length is not None:
+        lengths.append(int(options.sequence_length))
+    return Certificate(
+        model=model.name,
+        total=total,
+        log10=log / math.log(10.0),
+        published_total=published_total,
+        published_log10=published_log / math.log(10.0),
+        threat_model=ThreatModel(
+            norm=norm,
+            inputs=tuple(used),
+            held=tuple(propagation.fixed_inputs),
+            output=_OUTPUTS[head],
+            input_radius=math.inf if options.input_radius is None else float(options.input_radius),
+            longest=min(lengths, default=None),
+            shapes=traced.shapes if traced.only_for_its_shapes else (),
+            mask=options.mask if isinstance(options.mask, str | None) else "given",
+            assumed_masks=tuple(dict.fromkeys(propagation.assumed_masks)),
+        ),
+        rows=_rows(propagation, costs, log),
+        head=head,
+        pairs=pair_constants(outputs[0], total, norm) if head in ("softmax", "logits") else (),
+        fingerprint=fingerprint_of(model),
+    )
+
+
+def _rows(propagation: Propagation, costs: dict[int, float], log: float):
+    infinite = sum(math.isinf(row.map.constant) for row in propagation.rows)
+    rows = []
+    for index, row in enumerate(propagation.rows):
+        cost = costs.get(index, 0.0)
+        if math.isinf(log):
+            unknown = math.isinf(row.map.constant)
+            cost = math.inf if unknown else 0.0
+            share = 1.0 / infinite if unknown else 0.0
+        else:
+            share = cost / log if abs(log) > 1e-6 else None
+        rows.append(
+            CertificateRow(
+                path=row.path,
+                layer=row.layer_class,
+                constant=row.map.constant,
+                published=row.map.published,
+                radius=row.radius,
+                tokens=row.tokens,
+                theorem=row.map.theorem,
+                reason=row.reason,
+                exact=row.map.exact,
+                cost=cost,
+                share=share,
+            )
+        )
+    return tuple(rows)
+
+
+def _check_arguments(model, norm, sequence_length, input_radius, mask) -> None:
+    if not isinstance(model, keras.Model):
+        raise ValueError(f"`model` must be a `keras.Model`. Received: model={model!r}")
+    if norm not in NORMS:
+        raise ValueError(f"`norm` must be one of {sorted(NORMS)}. Received: norm={norm!r}")
+    if sequence_length is not None and (
+        isinstance(sequence_length, bool)
+        or not isinstance(sequence_length, int | np.integer)
+        or sequence_length < 1
+    ):
+        raise ValueError(
+            "`sequence_length` must be a positive integer. "
+            f"Received: sequence_length={sequence_length!r}"
+        )
+    if input_radius is not None and not (
+        isinstance(input_radius, int | float | np.number) and 0.0 < float(input_radius) < math.inf
+    ):
+        raise ValueError(
+            "`input_radius` must be a positive finite number. "
+            f"Received: input_radius={input_radius!r}"
+        )
+    if isinstance(mask, str) and mask not in ("full", "causal", "any"):
+        raise ValueError(
+            f'`mask` must be "full", "causal", "any" or a boolean array. Received: mask={mask!r}'
+        )
+    if not model.built:
+        raise ValueError(
+            "The model has no weights yet: build it, or call it on data, before certifying it. "
+            f"Received: built={model.built}"
+        )
+
+
+def _exp(log: float) -> float:
+    return math.exp(log) if log < 709.7 else math.inf
+
+
+__all__ = ["_rules", "certify", "local_certificate"]

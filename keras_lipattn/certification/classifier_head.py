@@ -1,0 +1,108 @@
+"""What the logits of a classifier can do: a constant for every pair of classes."""
+
+import math
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_lipattn.certification.linear_map import as_matrix
+from keras_lipattn.certification.tensor_state import TensorState
+from keras_lipattn.certification.tracing import Trace, TracedCall
+from keras_lipattn.layers import SpectralDense
+from keras_lipattn.linalg import SAFETY
+
+# With more classes than this the matrix of pairs is not kept.
+MOST_PAIRED_CLASSES = 256
+
+# Layers whose rule leaves the last activation out when it is asked to.
+_DROPPING = (
+    keras.layers.Dense,
+    keras.layers.EinsumDense,
+    keras.layers.Activation,
+    keras.layers.Softmax,
+    SpectralDense,
+)
+_SOFTMAXES = (keras.activations.softmax, keras.activations.log_softmax)
+
+
+def find_head(trace: Trace) -> tuple[str, int | None]:
+    """Whether a model ends like a classifier.
+
+    Args:
+        trace: what the model does.
+
+    Returns:
+        `"softmax"`, `"sigmoid"` (one unit), `"logits"` (two or more numbers per example), `"logit"`
+        (one) or `""`, and the index of the call whose activation is left out to get logits.
+    """
+    if len(trace.outputs) != 1:
+        return "", None
+    (output,) = trace.outputs
+    if len(output.shape) != 2 or output.shape[-1] is None or output.shape[0] != trace.batch:
+        return "", None
+    classes = output.shape[-1]
+    while id(output) in trace.aliases:
+        output = trace.aliases[id(output)]
+    for index, call in enumerate(trace.calls):
+        if len(call.outputs) == 1 and call.outputs[0] is output:
+            kind = _activation_kind(call, classes)
+            if kind:
+                return kind, index
+    return ("logits" if classes > 1 else "logit"), None
+
+
+def _activation_kind(call: TracedCall, classes: int) -> str:
+    operation: Any = call.operation
+    if isinstance(operation, keras.layers.Layer):
+        if type(operation) not in _DROPPING:
+            return ""
+        if isinstance(operation, keras.layers.Softmax):
+            plain = operation.axis in (-1, 1) and call.arguments.get("mask") is None
+            return "softmax" if plain and classes > 1 else ""
+        activation = operation.activation
+        if activation in _SOFTMAXES and classes > 1:
+            return "softmax"
+        return "sigmoid" if activation is keras.activations.sigmoid and classes == 1 else ""
+    if type(operation).__name__ in ("Softmax", "LogSoftmax") and classes > 1:
+        return "softmax" if operation.axis in (-1, 1) else ""
+    return ""
+
+
+def pair_constants(state: TensorState, total: float, norm: str) -> tuple[tuple[float, ...], ...]:
+    """For each pair of classes an upper bound of how fast `z_y - z_j` can change.
+
+    With features of constant `L` and the kernel `w` of the last linear map it is `L |w_y - w_j|`
+    (docs/theory.md, section 8), else `sqrt(2)` times the constant of the logits, or twice that
+    in the max norm. The smaller of the two is kept.
+
+    Args:
+        state: the logits.
+        total: their constant.
+        norm: norm of the certificate.
+
+    Returns:
+        A symmetric matrix with zeros on its diagonal, or no rows for very many classes.
+    """
+    classes = state.shape[-1]
+    if classes is None or not 2 <= classes <= MOST_PAIRED_CLASSES:
+        return ()
+    general = total * (2.0 if norm == "linf" else SAFETY * math.sqrt(2.0))
+    pairs = np.full((classes, classes), general)
+    for features, kernel in state.routes:
+        matrix = as_matrix(kernel, classes)
+        constant = SAFETY * _value(features.gain.log)
+        for label in range(classes):
+            # Differences, not a Gram expansion: close columns must not cancel.
+            gaps = matrix[:, label : label + 1] - matrix
+            sizes = np.abs(gaps).sum(axis=0) if norm == "linf" else np.linalg.norm(gaps, axis=0)
+            with np.errstate(invalid="ignore"):
+                route = constant * SAFETY * sizes
+            pairs[label] = np.fmin(pairs[label], np.where(np.isnan(route), np.inf, route))
+    np.fill_diagonal(pairs, 0.0)
+    pairs = np.minimum(pairs, pairs.T)
+    return tuple(tuple(float(value) for value in row) for row in pairs)
+
+
+def _value(log: float) -> float:
+    return math.exp(log) if log < 709.0 else math.inf

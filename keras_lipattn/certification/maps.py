@@ -1,0 +1,476 @@
+"""The family of maps that rules describe layers with.
+
+A map says how much its output can change (`propagate`, on what is known about tensors), and where
+that helps a local certificate, what its output is (`apply`, on numbers).
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from keras_lipattn.certification import linear_map
+from keras_lipattn.certification.gain import Gain
+from keras_lipattn.certification.linear_map import LinearMap
+from keras_lipattn.certification.tensor_state import Kind, TensorState
+from keras_lipattn.certification.token_range import TokenRange
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class CenterValue:
+    """The output of a map at the center of a local certificate, where a rule knows it best.
+
+    Args:
+        value: the output for one example, `None` where it is not known.
+        rounding_error: how far `value` may be from what the model computes, in the 2-norm.
+        reason: why it is not known.
+    """
+
+    value: np.ndarray | None = None
+    rounding_error: float = 0.0
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class LipschitzMap:
+    """A proven statement about one call of a layer, or about one part of it.
+
+    Only `constant` and `theorem` are needed, and `reason` when the constant is `inf`. A map of this
+    class itself is opaque: nothing but its constants is known.
+
+    Args:
+        constant: Lipschitz constant in the norm of the certificate, with respect to all
+            perturbed inputs side by side. NaN counts as `inf`.
+        theorem: where the number comes from, in a few words.
+        reason: why no finite constant is known.
+        published: the constant by the published bound, where it differs; NaN stands for the same.
+        exact: whether the constant is attained or approached.
+        range: where the tokens of the output can be, as far as the layer itself tells.
+        operands: the tensors that the map acts on; by default all tensors of the call in order.
+        per_input: numbers with `|change| <= sum_i per_input[i] |change of operand i|`.
+        entrywise: whether the entries of several inputs meet within a token, as in a
+            concatenation along the last axis.
+        max_tokens: largest number of tokens for which the constant holds.
+        resets_input: whether the output is itself the certified input, as after an embedding.
+        assumes_fixed_mask: whether the constant only holds for a mask that does not change.
+        center: the output at the center of a local certificate.
+
+    Raises:
+        ValueError: if `constant` is `inf` and there is no `reason`.
+    """
+
+    constant: float
+    theorem: str = ""
+    reason: str = ""
+    published: float = math.nan
+    exact: bool = False
+    range: TokenRange | None = None
+    operands: tuple[TensorState, ...] | None = None
+    per_input: tuple[float, ...] | None = None
+    entrywise: bool = False
+    max_tokens: int | None = None
+    resets_input: bool = False
+    assumes_fixed_mask: bool = False
+    center: CenterValue | None = None
+
+    def __post_init__(self):
+        constant = float(self.constant)
+        if math.isnan(constant) or constant < 0.0:
+            # Arithmetic on NaN weights ends here, never in a certificate.
+            constant = math.inf
+        object.__setattr__(self, "constant", constant)
+        if math.isnan(self.published):
+            object.__setattr__(self, "published", constant)
+        if math.isinf(constant) and not self.reason:
+            raise ValueError(
+                "A rule without a finite constant must say why in `reason`. "
+                f"Received: constant={self.constant}, reason={self.reason!r}"
+            )
+
+    # What changes -----------------------------------------------------------------------------
+
+    def propagate(
+        self, given: Sequence[TensorState], row: int, norm: str, layout: dict[str, Any]
+    ) -> TensorState:
+        """The state of the output.
+
+        Args:
+            given: states of all tensors among the arguments.
+            row: index of the row of the certificate that the call gets.
+            norm: norm of the certificate.
+            layout: shape, dynamic, fold and dtype of the output.
+
+        Returns:
+            A `TensorState`.
+        """
+        operands = list(given if self.operands is None else self.operands)
+        perturbed = [state for state in operands if not state.is_fixed]
+        if not perturbed:
+            nothing = Gain.none(norm)
+            return TensorState(
+                gain=nothing,
+                published=nothing,
+                kind=Kind.FIXED,
+                range=self.range or TokenRange(),
+                **layout,
+            )
+        if math.isinf(self.constant):
+            unbounded = Gain.unbounded(norm, [state.gain for state in perturbed])
+            return TensorState(gain=unbounded, published=unbounded, **layout)
+        output = self._advance(operands, norm, layout)
+        return output.replace(costs=_costs(output.gain, perturbed, row))
+
+    def _advance(self, operands: list[TensorState], norm: str, layout: dict) -> TensorState:
+        """The state of the output of a map with a finite constant, but for its costs."""
+        perturbed = [state for state in operands if not state.is_fixed]
+        gain, published = side_by_side(norm, perturbed, entrywise=self.entrywise)
+        gain, published = gain.scaled(self.constant), published.scaled(self.published)
+        if self.per_input is not None:
+            parts = [
+                (number, state)
+                for number, state in zip(self.per_input, operands, strict=True)
+                if not state.is_fixed
+            ]
+            gain = gain.smaller(Gain.summed(norm, [s.gain.scaled(g) for g, s in parts]))
+            published = published.smaller(
+                Gain.summed(norm, [s.published.scaled(g) for g, s in parts])
+            )
+        return TensorState(
+            gain=gain, published=published, range=self.range or TokenRange(), **layout
+        )
+
+    # Values -----------------------------------------------------------------------------------
+
+    def apply(self, values: Sequence[np.ndarray | None]) -> np.ndarray | None:
+        """The output in float64 for values of the operands, `None` where the layer has to run."""
+        return None
+
+    def error_weights(self, count: int) -> Sequence[float] | None:
+        """How an error of each operand reaches the output, `None` for `constant` on all of them."""
+        return self.per_input
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Affine(LipschitzMap):
+    """`x @ matrix + bias` on the last axis.
+
+    Args:
+        matrix: shape `(d_in, d_out)`, a diagonal of shape `(d,)`, or `None` for the identity.
+        bias: shape `(d_out,)`, `(tokens, d_out)`, or `None`.
+    """
+
+    matrix: LinearMap = None
+    bias: np.ndarray | None = None
+
+    def _advance(self, operands, norm, layout):
+        (state,) = [state for state in operands if not state.is_fixed]
+        gain = state.gain.scaled(self.constant)
+        published = state.published.scaled(self.published)
+        anchor, linear = state.root, linear_map.compose(state.linear, self.matrix)
+        token_range = self.range or TokenRange()
+        if state.range.bounded:
+            # The radius is Euclidean whatever the norm of the certificate.
+            size = self.constant if norm != "linf" else linear_map.matrix_norm(self.matrix, "l2")
+            token_range = token_range.smaller(
+                affine_range(state.range, self.matrix, self.bias, size)
+            )
+        if state.linear is not None and self.matrix is not None:
+            merged = linear_map.matrix_norm(linear, norm)
+            gain = gain.smaller(anchor.gain.scaled(merged))
+            published = published.smaller(anchor.published.scaled(merged))
+        return TensorState(
+            gain=gain,
+            published=published,
+            range=token_range,
+            anchor=anchor,
+            linear=linear,
+            routes=((state, self.matrix), (anchor, linear)),
+            **layout,
+        )
+
+    def apply(self, values):
+        if self.bias is not None and self.bias.ndim > 1:
+            # It is cut to the length of the input.
+            return None
+        (value,) = values
+        if value is None:
+            return None
+        value = np.asarray(value, np.float64)
+        if self.matrix is not None:
+            value = value * self.matrix if self.matrix.ndim == 1 else value @ self.matrix
+        return value if self.bias is None else value + self.bias
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Combination(LipschitzMap):
+    """`sum_i coefficients[i] * operand i`, for operands of the shape of the output.
+
+    Args:
+        coefficients: numbers, or arrays of shape `(d,)`.
+    """
+
+    coefficients: tuple[float | np.ndarray, ...] = ()
+
+    def _advance(self, operands, norm, layout):
+        terms = list(zip(self.coefficients, operands, strict=True))
+        width = layout["shape"][-1] if layout["shape"] else None
+        total = None
+        for coefficient, state in terms:
+            known = state.values is not None or state.width == width
+            term = affine_range(
+                state.range if known else TokenRange(),
+                _as_linear(coefficient, width),
+                None,
+                _largest(coefficient),
+            )
+            total = term if total is None else total.plus(term)
+        groups: dict[int, list[tuple]] = {}
+        for coefficient, state in terms:
+            if not state.is_fixed:
+                groups.setdefault(id(state.root), []).append((coefficient, state))
+        gains, published = [], []
+        merged_root, merged_map = None, None
+        for members in groups.values():
+            ours = Gain.summed(norm, [s.gain.scaled(_largest(c)) for c, s in members])
+            theirs = Gain.summed(norm, [s.published.scaled(_largest(c)) for c, s in members])
+            if width is not None:
+                root = members[0][1].root
+                maps = [linear_map.compose(s.linear, _as_linear(c, width)) for c, s in members]
+                linear = maps[0]
+                for other in maps[1:]:
+                    linear = linear_map.add(linear, other, width)
+                if len(members) > 1:
+                    constant = linear_map.matrix_norm(linear, norm)
+                    ours = ours.smaller(root.gain.scaled(constant))
+                    theirs = theirs.smaller(root.published.scaled(constant))
+                if len(groups) == 1:
+                    merged_root, merged_map = root, linear
+            gains.append(ours)
+            published.append(theirs)
+        return TensorState(
+            gain=Gain.summed(norm, gains),
+            published=Gain.summed(norm, published),
+            range=(self.range or TokenRange()).smaller(total or TokenRange()),
+            anchor=merged_root,
+            linear=merged_map,
+            **layout,
+        )
+
+    def apply(self, values):
+        if any(value is None for value in values):
+            return None
+        terms = [
+            np.asarray(value, np.float64) * coefficient
+            for value, coefficient in zip(values, self.coefficients, strict=True)
+        ]
+        return sum(terms[1:], terms[0])
+
+    def error_weights(self, count):
+        return [_largest(coefficient) for coefficient in self.coefficients]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Elementwise(LipschitzMap):
+    """One function on every entry, whose largest slope is `constant`.
+
+    Args:
+        value_at_zero: upper bound of its absolute value at 0.
+    """
+
+    value_at_zero: float
+
+    def _advance(self, operands, norm, layout):
+        (state,) = [state for state in operands if not state.is_fixed]
+        token_range = self.range or TokenRange()
+        if state.range.bounded and state.width is not None:
+            # Euclidean radius and slope: a function of one entry has one constant in every norm.
+            token_range = token_range.smaller(
+                TokenRange(
+                    self.constant * state.range.outer_radius
+                    + math.sqrt(state.width) * self.value_at_zero,
+                    None,
+                    self.constant * state.range.largest + self.value_at_zero,
+                )
+            )
+        return TensorState(
+            gain=state.gain.scaled(self.constant),
+            published=state.published.scaled(self.published),
+            range=token_range,
+            **layout,
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class TokenMixing(LipschitzMap):
+    """A linear map that treats every channel (index of the last axis) alike.
+
+    It commutes with linear maps of the last axis, so those before and after it merge.
+    """
+
+    def _advance(self, operands, norm, layout):
+        (state,) = [state for state in operands if not state.is_fixed]
+        anchor, linear = None, None
+        if state.anchor is not None:
+            root, linear = state.anchor, state.linear
+            width = None if linear is None else linear.shape[0]
+            anchor = TensorState(
+                gain=root.gain.scaled(self.constant),
+                published=root.published.scaled(self.published),
+                shape=(*layout["shape"][:-1], width or layout["shape"][-1]),
+                dynamic=layout["dynamic"],
+                fold=layout["fold"],
+            )
+        return TensorState(
+            gain=state.gain.scaled(self.constant),
+            published=state.published.scaled(self.published),
+            range=self.range or TokenRange(),
+            anchor=anchor,
+            linear=linear,
+            **layout,
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Concatenation(LipschitzMap):
+    """Linear images of one tensor, side by side along the last axis."""
+
+    def _advance(self, operands, norm, layout):
+        output = super()._advance(operands, norm, layout)
+        anchor = operands[0].root
+        maps = [linear_map.as_matrix(state.linear, state.shape[-1] or 0) for state in operands]
+        linear = np.concatenate(maps, axis=1)
+        constant = linear_map.matrix_norm(linear, norm)
+        return output.replace(
+            gain=output.gain.smaller(anchor.gain.scaled(constant)),
+            published=output.published.smaller(anchor.published.scaled(constant)),
+            anchor=anchor,
+            linear=linear,
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Composite(LipschitzMap):
+    """Maps that run one after the other; made by `chain`.
+
+    Args:
+        stages: the maps; `constant` may be smaller than the product of theirs.
+    """
+
+    stages: tuple[LipschitzMap, ...] = ()
+
+    def _advance(self, operands, norm, layout):
+        (state,) = [state for state in operands if not state.is_fixed]
+        inner = state
+        for stage in self.stages:
+            inner = stage._advance([inner], norm, layout)
+        return inner.replace(
+            gain=state.gain.scaled(self.constant).smaller(inner.gain),
+            published=state.published.scaled(self.published).smaller(inner.published),
+            range=(self.range or TokenRange()).smaller(inner.range),
+        )
+
+
+def chain(
+    *stages: LipschitzMap, constant: float | None = None, theorem: str = "", **fields
+) -> LipschitzMap:
+    """A layer made of parts that run one after the other.
+
+    Args:
+        *stages: the parts, each with one input.
+        constant: of the whole; by default the product of the constants of the parts.
+        theorem: of the whole; by default those of the parts.
+        **fields: further fields of the whole.
+
+    Returns:
+        A `Composite`, or the part itself where there is only one and nothing else is known.
+    """
+    if len(stages) == 1 and constant is None and not theorem and not fields:
+        return stages[0]
+    ours, published = 1.0, 1.0
+    for stage in stages:
+        # An unbounded part makes the whole unbounded, even next to a part of constant 0.
+        ours = math.inf if math.inf in (ours, stage.constant) else ours * stage.constant
+        theirs = (published, stage.published)
+        published = math.inf if math.inf in theirs else published * stage.published
+    if constant is not None:
+        ours, published = min(ours, constant), min(published, constant)
+    names = dict.fromkeys(stage.theorem for stage in stages if stage.theorem)
+    reasons = dict.fromkeys(stage.reason for stage in stages if stage.reason)
+    return Composite(
+        constant=ours,
+        published=published,
+        theorem=theorem or ", then ".join(names),
+        reason="; ".join(reasons) if math.isinf(ours) else "",
+        stages=stages,
+        **fields,
+    )
+
+
+def unbounded(reason: str) -> LipschitzMap:
+    """A call for which no constant is known."""
+    return LipschitzMap(constant=math.inf, reason=reason)
+
+
+def side_by_side(norm: str, states: Sequence[TensorState], *, entrywise: bool = False):
+    """Gains of several tensors seen as one: ours, and with the published bounds."""
+    return (
+        Gain.stacked(norm, [state.gain for state in states], entrywise=entrywise),
+        Gain.stacked(norm, [state.published for state in states], entrywise=entrywise),
+    )
+
+
+def affine_range(token_range: TokenRange, matrix, bias, constant: float) -> TokenRange:
+    """The range of `x @ matrix + bias`, where `constant` bounds the norm of the matrix."""
+    if not token_range.bounded:
+        return TokenRange()
+    center = token_range.center
+    if center is not None and matrix is not None:
+        if matrix.shape[0] != center.shape[0]:
+            center = np.broadcast_to(center, matrix.shape[:1])
+        center = center * matrix if matrix.ndim == 1 else center @ matrix
+    moved = TokenRange(token_range.radius * constant if constant else 0.0, center)
+    shift = TokenRange(0.0) if bias is None else TokenRange.of_values(bias)
+    shifted = moved if bias is None else moved.plus(shift)
+    if shift.radius > 0.0:
+        return shifted
+    maps = token_range.maps if matrix is None else (*token_range.maps, matrix)
+    source = token_range.source if token_range.maps else token_range.radius
+    return dataclasses.replace(shifted, maps=maps, source=source)
+
+
+def _as_linear(coefficient, width: int | None):
+    if np.ndim(coefficient) == 0:
+        if coefficient == 1.0 or width is None:
+            return None
+        return np.full(width, float(coefficient))
+    return np.asarray(coefficient, np.float64)
+
+
+def _largest(coefficient) -> float:
+    return float(np.max(np.abs(coefficient)))
+
+
+def _costs(gain: Gain, perturbed: list[TensorState], row: int) -> dict[int, float]:
+    """Parts of the logarithm of a gain, by row; they sum to it.
+
+    What several inputs bring is weighted by their shares in the sum; the rest is what the call
+    itself costs, the price of branching included.
+    """
+    if not math.isfinite(gain.log):
+        return {}
+    logs = [state.gain.log for state in perturbed]
+    top = max(logs)
+    if not math.isfinite(top):
+        return {row: gain.log}
+    weights = [math.exp(log - top) for log in logs]
+    costs: dict[int, float] = {}
+    brought = 0.0
+    for state, weight in zip(perturbed, weights, strict=True):
+        share = weight / sum(weights)
+        brought += share * state.gain.log if weight > 0.0 else 0.0
+        for index, cost in state.costs.items():
+            costs[index] = costs.get(index, 0.0) + share * cost
+    costs[row] = costs.get(row, 0.0) + gain.log - brought
+    return costs

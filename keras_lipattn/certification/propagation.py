@@ -1,0 +1,488 @@
+"""Following constants through a traced model, from its inputs to its outputs."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+from keras_lipattn.certification.batch_axis import MOVES_BATCH, BatchComparison, Layout
+from keras_lipattn.certification.gain import Gain
+from keras_lipattn.certification.layer_call import LayerCall, is_mask
+from keras_lipattn.certification.local_pass import LocalPass
+from keras_lipattn.certification.maps import LipschitzMap, unbounded
+from keras_lipattn.certification.registry import find_rule
+from keras_lipattn.certification.tensor_state import Kind, TensorState
+from keras_lipattn.certification.token_range import TokenRange
+from keras_lipattn.certification.tracing import KerasTensor, Trace, TracedCall
+from keras_lipattn.layers._as_run import is_finite_as_run
+
+_WRITE_A_RULE = (
+    "Give it a rule with `@keras_lipattn.register_rule({cls})`: a function of the layer and of the "
+    "call that returns a Lipschitz constant"
+)
+_WRITE_A_LAYER = (
+    "Put it into a layer of its own and give that layer a rule with `@keras_lipattn.register_rule`"
+)
+_MASK_CHANGES = (
+    "its mask is computed from a certified input, and jumps when the input changes: "
+    "`assume_fixed_mask=True` certifies for a fixed mask"
+)
+_INTEGERS_JUMP = (
+    "it computes integers or a mask from a certified input, which jump when the input changes: "
+    "`assume_fixed_mask=True` certifies for a fixed mask"
+)
+
+# Operations that move integers around and do not look at them.
+_MOVES = frozenset(
+    {
+        "BroadcastTo",
+        "Cast",
+        "Concatenate",
+        "ConvertToTensor",
+        "ExpandDims",
+        "Flatten",
+        "GetItem",
+        "Identity",
+        "Permute",
+        "Reshape",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "StopGradient",
+        "Swapaxes",
+        "Transpose",
+    }
+)
+# Operations whose output depends on the shape of the input alone.
+_FILLED = frozenset({"EmptyLike", "FullLike", "OnesLike", "ZerosLike"})
+# Operations on fixed tensors which tell the largest entry of their output.
+_LARGEST = {
+    "Add": math.fsum,
+    "Subtract": math.fsum,
+    "Multiply": math.prod,
+    "Maximum": max,
+    "Minimum": max,
+    **dict.fromkeys(_MOVES, max),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The choices of the caller of `certify`."""
+
+    norm: str = "l2"
+    sequence_length: int | None = None
+    input_radius: float | None = None
+    assume_fixed_mask: bool = False
+    mask: Any = None
+
+
+@dataclasses.dataclass
+class Row:
+    """A row of the certificate in the making."""
+
+    path: str
+    layer_class: str
+    map: LipschitzMap
+    reason: str
+    radius: float
+    tokens: int | None
+
+
+class Propagation:
+    """One certification: follows constants through a trace, collects rows and inputs.
+
+    Args:
+        trace: what the model does.
+        comparison: of that trace with one on another number of examples.
+        options: the choices of the caller.
+        local: for a local certificate, its ball.
+        logit_call: the call whose activation is left out, `None` for none.
+    """
+
+    def __init__(
+        self,
+        trace: Trace,
+        comparison: BatchComparison,
+        options: Options,
+        local: LocalPass | None = None,
+        logit_call: int | None = None,
+    ):
+        self.trace = trace
+        self.options = options
+        self.local = local
+        self.rows: list[Row] = []
+        self.inputs: list[str] = []
+        self.looked_up_inputs: dict[int, str] = {}
+        self.computed_inputs: set[int] = set()
+        self.assumed_masks: list[str] = []
+        self.max_tokens: list[int] = []
+        self.fixed_inputs: list[str] = []
+        self.states: dict[int, TensorState] = {}
+        self._comparison = comparison
+        self._logit_call = logit_call
+        self._paths: set[str] = set()
+
+    def run(self, names: Sequence[str]) -> list[TensorState]:
+        """The states of the outputs.
+
+        Args:
+            names: of the inputs, in order.
+        """
+        states = [
+            self._input_state(name, self._layout(tensor))
+            for name, tensor in zip(names, self.trace.inputs, strict=True)
+        ]
+        if self.local is not None:
+            states = self.local.begin(states)
+        for tensor, state in zip(self.trace.inputs, states, strict=True):
+            self.states[id(tensor)] = state
+        needed = self._needed()
+        for index, call in enumerate(self.trace.calls):
+            if index in needed:
+                outputs = self._apply(index, call)
+                for tensor, state in zip(call.outputs, outputs, strict=True):
+                    self.states[id(tensor)] = state
+        if self.local is not None:
+            self.local.is_complete = True
+        return [self._not_mixed(self.state_of(tensor)) for tensor in self.trace.outputs]
+
+    def state_of(self, tensor: KerasTensor) -> TensorState:
+        """The state of a tensor of the trace."""
+        tensor = self._resolve(tensor)
+        if id(tensor) not in self.states:
+            # A constant that came out of a layer.
+            values = keras.ops.convert_to_numpy(self.trace.constants[id(tensor)])
+            layout = self._layout(tensor)
+            numbers = values.dtype.kind in "fiub"
+            self.states[id(tensor)] = self._fixed(
+                layout,
+                values=values.astype("float64") if numbers else None,
+                range=TokenRange.of_values(values) if numbers else TokenRange(),
+            )
+        return self.states[id(tensor)]
+
+    def _resolve(self, tensor: KerasTensor) -> KerasTensor:
+        while id(tensor) in self.trace.aliases:
+            tensor = self.trace.aliases[id(tensor)]
+        return tensor
+
+    def _needed(self) -> set[int]:
+        """Indices of the calls which the outputs depend on."""
+        producers = {
+            id(tensor): index
+            for index, call in enumerate(self.trace.calls)
+            for tensor in call.outputs
+        }
+        needed: set[int] = set()
+        stack = list(self.trace.outputs)
+        while stack:
+            index = producers.get(id(self._resolve(stack.pop())))
+            if index is not None and index not in needed:
+                needed.add(index)
+                call = self.trace.calls[index]
+                stack += [*call.tensors, *call.keras_masks]
+        return needed
+
+    def _layout(self, tensor: KerasTensor) -> Layout:
+        known = self._comparison.layouts.get(id(tensor))
+        if known is not None:
+            return known
+        shape = tuple(tensor.shape[1:])
+        dtype = keras.backend.standardize_dtype(tensor.dtype)
+        return Layout(shape, (False,) * len(shape), 1, dtype)
+
+    # Inputs -----------------------------------------------------------------------------------
+
+    def _source(self, name: str) -> Gain:
+        """Registers a certified input and returns its gain."""
+        self.inputs.append(name)
+        return Gain.of_source(self.options.norm, len(self.inputs) - 1)
+
+    def _input_state(self, name: str, layout: Layout) -> TensorState:
+        if layout.dtype in ("bool", "string"):
+            self.fixed_inputs.append(name)
+            kind = Kind.FIXED if layout.dtype == "bool" else Kind.FROM_INTEGERS
+            return self._fixed(layout, kind=kind)
+        gain = self._source(name)
+        integer = _is_integer(layout.dtype)
+        return TensorState(
+            gain=gain,
+            published=gain,
+            kind=Kind.INTEGER if integer else Kind.PERTURBED,
+            integer_input=len(self.inputs) - 1 if integer else None,
+            range=self._input_range(),
+            **layout.fields(),
+        )
+
+    def _input_range(self) -> TokenRange:
+        radius = self.options.input_radius
+        return TokenRange() if radius is None else TokenRange(radius)
+
+    def _fixed(self, layout: Layout, *, kind: Kind = Kind.FIXED, **fields) -> TensorState:
+        nothing = Gain.none(self.options.norm)
+        return TensorState(gain=nothing, published=nothing, kind=kind, **fields, **layout.fields())
+
+    # Calls ------------------------------------------------------------------------------------
+
+    def _apply(self, index: int, call: TracedCall) -> list[TensorState]:
+        """States of the outputs of one call."""
+        arguments = keras.tree.map_structure(self._fill, call.arguments)
+        given = [self.state_of(tensor) for tensor in call.tensors]
+        layouts = [self._layout(tensor) for tensor in call.outputs]
+        perturbed = [state for state in given if not state.is_fixed]
+        name = type(call.operation).__name__
+        from_integers = any(state.kind in (Kind.FROM_INTEGERS, Kind.INTEGER) for state in given)
+        if not perturbed and not (from_integers and _looks_up(call.operation)):
+            largest = math.inf
+            if name in _LARGEST:
+                sizes = [_largest(self._operand(leaf)) for leaf in call_operands(call)]
+                largest = _LARGEST[name](sizes) if sizes else math.inf
+            kind = Kind.FROM_INTEGERS if from_integers else Kind.FIXED
+            outputs = [
+                self._fixed(layout, kind=kind, range=TokenRange(largest=largest))
+                for layout in layouts
+            ]
+            return self._enclosed(index, None, given, outputs)
+        refusal = call.refusal or self._comparison.refusals.get(index, "")
+        if refusal:
+            return self._record(call, unbounded(refusal), given, layouts, index)
+        masks = [
+            leaf
+            for argument, value in arguments.items()
+            if is_mask(argument)
+            for leaf in keras.tree.flatten(value)
+        ]
+        masks += [self.state_of(mask) for mask in call.keras_masks]
+        if any(isinstance(mask, TensorState) and not mask.is_fixed for mask in masks):
+            return self._record(call, unbounded(_MASK_CHANGES), given, layouts, index)
+        if all(_is_integer(layout.dtype) for layout in layouts):
+            return self._integers(index, call, given, layouts, arguments)
+        rule_map = self._ask_rule(index, call, arguments, layouts[0])
+        return self._record(call, rule_map, given, layouts, index)
+
+    def _fill(self, leaf: Any) -> Any:
+        return self.state_of(leaf) if isinstance(leaf, KerasTensor) else leaf
+
+    def _operand(self, leaf: Any) -> Any:
+        return self.state_of(leaf) if isinstance(leaf, KerasTensor) else leaf
+
+    def _ask_rule(self, index: int, call: TracedCall, arguments, layout: Layout) -> LipschitzMap:
+        rule, missing = find_rule(call.operation)
+        if rule is None:
+            return unbounded(missing)
+        layer_call = self._layer_call(
+            arguments,
+            layout,
+            compute_dtype=call.compute_dtype,
+            drop_activation=index == self._logit_call,
+            keras_masks=tuple(self.state_of(mask) for mask in call.keras_masks),
+        )
+        return _as_map(rule(call.operation, layer_call))
+
+    def _layer_call(self, arguments, layout: Layout, **fields) -> LayerCall:
+        return LayerCall(
+            norm=self.options.norm,
+            arguments=arguments,
+            shape=layout.shape,
+            dynamic=layout.dynamic,
+            fold=layout.fold,
+            output_dtype=layout.dtype,
+            mask=self.options.mask,
+            assume_fixed_mask=self.options.assume_fixed_mask,
+            ask=self._ask_layer,
+            **fields,
+        )
+
+    def _ask_layer(self, layer: keras.layers.Layer, state: TensorState) -> LipschitzMap:
+        """The map of a layer on one input, for layers that hold another one as activation."""
+        rule, missing = find_rule(layer)
+        if rule is None:
+            return unbounded(f"{type(layer).__name__} {layer.name!r} inside it: {missing}")
+        layout = Layout(state.shape, state.dynamic, state.fold, state.dtype)
+        call = self._layer_call(
+            {next(iter(layer._call_signature.parameters)): state},
+            layout,
+            compute_dtype=layer.compute_dtype,
+        )
+        return _as_map(rule(layer, call))
+
+    def _integers(self, index, call, given, layouts, arguments) -> list[TensorState]:
+        """Outputs that are integers or booleans: either constant or discontinuous."""
+        name = type(call.operation).__name__
+        perturbed = [state for state in given if not state.is_fixed]
+        if name in _FILLED:
+            outputs = [self._fixed(layout) for layout in layouts]
+        elif all(state.kind is Kind.INTEGER for state in perturbed):
+            outputs = self._moved(index, call, arguments, perturbed, layouts)
+            if outputs is None:
+                for state in perturbed:
+                    self._look_up(state)
+                outputs = [self._fixed(layout, kind=Kind.FROM_INTEGERS) for layout in layouts]
+        elif self.options.assume_fixed_mask:
+            self.assumed_masks.append(call.path)
+            outputs = [self._fixed(layout) for layout in layouts]
+        else:
+            return self._record(call, unbounded(_INTEGERS_JUMP), given, layouts, index)
+        return self._enclosed(index, None, given, outputs)
+
+    def _moved(self, index, call, arguments, perturbed, layouts) -> list[TensorState] | None:
+        """Integers of one input that were moved around, `None` if anything else happened."""
+        one_input = len({state.integer_input for state in perturbed}) == 1
+        if type(call.operation).__name__ not in _MOVES or not one_input:
+            return None
+        rule_map = self._ask_rule(index, call, arguments, layouts[0])
+        if not rule_map.constant <= 1.0 or len(perturbed) > 1:
+            return None
+        return [
+            perturbed[0].replace(
+                anchor=None, linear=None, routes=(), enclosure=None, **layout.fields()
+            )
+            for layout in layouts
+        ]
+
+    def _look_up(self, state: TensorState) -> None:
+        """Notes that the certificate keeps this integer input fixed."""
+        if state.integer_input is not None:
+            name = self.inputs[state.integer_input]
+            if state.integer_input not in self.looked_up_inputs:
+                self.fixed_inputs.append(name)
+            self.looked_up_inputs[state.integer_input] = name
+
+    # Rows -------------------------------------------------------------------------------------
+
+    def _record(self, call, rule_map: LipschitzMap, given, layouts, index) -> list[TensorState]:
+        """Adds the row of a call and returns the states of its outputs."""
+        perturbed = [state for state in given if not state.is_fixed]
+        row = len(self.rows)
+        path = self._unique(call.path)
+        name = type(call.operation).__name__
+        if rule_map.resets_input:
+            for state in perturbed:
+                self._look_up(state)
+            gain = self._source(f"output of {name} {path!r}")
+            outputs = [
+                TensorState(gain=gain, published=gain, range=self._input_range(), **layout.fields())
+                for layout in layouts
+            ]
+        else:
+            for state in perturbed:
+                if state.integer_input is not None and state.kind is Kind.INTEGER:
+                    self.computed_inputs.add(state.integer_input)
+            outputs = [
+                rule_map.propagate(given, row, self.options.norm, layout.fields())
+                for layout in layouts
+            ]
+        if rule_map.max_tokens is not None:
+            self.max_tokens.append(rule_map.max_tokens)
+        if rule_map.assumes_fixed_mask:
+            self.assumed_masks.append(path)
+        self.rows.append(
+            Row(
+                path=path,
+                layer_class=name,
+                map=rule_map,
+                reason=_reason(call, path, rule_map),
+                radius=max((state.range.radius for state in perturbed), default=0.0),
+                tokens=perturbed[0].tokens if perturbed else None,
+            )
+        )
+        outputs = [self._not_mixed(state) for state in outputs]
+        return self._enclosed(index, rule_map, given, outputs)
+
+    def _not_mixed(self, state: TensorState) -> TensorState:
+        """A tensor without examples that changes with the inputs has no bound."""
+        if state.fold or state.is_fixed or math.isinf(state.gain.log):
+            return state
+        nothing = Gain.unbounded(self.options.norm, [state.gain])
+        self.rows.append(
+            Row(
+                path=self._unique("batch"),
+                layer_class="",
+                map=unbounded(MOVES_BATCH),
+                reason=MOVES_BATCH,
+                radius=math.inf,
+                tokens=None,
+            )
+        )
+        return TensorState(
+            gain=nothing, published=nothing, shape=state.shape, dynamic=state.dynamic, fold=0
+        )
+
+    def _enclosed(self, index, rule_map, given, outputs) -> list[TensorState]:
+        if self.local is None:
+            return outputs
+        return self.local.after(index, rule_map, given, outputs)
+
+    def _unique(self, path: str) -> str:
+        candidate, calls = path, 1
+        while candidate in self._paths:
+            calls += 1
+            candidate = f"{path}:call{calls}"
+        self._paths.add(candidate)
+        return candidate
+
+
+def call_operands(call: TracedCall) -> list[Any]:
+    """Tensors and numbers among the arguments of an operation."""
+    return [
+        leaf
+        for leaf in keras.tree.flatten((call.args, call.kwargs))
+        if isinstance(leaf, KerasTensor | float | int) or keras.ops.is_tensor(leaf)
+    ]
+
+
+def _as_map(answer: Any) -> LipschitzMap:
+    if isinstance(answer, LipschitzMap):
+        return answer
+    value = float(answer)
+    return LipschitzMap(
+        constant=value,
+        theorem="as its rule states",
+        reason="its rule returns no finite constant" if not math.isfinite(value) else "",
+    )
+
+
+def _reason(call: TracedCall, path: str, rule_map: LipschitzMap) -> str:
+    """One line: which call, why it has no constant, and how to mend it."""
+    if not math.isinf(rule_map.constant):
+        return rule_map.reason
+    text = f"{type(call.operation).__name__} {path!r}: {rule_map.reason}"
+    way_out = _way_out(call.operation, rule_map.reason)
+    return f"{text}. {way_out}." if way_out else f"{text}."
+
+
+# Reasons with one of these say what to do.
+_REMEDIES = ("pass `", "`assume_fixed_mask=True`", "`input_radius`", ": use `", ": declare ")
+# No rule helps against these.
+_BEYOND_RULES = ("training=True", "quantized")
+
+
+def _way_out(operation: Any, reason: str) -> str:
+    """What gives the call a constant, empty where the reason says it or no rule could."""
+    if any(words in reason for words in (*_REMEDIES, *_BEYOND_RULES)):
+        return ""
+    if not isinstance(operation, keras.layers.Layer):
+        return _WRITE_A_LAYER
+    if not all(is_finite_as_run(weight, operation.compute_dtype) for weight in operation.weights):
+        return ""
+    return _WRITE_A_RULE.format(cls=type(operation).__name__)
+
+
+def _looks_up(operation: Any) -> bool:
+    if isinstance(operation, keras.layers.Layer):
+        return isinstance(operation, keras.layers.Embedding)
+    return type(operation).__name__ == "Take"
+
+
+def _largest(operand: Any) -> float:
+    if isinstance(operand, TensorState):
+        return 1.0 if operand.dtype == "bool" else operand.range.largest
+    value = keras.ops.convert_to_numpy(operand)
+    return float(abs(value).max(initial=0.0)) if value.dtype.kind in "fiub" else math.inf
+
+
+def _is_integer(dtype: str) -> bool:
+    return dtype == "bool" or dtype.startswith(("int", "uint"))

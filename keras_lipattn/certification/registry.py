@@ -1,0 +1,135 @@
+"""From a layer class or an operation to the rule which bounds it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+from keras_lipattn.certification.layer_call import LayerCall
+from keras_lipattn.certification.maps import LipschitzMap
+
+Rule = Callable[[Any, LayerCall], LipschitzMap | float]
+
+_layer_rules: dict[type, tuple[Rule, bool]] = {}
+_operation_rules: dict[str, Rule] = {}
+_own_bound: list[Rule] = []
+
+# What a subclass may define without changing the function that the layer computes.
+_HARMLESS = frozenset(
+    {
+        "__init__",
+        "build",
+        "get_config",
+        "from_config",
+        "compute_output_shape",
+        "compute_output_spec",
+    }
+)
+
+
+def register_rule(*layer_classes: type, subclasses: bool = False) -> Callable[[Rule], Rule]:
+    """Registers the rule for a layer class, as a decorator.
+
+    The rule is a function of the layer and of the `LayerCall` it is asked about. It returns one of
+    the maps of `keras_lipattn.certification`, or just a number: a Lipschitz constant at inference
+    in the norm `call.norm`, for the weights now loaded, on all inputs (or on those in
+    `call.state.range`). A later rule for the same class replaces an earlier one. A layer that is
+    called with `call.training` true runs as in training.
+
+    Args:
+        *layer_classes: subclasses of `keras.layers.Layer`.
+        subclasses: whether the rule also holds for subclasses that override what the layer
+            computes. By default such a subclass counts as unknown.
+
+    Returns:
+        A decorator which returns the rule unchanged.
+
+    Raises:
+        ValueError: if a class is not a subclass of `keras.layers.Layer`.
+
+    Example:
+
+    >>> @register_rule(Swish)
+    ... def swish(layer, call):
+    ...     return LipschitzMap(constant=1.099840, theorem="largest slope of x sigmoid(x)")
+    """
+    if not layer_classes:
+        raise ValueError("`layer_classes` must name at least one class. Received: none")
+    for layer_class in layer_classes:
+        if not (isinstance(layer_class, type) and issubclass(layer_class, keras.layers.Layer)):
+            raise ValueError(
+                "`layer_classes` must be subclasses of `keras.layers.Layer`. "
+                f"Received: {layer_class}"
+            )
+
+    def decorate(rule: Rule) -> Rule:
+        for layer_class in layer_classes:
+            _layer_rules[layer_class] = rule, subclasses
+        return rule
+
+    return decorate
+
+
+def register_operation(*names: str) -> Callable[[Rule], Rule]:
+    """Registers the rule for nodes of `keras.ops`, by the names of their classes."""
+
+    def decorate(rule: Rule) -> Rule:
+        for name in names:
+            _operation_rules[name] = rule
+        return rule
+
+    return decorate
+
+
+def register_own_bound(rule: Rule) -> Rule:
+    """Registers the rule for layers which bring a method `lipschitz` and have no other rule."""
+    _own_bound[:] = [rule]
+    return rule
+
+
+def find_rule(operation: Any) -> tuple[Rule | None, str]:
+    """The rule for a layer or a node of `keras.ops`.
+
+    Returns:
+        The rule and an empty string, or `None` and why there is no rule.
+    """
+    cls = type(operation)
+    if not isinstance(operation, keras.layers.Layer):
+        rule = _operation_rules.get(cls.__name__) if _is_keras_operation(cls) else None
+        return rule, "" if rule else "this operation has no rule"
+    if "call" in vars(operation):
+        return None, "its `call` was replaced on the instance"
+    overridden: list[str] = []
+    for ancestor in cls.__mro__:
+        if ancestor in _layer_rules:
+            rule, subclasses = _layer_rules[ancestor]
+            if overridden and not subclasses:
+                return None, (
+                    f"it overrides `{', '.join(sorted(overridden))}` of {ancestor.__name__}, so "
+                    "the rule for that class does not apply"
+                )
+            return rule, ""
+        overridden += [
+            name
+            for name, value in vars(ancestor).items()
+            if name not in _HARMLESS
+            and not (name.startswith("__") and name != "__call__")
+            and not name.startswith("_abc_")
+            and (callable(value) or isinstance(value, property | classmethod | staticmethod))
+            and _is_inherited(cls, ancestor, name)
+        ]
+    if callable(getattr(operation, "lipschitz", None)):
+        return _own_bound[0], ""
+    return None, "no rule is registered for it"
+
+
+def _is_inherited(cls: type, ancestor: type, name: str) -> bool:
+    """Whether a class above `ancestor` defines the name as well."""
+    above = cls.__mro__[cls.__mro__.index(ancestor) + 1 :]
+    return any(name in vars(other) for other in above if other is not object)
+
+
+def _is_keras_operation(cls: type) -> bool:
+    return cls.__module__.startswith("keras.src.ops.") or cls.__module__.startswith(
+        "keras.src.activations."
+    )

@@ -1,0 +1,33 @@
+"""The rules, one module per family of layers. Importing the package registers them all."""
+
+from keras_lipattn.certification.rules import (
+    activations,
+    attention,
+    convolution,
+    embedding,
+    linear,
+    lipschitz_layers,
+    merging,
+    normalization,
+    operations,
+    other_layers,
+    pooling,
+    reshaping,
+    wrappers,
+)
+
+__all__ = [
+    "activations",
+    "attention",
+    "convolution",
+    "embedding",
+    "linear",
+    "lipschitz_layers",
+    "merging",
+    "normalization",
+    "operations",
+    "other_layers",
+    "pooling",
+    "reshaping",
+    "wrappers",
+]

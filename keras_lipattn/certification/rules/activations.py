@@ -1,0 +1,305 @@
+"""Activations: functions of one entry, softmax and log-softmax (docs/theory.md, section 8)."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_lipattn.bounds import layer_constants
+from keras_lipattn.certification.layer_call import LayerCall
+from keras_lipattn.certification.maps import Affine, Elementwise, LipschitzMap, chain, unbounded
+from keras_lipattn.certification.registry import register_operation, register_rule
+from keras_lipattn.certification.tensor_state import TensorState, product
+from keras_lipattn.certification.token_range import TokenRange
+from keras_lipattn.certification.weights import cast_to_compute_dtype
+from keras_lipattn.linalg import SAFETY
+
+# Intervals in which the values of saturating activations lie.
+_RANGES = {
+    "hard_sigmoid": (0.0, 1.0),
+    "hard_tanh": (-1.0, 1.0),
+    "relu6": (0.0, 6.0),
+    "sigmoid": (0.0, 1.0),
+    "softmax": (0.0, 1.0),
+    "softsign": (-1.0, 1.0),
+    "sparse_sigmoid": (0.0, 1.0),
+    "tanh": (-1.0, 1.0),
+}
+# |f(0)|, rounded up, where it is not 0.
+_AT_ZERO = {
+    "hard_sigmoid": 0.5,
+    "log_sigmoid": 0.693148,
+    "sigmoid": 0.5,
+    "softplus": 0.693148,
+    "sparse_plus": 0.25,
+    "sparse_sigmoid": 0.5,
+    "squareplus": 1.0,
+}
+
+_ALONG_AN_AXIS = frozenset({"softmax", "log_softmax"})
+
+
+def named(name: str, call: LayerCall, state: TensorState, *, axis: Any = -1) -> LipschitzMap:
+    """The map of an activation of Keras with default parameters.
+
+    Args:
+        name: its name in `keras.activations`, or `"gelu_tanh"`.
+        call: the call it happens in.
+        state: its input.
+        axis: for softmax and log-softmax, the axis or axes they act along, batch axis included.
+
+    Returns:
+        A `LipschitzMap`.
+    """
+    if name in layer_constants.UNBOUNDED_ACTIVATIONS:
+        return _unbounded(name, state)
+    if name in _ALONG_AN_AXIS:
+        return _along(name, call, state, axis)
+    constant = layer_constants.activation_constant(name, call.norm)
+    return slope(constant, state, name=name)
+
+
+def slope(constant: float, state: TensorState, *, name: str = "") -> LipschitzMap:
+    """The map of a function of one entry whose largest slope is `constant`."""
+    if name == "linear":
+        return Affine(constant=1.0, theorem="identity", exact=True)
+    token_range = None
+    if state.width is not None and name in _RANGES:
+        token_range = TokenRange.of_entries(*_RANGES[name], state.width)
+    return Elementwise(
+        constant=constant,
+        theorem="largest slope",
+        exact=True,
+        range=token_range,
+        value_at_zero=_AT_ZERO.get(name, 0.0),
+    )
+
+
+def function(
+    activation: Callable | None, call: LayerCall, state: TensorState
+) -> LipschitzMap | None:
+    """The map of the `activation` argument of a layer, `None` when there is nothing to do."""
+    if activation is None or activation is keras.activations.linear or call.drop_activation:
+        return None
+    if isinstance(activation, keras.layers.Layer):
+        return call.ask(activation, state)
+    name = getattr(activation, "__name__", type(activation).__name__)
+    try:
+        known = keras.activations.get(name)
+    except ValueError:
+        known = None
+    # A function of the same name may do anything: only the functions of Keras count.
+    if known is not activation or not (
+        name in layer_constants.ACTIVATIONS
+        or name in layer_constants.UNBOUNDED_ACTIVATIONS
+        or name in _ALONG_AN_AXIS
+    ):
+        return unbounded(f"the constant of its activation {name!r} is not known")
+    return named(name, call, state)
+
+
+def with_activation(
+    step: LipschitzMap, layer: Any, call: LayerCall, width: int | None
+) -> LipschitzMap:
+    """A layer's linear part followed by its `activation`; `width` is its last axis."""
+    shape = (*call.shape[:-1], width) if call.shape else ()
+    between = call.state.replace(
+        shape=shape, dynamic=call.dynamic, range=TokenRange(), anchor=None, linear=None
+    )
+    after = function(getattr(layer, "activation", None), call, between)
+    if after is None:
+        return step
+    # Saturating activations bound their output by themselves; others are left to the walk.
+    return chain(step, after)
+
+
+def _along(name: str, call: LayerCall, state: TensorState, axis: Any) -> LipschitzMap:
+    rank = state.rank
+    if axis is None:
+        return unbounded(f"{name} over all axes mixes examples")
+    axes = {int(a) % rank for a in (axis if isinstance(axis, list | tuple) else [axis])}
+    if 0 in axes:
+        return unbounded(f"{name} along the batch axis mixes examples")
+    width = product(tuple(state.shape[a - 1] for a in axes))
+    if name == "log_softmax" and width is None:
+        return unbounded("the length of the log-softmax is not known")
+    last_only = axes == {rank - 1}
+    if call.norm == "linf" or last_only:
+        constant = layer_constants.activation_constant(name, call.norm, width=width)
+    else:
+        constant = layer_constants.activation_constant(name, "l2", width=width)
+        if call.norm == "token":
+            constant *= convert("l2", "token", state)
+    if math.isinf(constant):
+        return LipschitzMap(
+            constant=constant, reason=f"the number of tokens is not known for {name}"
+        )
+    token_range = None
+    if name != "log_softmax" and state.width is not None:
+        token_range = TokenRange.of_entries(0.0, 1.0, state.width)
+        if last_only:
+            # Probabilities: within distance 1 of their mean.
+            token_range = TokenRange(1.0, np.full(state.width, 1.0 / state.width), 1.0)
+    theorem = "norm of diag(p) - p p^T" if name == "softmax" else f"norm of the Jacobian of {name}"
+    return LipschitzMap(
+        constant=constant, theorem=theorem, exact=name == "softmax" and last_only, range=token_range
+    )
+
+
+def convert(known: str, wanted: str, state: TensorState) -> float:
+    """Price of a bound that is known in another norm, on tensors of the shape of `state`."""
+    if known == wanted:
+        return 1.0
+    tokens, entries = state.tokens, state.entries
+    if tokens is None or entries is None:
+        return math.inf
+    return layer_constants.conversion_constant(
+        wanted, known, tokens=tokens, width=max(entries // max(tokens, 1), 1)
+    )
+
+
+def _unbounded(name: str, state: TensorState) -> LipschitzMap:
+    largest = state.range.largest
+    if name == "exponential" and largest < 700.0:
+        slope_there = math.exp(largest) * (1.0 + 1e-9)
+        token_range = None
+        if state.width is not None:
+            token_range = TokenRange.of_entries(0.0, slope_there, state.width)
+        return LipschitzMap(
+            constant=slope_there,
+            theorem="largest slope where the entries can be",
+            range=token_range,
+        )
+    return unbounded(layer_constants.UNBOUNDED_ACTIVATIONS[name])
+
+
+@register_rule(keras.layers.Activation)
+def activation(layer, call):
+    step = function(layer.activation, call, call.state)
+    return step or Affine(constant=1.0, theorem="identity", exact=True)
+
+
+@register_rule(keras.layers.ReLU)
+def relu(layer, call):
+    return _relu(layer, call)
+
+
+@register_operation("ReLU")
+def relu_operation(operation, call):
+    return _relu(operation, call)
+
+
+def _relu(parameters, call: LayerCall) -> LipschitzMap:
+    if parameters.threshold:
+        return unbounded(f"a ReLU with threshold {parameters.threshold} jumps at the threshold")
+    constant = _slope(parameters.negative_slope or 0.0)
+    step = slope(constant, call.state)
+    if parameters.max_value is not None and not parameters.negative_slope and call.state.width:
+        bounded = TokenRange.of_entries(0.0, float(parameters.max_value), call.state.width)
+        return dataclasses.replace(step, range=bounded)
+    return step
+
+
+@register_rule(keras.layers.LeakyReLU)
+def leaky_relu(layer, call):
+    return slope(_slope(layer.negative_slope), call.state)
+
+
+def _slope(parameter: float) -> float:
+    """Constant of a slope that some backends keep in float32."""
+    return layer_constants.slope_constant([parameter, float(np.float32(parameter))])
+
+
+@register_rule(keras.layers.PReLU)
+def prelu(layer, call):
+    alpha = cast_to_compute_dtype(layer.alpha, layer.compute_dtype)
+    if not np.isfinite(alpha).all():
+        return unbounded("its slopes hold values that are not finite")
+    return slope(layer_constants.slope_constant(alpha), call.state)
+
+
+@register_rule(keras.layers.ELU)
+def elu(layer, call):
+    return slope(_slope(layer.alpha), call.state)
+
+
+@register_rule(keras.layers.Softmax)
+def softmax(layer, call):
+    if call.drop_activation:
+        return Affine(constant=1.0, theorem="logits before the softmax")
+    return named("softmax", call, call.state, axis=layer.axis)
+
+
+_PLAIN_OPERATIONS = {
+    "HardSigmoid": "hard_sigmoid",
+    "HardSilu": "hard_silu",
+    "HardTanh": "hard_tanh",
+    "LogSigmoid": "log_sigmoid",
+    "Mish": "mish",
+    "Relu": "relu",
+    "Relu6": "relu6",
+    "Selu": "selu",
+    "Sigmoid": "sigmoid",
+    "Silu": "silu",
+    "Softplus": "softplus",
+    "Softsign": "softsign",
+    "SparsePlus": "sparse_plus",
+    "SparseSigmoid": "sparse_sigmoid",
+    "Tanh": "tanh",
+    "TanhShrink": "tanh_shrink",
+    "Exp": "exponential",
+    "Glu": "glu",
+    "HardShrink": "hard_shrink",
+    "Sparsemax": "sparsemax",
+    "Threshold": "threshold",
+}
+
+
+@register_operation(*_PLAIN_OPERATIONS)
+def plain_operation(operation, call):
+    return named(_PLAIN_OPERATIONS[type(operation).__name__], call, call.state)
+
+
+@register_operation("Gelu")
+def gelu(operation, call):
+    return named("gelu_tanh" if operation.approximate else "gelu", call, call.state)
+
+
+@register_operation("LeakyRelu")
+def leaky_relu_operation(operation, call):
+    return slope(_slope(operation.negative_slope), call.state)
+
+
+@register_operation("Elu", "Celu")
+def elu_operation(operation, call):
+    alpha = operation.alpha
+    if type(operation).__name__ == "Celu":
+        if not alpha > 0.0:
+            return unbounded("its alpha is not positive, and the exponential has unbounded slope")
+        # The slope is exp(x / alpha) <= 1 on the negative side, whatever alpha > 0.
+        alpha = 1.0
+    return slope(_slope(alpha), call.state)
+
+
+@register_operation("SoftShrink")
+def soft_shrink(operation, call):
+    return named("soft_shrink", call, call.state)
+
+
+@register_operation("Squareplus")
+def squareplus(operation, call):
+    constant = layer_constants.activation_constant("squareplus", call.norm)
+    step = slope(constant, call.state)
+    at_zero = SAFETY * math.sqrt(max(operation.b, 0.0)) / 2.0
+    return dataclasses.replace(step, value_at_zero=at_zero)
+
+
+@register_operation("Softmax", "LogSoftmax")
+def softmax_operation(operation, call):
+    if call.drop_activation:
+        return Affine(constant=1.0, theorem="logits before the softmax")
+    name = "softmax" if type(operation).__name__ == "Softmax" else "log_softmax"
+    return named(name, call, call.state, axis=operation.axis)

@@ -1,0 +1,53 @@
+"""Embeddings: integer inputs are certified from the output of the lookup."""
+
+import keras
+
+from keras_lipattn.certification.maps import Elementwise, LipschitzMap, chain, unbounded
+from keras_lipattn.certification.registry import register_operation, register_rule
+from keras_lipattn.certification.rules.linear import matrix_step, quantized
+from keras_lipattn.certification.tensor_state import Kind, TensorState
+from keras_lipattn.certification.weights import cast_to_compute_dtype, kernel_of
+
+_JUMPS = "it looks up rows by a certified input, which jumps: declare it with an integer dtype"
+_THEOREM = "certified from its output on: the integers stay fixed"
+
+
+@register_rule(keras.layers.Embedding)
+def embedding(layer, call):
+    return _lookup(layer, call)
+
+
+@register_operation("Take")
+def take(operation, call):
+    table, indices = call.argument("x"), call.argument("indices")
+    if isinstance(table, TensorState) or not isinstance(indices, TensorState):
+        return unbounded("it picks entries by an array, perhaps some more than once")
+    if not indices.is_fixed and indices.kind is not Kind.INTEGER:
+        return unbounded(_JUMPS)
+    return LipschitzMap(constant=1.0, theorem=_THEOREM, exact=True, resets_input=True)
+
+
+@register_rule(keras.layers.ReversibleEmbedding)
+def reversible_embedding(layer, call):
+    if not call.argument("reverse"):
+        return _lookup(layer, call)
+    refusal = quantized(layer)
+    if refusal is not None:
+        return refusal
+    if layer.tie_weights:
+        kernel = kernel_of(layer, "embeddings").T
+    else:
+        kernel = kernel_of(layer, "reverse_embeddings")
+    if layer.reverse_dtype is not None:
+        kernel = cast_to_compute_dtype(kernel, layer.reverse_dtype)
+    step = matrix_step(kernel, None, call.norm)
+    if layer.logit_soft_cap is not None:
+        return chain(step, Elementwise(constant=1.0, theorem="largest slope", value_at_zero=0.0))
+    return step
+
+
+def _lookup(layer, call) -> LipschitzMap:
+    state = call.states[0]
+    if not state.is_fixed and state.kind is not Kind.INTEGER:
+        return unbounded(_JUMPS)
+    return LipschitzMap(constant=1.0, theorem=_THEOREM, exact=True, resets_input=True)

@@ -1,0 +1,284 @@
+"""The layers of this package, which know their own constants."""
+
+import dataclasses
+import math
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
+from keras_lipattn.certification.layer_call import LayerCall
+from keras_lipattn.certification.linear_map import centered_diagonal_norm
+from keras_lipattn.certification.maps import Affine, CenterValue, LipschitzMap, unbounded
+from keras_lipattn.certification.registry import register_own_bound, register_rule
+from keras_lipattn.certification.rules.activations import with_activation
+from keras_lipattn.certification.rules.linear import NOT_FINITE, matrix_step
+from keras_lipattn.certification.rules.local_attention import CAP_ROUNDING, UNSETTLED, near_input
+from keras_lipattn.certification.rules.merging import operands_of, weighted_sum
+from keras_lipattn.certification.rules.other_layers import RUNS_AS_IN_TRAINING
+from keras_lipattn.certification.tensor_state import TensorState, product
+from keras_lipattn.certification.token_range import TokenRange
+from keras_lipattn.certification.weights import bias_of, cast_to_compute_dtype
+from keras_lipattn.layers import (
+    CenterNormalization,
+    ContinuousDepth,
+    InvertibleResidual,
+    InvertibleSequential,
+    L2MultiHeadAttention,
+    MaxMin,
+    PositionEmbedding,
+    Residual,
+    ScaledCosineAttention,
+    SpectralDense,
+)
+from keras_lipattn.layers.lipschitz_layer import LipschitzLayer
+
+
+@register_own_bound
+@register_rule(LipschitzLayer, subclasses=True)
+def lipschitz_layer(layer, call):
+    """A layer with a method `lipschitz` like that of the layers of this package."""
+    if call.training:
+        return unbounded(RUNS_AS_IN_TRAINING)
+    bound = layer.lipschitz(
+        sequence_length=call.state.tokens,
+        norm=call.norm,
+        mask="full" if call.mask is None else call.mask,
+    )
+    if not isinstance(bound, LipschitzBound) or bound.kind != "certified":
+        return unbounded("its method `lipschitz` returns no certified LipschitzBound")
+    return LipschitzMap(
+        constant=bound.value,
+        published=bound.published if math.isfinite(bound.published) else math.nan,
+        theorem=bound.theorem,
+        reason=bound.reason,
+        max_tokens=call.state.tokens if any(call.state.dynamic) else None,
+    )
+
+
+@register_rule(L2MultiHeadAttention, ScaledCosineAttention)
+def self_attention(layer, call):
+    if call.argument("return_attention_scores"):
+        return unbounded("it also returns its attention scores, for which no bound is known")
+    if call.training and (layer.dropout > 0.0 or layer._cache is not None):
+        return unbounded(f"{RUNS_AS_IN_TRAINING}: it uses dropout or running norms")
+    if len(tokens_of_attention(call)) != 1:
+        return unbounded("query, value and key are different tensors")
+    mask = attention_mask_class(call)
+    if call.argument("token_weights") is not None:
+        return _weighted(layer, call, mask)
+    tokens = attention_length(layer.attention_axes, call.state)
+    visibility, most = layer._asked(tokens, call.norm, mask)
+    # The cap that runs is that of the call, whatever masks the certificate is to cover.
+    given = call.argument("attention_mask")
+    capped_for = layer.capped_for(given, bool(call.argument("use_causal_mask")))
+    if given is not None and not isinstance(mask, str):
+        visibility = visibility.within(capped_for)
+    bound = layer.certified(call.norm, visibility, most, capped_for)
+    reason = bound.reason
+    if math.isinf(bound.value) and tokens is None:
+        reason += ": pass `sequence_length`"
+    step = LipschitzMap(
+        constant=bound.value,
+        # `inf` stands for "not evaluated" too.
+        published=bound.published if isinstance(layer, L2MultiHeadAttention) else math.nan,
+        theorem=bound.theorem,
+        reason=reason,
+        # Query, value and key are one tensor.
+        operands=(call.state,),
+        # Without a length in the graph the layer took its own.
+        max_tokens=_longest(layer, tokens, call.state),
+    )
+    # Theorem 6 is for attention by distance.
+    return near_input(layer, call, step, mask) if isinstance(layer, L2MultiHeadAttention) else step
+
+
+def _weighted(layer, call: LayerCall, mask) -> LipschitzMap:
+    """Attention on tokens with weights, which have a constant where they are written down."""
+    weights = call.argument("token_weights")
+    if isinstance(weights, TensorState) or len(call.state.shape) > 2:
+        return unbounded(
+            "the weights of its tokens are no constants of the model, or several sequences of an "
+            "example share them: only for given weights of one sequence there is a constant"
+        )
+    bound = layer.lipschitz(norm=call.norm, mask=mask, token_weights=call.constant(weights))
+    return LipschitzMap(
+        constant=bound.value, theorem=bound.theorem, reason=bound.reason, operands=(call.state,)
+    )
+
+
+def _longest(layer, tokens: int | None, state: TensorState) -> int | None:
+    """The number of tokens up to which a constant holds, where the graph leaves it open."""
+    if not any(state.dynamic):
+        return None
+    return layer.max_sequence_length if tokens is None else tokens
+
+
+def tokens_of_attention(call: LayerCall) -> dict[int, TensorState]:
+    """The different tensors that an attention layer is called on, by `id`."""
+    given = map(call.argument, ("query", "value", "key"))
+    return {id(state): state for state in given if isinstance(state, TensorState)}
+
+
+def attention_mask_class(call: LayerCall) -> Any:
+    """The class of mask that an attention layer is called with.
+
+    Args:
+        call: the call; its masks are fixed.
+
+    Returns:
+        `"full"` (none, or padding), `"causal"`, `"any"` or an array of visible pairs.
+    """
+    causal = bool(call.argument("use_causal_mask"))
+    given = call.argument("attention_mask")
+    if given is None:
+        if causal:
+            return "causal"
+        # A claim about masks does not make those smaller that the model shows.
+        return "any" if isinstance(call.mask, str) and call.mask == "any" else "full"
+    pairs = given
+    if isinstance(given, TensorState):
+        if given.values is None:
+            return call.mask if call.mask is not None else "any"
+        pairs = given.values
+    pairs = np.asarray(pairs, bool)
+    if pairs.ndim < 2 or pairs.shape[-1] != pairs.shape[-2]:
+        return "any"
+    lower = np.tri(pairs.shape[-1], dtype=bool)
+    if causal:
+        pairs = np.logical_and(pairs, lower)
+    if pairs.all():
+        return "full"
+    return "causal" if (pairs == lower).all() else pairs
+
+
+def attention_length(attention_axes, state: TensorState) -> int | None:
+    """Largest number of tokens that attend to each other."""
+    if attention_axes is None:
+        return product(state.shape[:-1])
+    rank = state.rank
+    axes = attention_axes if isinstance(attention_axes, tuple | list) else (attention_axes,)
+    return product(tuple(state.shape[axis % rank - 1] for axis in axes))
+
+
+@register_rule(ContinuousDepth)
+def continuous_depth(layer, call):
+    # The constant is that of the steps that run.
+    return _own_constant(layer.lipschitz(sequence_length=call.state.tokens, norm=call.norm), call)
+
+
+@register_rule(InvertibleResidual, InvertibleSequential)
+def invertible(layer, call):
+    # Their second terms are contractions by construction.
+    step = _own_constant(layer.lipschitz(norm=call.norm), call)
+    most = layer.max_sequence_length if any(call.state.dynamic) else None
+    return dataclasses.replace(step, max_tokens=most)
+
+
+def _own_constant(bound: LipschitzBound, call: LayerCall) -> LipschitzMap:
+    if call.training:
+        return unbounded(RUNS_AS_IN_TRAINING)
+    return LipschitzMap(
+        constant=bound.value,
+        theorem=bound.theorem,
+        reason=bound.reason,
+        max_tokens=call.state.tokens if any(call.state.dynamic) else None,
+    )
+
+
+@register_rule(SpectralDense)
+def spectral_dense(layer, call):
+    if call.training and layer._cache is not None:
+        return unbounded(f"{RUNS_AS_IN_TRAINING}: its cap uses running norms")
+    kernel = (layer._condensed or layer._condense()).kernel.astype(np.float64)
+    step = matrix_step(kernel, bias_of(layer), call.norm)
+    capped = layer.spectral_norm is not None and step.constant > 0.99 * layer.spectral_norm
+    if capped and layer._condensed is None:
+        # The cap may be at work, and then with an upper bound of the norm: the kernel that runs is
+        # this one times an unknown number in (0, 1], which rules out adding it to others.
+        step = LipschitzMap(
+            constant=step.constant,
+            theorem=step.theorem,
+            reason=step.reason,
+            exact=step.exact,
+            range=_shrunk(step, bias_of(layer), call),
+        )
+    return _near_input(layer, call, kernel, with_activation(step, layer, call, layer.units))
+
+
+def _near_input(
+    layer: SpectralDense, call: LayerCall, kernel: np.ndarray, step: LipschitzMap
+) -> LipschitzMap:
+    """The map with the value at the center of a local certificate."""
+    near = call.state.enclosure
+    if near is None or math.isinf(step.constant):
+        return step
+    if not layer._is_settled():
+        return dataclasses.replace(step, center=CenterValue(reason=UNSETTLED))
+    if isinstance(layer.activation, keras.layers.Layer):
+        reason = "its activation is a layer with a dtype of its own"
+        return dataclasses.replace(step, center=CenterValue(reason=reason))
+    bias = bias_of(layer)
+    value = near.value @ kernel + (0.0 if bias is None else bias)
+    if not call.drop_activation:
+        value = keras.ops.convert_to_numpy(layer.activation(keras.ops.convert_to_tensor(value)))
+    error = CAP_ROUNDING * step.constant * near.size if layer._cache is not None else 0.0
+    return dataclasses.replace(step, center=CenterValue(value=value, rounding_error=error))
+
+
+def _shrunk(step: LipschitzMap, bias: np.ndarray | None, call: LayerCall) -> TokenRange | None:
+    """Where `x @ (t kernel) + bias` can be for any `t` in `[0, 1]`."""
+    before = call.state.range
+    if not before.bounded or call.norm == "linf" or math.isinf(step.constant):
+        return None
+    moved = TokenRange(step.constant * before.outer_radius)
+    return moved if bias is None else moved.plus(TokenRange.of_values(bias))
+
+
+@register_rule(CenterNormalization)
+def center_normalization(layer, call):
+    width = call.state.shape[-1]
+    gamma = (
+        np.ones(width)
+        if layer.gamma is None
+        else cast_to_compute_dtype(layer.gamma, layer.compute_dtype)
+    )
+    beta = None if layer.beta is None else cast_to_compute_dtype(layer.beta, layer.compute_dtype)
+    if not np.isfinite(gamma).all():
+        return unbounded(NOT_FINITE)
+    stretch = width / (width - 1.0)
+    matrix = stretch * (np.diag(gamma) - gamma[None, :] / width)
+    spectral = stretch * centered_diagonal_norm(gamma)
+    return matrix_step(matrix, beta, call.norm, spectral=spectral)
+
+
+@register_rule(MaxMin)
+def max_min(layer, call):
+    # Entries are sorted in pairs: wherever it has a Jacobian, that is a permutation.
+    return LipschitzMap(
+        constant=1.0,
+        theorem="sorts entries in pairs",
+        exact=True,
+        range=call.state.range.about_origin(),
+    )
+
+
+@register_rule(PositionEmbedding)
+def position_embedding(layer, call):
+    table = cast_to_compute_dtype(layer.embedding, call.output_dtype)
+    if not np.isfinite(table).all():
+        return unbounded(NOT_FINITE)
+    return Affine(constant=1.0, theorem="a shift of each token", exact=True, bias=table)
+
+
+@register_rule(Residual)
+def residual(layer, call):
+    operands = operands_of(call, "inputs")
+    alpha = layer.alpha_value()
+    if alpha is None:
+        return weighted_sum(operands, [1.0, 1.0], call, "x + f(x)")
+    alpha = float(cast_to_compute_dtype(np.float64(alpha), layer.compute_dtype))
+    if not 0.0 <= alpha <= 1.0:
+        return unbounded(f"its weight alpha={alpha} is not in [0, 1]")
+    return weighted_sum(operands, [1.0 - alpha, alpha], call, "(1 - a) x + a f(x)")

@@ -1,0 +1,192 @@
+"""L2 attention near one input: Theorem 6 of docs/theory.md, with the layer's masks and weights."""
+
+import dataclasses
+import math
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_lipattn.bounds.key_weights import biases_by_lag, weights_of_pairs
+from keras_lipattn.bounds.local import local_layer_bound
+from keras_lipattn.bounds.unit_head import unit_head_bound
+from keras_lipattn.bounds.weighted import weighted_constants
+from keras_lipattn.certification.enclosure import Enclosure
+from keras_lipattn.certification.layer_call import LayerCall
+from keras_lipattn.certification.maps import CenterValue, LipschitzMap
+from keras_lipattn.certification.tensor_state import TensorState
+from keras_lipattn.certification.weights import cast_to_compute_dtype
+from keras_lipattn.layers import L2MultiHeadAttention
+from keras_lipattn.layers._visibility import classify
+from keras_lipattn.linalg import SAFETY, operator_norm
+
+# Weights under caps, run with remembered norms, differ by this from those with exact norms.
+CAP_ROUNDING = 2e-5
+UNSETTLED = (
+    "its caps are applied with norms that only its graph knows; call `condense()` on the layer, or "
+    "certify inside `condensed(model)`"
+)
+
+# The weights of keys are its exponentials.
+_MOST_BIAS = 100.0
+_TOKEN_MASKS = ("query_mask", "value_mask", "key_mask")
+
+
+def near_input(
+    layer: L2MultiHeadAttention, call: LayerCall, step: LipschitzMap, mask: Any
+) -> LipschitzMap:
+    """The map of the layer where a local certificate knows its input.
+
+    Args:
+        layer: the layer.
+        call: the call.
+        step: the map for all inputs.
+        mask: class of the mask, see `attention_mask_class`.
+
+    Returns:
+        A `LipschitzMap` with a constant that is never larger, and with the value at the center.
+    """
+    near = call.state.enclosure
+    if near is None or call.norm == "linf" or math.isinf(step.constant):
+        # Theorem 6 says nothing about the max norm.
+        return step
+    reason = _unknown(layer, call)
+    if reason:
+        return dataclasses.replace(step, center=CenterValue(reason=reason))
+    visibility = classify(mask, sliding_window=layer.sliding_window)
+    weights = layer._condensed or layer._condense()
+    b, c = (np.asarray(matrix, np.float64) for matrix in weights.heads(visibility))
+    errors = [np.asarray(error) for error in weights.rounding(visibility)]
+    if layer._cache is not None and layer._condensed is None:
+        sizes = (np.linalg.norm(matrix, axis=(1, 2)) for matrix in (b, c))
+        errors = [e + CAP_ROUNDING * size for e, size in zip(errors, sizes, strict=True)]
+    valid, pairs = _visible(layer, call, near)
+    tokens = _array(layer._axes.flatten(keras.ops.convert_to_tensor(near.value)))
+    outputs = np.zeros((*tokens.shape[:2], c.shape[-1]))
+    constants, errors_made, theorem = [], [], ""
+    for index, kept in enumerate(valid):
+        if not kept.any():
+            # Padded tokens give rows of zeros.
+            continue
+        x = tokens[index, kept]
+        seen = pairs[index if len(pairs) > 1 else 0][:, kept][:, :, kept]
+        bound = local_layer_bound(
+            x,
+            near.radius,
+            b,
+            c,
+            mask=seen,
+            norm=call.norm,
+            product_scale=weights.product_scale(visibility),
+            query_error=errors[0],
+            product_error=errors[1],
+        )
+        constants.append(bound.value)
+        theorem = bound.theorem
+        mixed = _mixed(x, b, seen)
+        outputs[index, kept] = np.einsum("hnk,hko->no", mixed, c)
+        if layer.relative_bias is None:
+            unit: Any = unit_head_bound(len(x), "any").value
+        else:
+            unit = [float(weighted_constants(weights_of_pairs(head), "l2").max()) for head in seen]
+        errors_made.append(_rounding_error(x, mixed, c, np.asarray(unit), *errors))
+        if layer.output_bias is not None:
+            outputs[index, kept] += np.ravel(
+                cast_to_compute_dtype(layer.output_bias, layer.compute_dtype)
+            )
+    value = layer._axes.restore(
+        keras.ops.convert_to_tensor(outputs), keras.ops.convert_to_tensor(near.value)
+    )
+    value = _array(layer._shape_token(value))
+    center = CenterValue(value=value, rounding_error=math.hypot(*errors_made))
+    step = dataclasses.replace(step, center=center)
+    local = max(constants, default=math.inf)
+    if not local < step.constant:
+        return step
+    return dataclasses.replace(step, constant=local, theorem=theorem)
+
+
+def _unknown(layer: L2MultiHeadAttention, call: LayerCall) -> str:
+    """Why the weights or masks of this call are not known, empty when they are."""
+    if not layer._is_settled():
+        return UNSETTLED
+    if layer.relative_bias is not None and not np.abs(layer._bias_table(np)).max() < _MOST_BIAS:
+        return f"a bias by relative position is larger than {_MOST_BIAS:g}"
+    if call.mask is not None:
+        return "the masks that `mask` stands for are not known"
+    given = call.argument("attention_mask")
+    if given is not None and layer.lipschitz_bound is not None:
+        return "its cap depends on what its graph knows of the attention mask"
+    for value in (given, *map(call.argument, _TOKEN_MASKS), *call.keras_masks):
+        if isinstance(value, TensorState):
+            if value.enclosure is None:
+                return "its mask is not known"
+        elif value is not None and np.ndim(value) > 2 and np.shape(value)[0] != 1:
+            return "its mask differs from example to example"
+    return ""
+
+
+def _visible(
+    layer: L2MultiHeadAttention, call: LayerCall, near: Enclosure
+) -> tuple[np.ndarray, np.ndarray]:
+    """Valid tokens `(S, T)` and visible pairs `(S or 1, H, T, T)` or weights of the sequences."""
+    axes = layer._axes
+    shape = near.value.shape
+    masks = [_values(call.argument(name)) for name in _TOKEN_MASKS] + [
+        _values(mask) for mask in call.keras_masks
+    ]
+    valid = np.ones(shape[:-1], bool)
+    for mask in masks:
+        if mask is not None:
+            valid = valid & np.asarray(mask, bool)
+    valid = _array(axes.flatten_mask(keras.ops.convert_to_tensor(valid)))
+    length = valid.shape[1]
+    pairs = np.ones((1, layer.num_heads, length, length), bool)
+    given = _values(call.argument("attention_mask"))
+    if given is not None:
+        given = np.asarray(given, bool)
+        given = given[:, None] if given.ndim == 3 else given
+        pairs = pairs & given
+    lag = np.subtract.outer(np.arange(length), np.arange(length))
+    if call.argument("use_causal_mask"):
+        pairs = pairs & (lag >= 0)
+    if layer.sliding_window is not None:
+        pairs = pairs & (np.abs(lag) < layer.sliding_window)
+    pairs = pairs | (lag == 0)
+    if layer.relative_bias is None:
+        return valid, pairs
+    return valid, pairs * np.exp(biases_by_lag(layer._bias_table(np), lag))
+
+
+def _values(mask: Any) -> Any:
+    return (
+        mask.enclosure.value
+        if isinstance(mask, TensorState) and mask.enclosure is not None
+        else mask
+    )
+
+
+def _mixed(x: np.ndarray, b: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """The outputs of the heads, `(H, N, k)`; `seen` holds visible pairs or weights."""
+    mean = x.mean(axis=0)
+    # Distances from differences of tokens near the origin: none of their digits is lost.
+    y = (x - mean) @ b
+    distances = np.stack([np.square(head[:, None] - head[None]).sum(axis=-1) for head in y])
+    kernel = seen * np.exp(-distances)
+    weights = kernel / kernel.sum(axis=-1, keepdims=True)
+    return weights @ y + (mean @ b)[:, None]
+
+
+def _rounding_error(x, mixed, c, unit, query_error, product_error) -> float:
+    """How far the output is from that with kernels which are off by the errors.
+
+    `unit` is a constant of the unit head, for all heads or `(H,)`.
+    """
+    moved = math.sqrt(2.0) * unit * float(np.linalg.norm(x)) * query_error
+    heads = np.linalg.norm(mixed, axis=(1, 2))
+    sizes = SAFETY * np.asarray(operator_norm(c))
+    return float(np.sum(product_error * (heads + moved) + moved * sizes))
+
+
+def _array(tensor: Any) -> np.ndarray:
+    return keras.ops.convert_to_numpy(tensor)

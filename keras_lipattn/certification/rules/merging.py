@@ -1,0 +1,295 @@
+"""Sums, products, maxima and concatenations (docs/theory.md, section 8)."""
+
+import math
+
+import keras
+import numpy as np
+
+from keras_lipattn.certification.layer_call import LayerCall
+from keras_lipattn.certification.maps import (
+    Combination,
+    Concatenation,
+    LipschitzMap,
+    unbounded,
+)
+from keras_lipattn.certification.registry import register_operation, register_rule
+from keras_lipattn.certification.rules.linear import NOT_FINITE, scaling_step
+from keras_lipattn.certification.tensor_state import TensorState, product
+from keras_lipattn.certification.token_range import TokenRange
+from keras_lipattn.linalg import SAFETY
+
+_REPEATS = "it repeats an input along an axis of unknown size, or along the batch axis"
+
+
+def operands_of(call: LayerCall, *names: str) -> list[TensorState]:
+    """The tensors of some arguments, with constants of the model as states that do not change."""
+    values = [call.argument(name) for name in names]
+    return [call.operand(leaf) for leaf in keras.tree.flatten(values)]
+
+
+def weighted_sum(
+    operands: list[TensorState], coefficients, call: LayerCall, theorem: str
+) -> LipschitzMap:
+    """The map `sum_i coefficients[i] * operand i`, with the broadcasting of numpy."""
+    perturbed = [state for state in operands if not state.is_fixed]
+    sizes = [float(np.max(np.abs(c))) for c in coefficients]
+    gains = [
+        0.0 if state.is_fixed else size * _broadcast(state, call)
+        for size, state in zip(sizes, operands, strict=True)
+    ]
+    if not np.isfinite(gains).all():
+        return unbounded(_REPEATS)
+    joint = math.hypot(*gains) if call.norm == "l2" else math.fsum(gains)
+    if any(state.shape != call.shape for state in perturbed):
+        return LipschitzMap(
+            constant=SAFETY * joint,
+            per_input=tuple(gains),
+            operands=tuple(operands),
+            theorem=theorem,
+            range=_sum_range(operands, sizes, call),
+        )
+    return Combination(
+        constant=joint,
+        theorem=theorem,
+        exact=True,
+        operands=tuple(operands),
+        coefficients=tuple(coefficients),
+    )
+
+
+def _sum_range(operands, sizes, call: LayerCall) -> TokenRange | None:
+    """Where a sum with broadcasting is."""
+    width = call.shape[-1] if call.shape and not call.dynamic[-1] else None
+    if width is None:
+        return None
+    total = TokenRange(0.0)
+    for state, size in zip(operands, sizes, strict=True):
+        before = TokenRange(_spread_radius(state, call), None, _largest(state))
+        total = total.plus(before.scaled(size))
+    return total
+
+
+@register_rule(keras.layers.Add)
+def add(layer, call):
+    operands = operands_of(call, "inputs")
+    return weighted_sum(operands, [1.0] * len(operands), call, "sum of branches")
+
+
+@register_rule(keras.layers.Subtract)
+def subtract(layer, call):
+    return weighted_sum(operands_of(call, "inputs"), [1.0, -1.0], call, "sum of branches")
+
+
+@register_rule(keras.layers.Average)
+def average(layer, call):
+    operands = operands_of(call, "inputs")
+    return weighted_sum(operands, [1.0 / len(operands)] * len(operands), call, "mean of branches")
+
+
+@register_operation("Add")
+def add_operation(operation, call):
+    return weighted_sum(operands_of(call, "x1", "x2"), [1.0, 1.0], call, "sum of branches")
+
+
+@register_operation("Subtract")
+def subtract_operation(operation, call):
+    return weighted_sum(operands_of(call, "x1", "x2"), [1.0, -1.0], call, "sum of branches")
+
+
+@register_rule(keras.layers.Multiply)
+def multiply(layer, call):
+    return product_step(operands_of(call, "inputs"), call)
+
+
+@register_operation("Multiply")
+def multiply_operation(operation, call):
+    return product_step(operands_of(call, "x1", "x2"), call)
+
+
+def product_step(operands: list[TensorState], call: LayerCall) -> LipschitzMap:
+    """The map of a product of tensors, entry by entry.
+
+    `|d(x y)| <= max|y| |dx| + max|x| |dy|`: a constant only where the factors are bounded.
+    """
+    perturbed = [state for state in operands if not state.is_fixed]
+    fixed = [state for state in operands if state.is_fixed]
+    values = [state.values for state in fixed if state.values is not None]
+    if len(perturbed) == 1 and len(values) == len(fixed) and not call.keras_masks:
+        scale = np.ones(())
+        for value in values:
+            scale = scale * value
+        return _scaled(scale, perturbed[0], call)
+    # Under a mask the layer puts 1 in place of what is masked.
+    least = 1.0 if call.keras_masks else 0.0
+    largest = [max(_largest(state), least) for state in operands]
+    gains = []
+    for index, state in enumerate(operands):
+        others = math.prod(size for i, size in enumerate(largest) if i != index)
+        gains.append(0.0 if state.is_fixed else others * _broadcast(state, call))
+    if not np.isfinite(gains).all():
+        return unbounded(
+            "it multiplies tensors that are not bounded; a saturating activation, a normalization "
+            "or `input_radius` bounds them"
+        )
+    joint = math.hypot(*gains) if call.norm == "l2" else math.fsum(gains)
+    size = math.prod(largest)
+    token_range = None
+    if call.shape and call.shape[-1] is not None and math.isfinite(size):
+        token_range = TokenRange.of_entries(-size, size, call.shape[-1])
+    return LipschitzMap(
+        constant=SAFETY * joint,
+        theorem="product rule on bounded factors",
+        operands=tuple(operands),
+        per_input=tuple(SAFETY * gain for gain in gains),
+        range=token_range,
+    )
+
+
+def _scaled(scale: np.ndarray, state: TensorState, call: LayerCall) -> LipschitzMap:
+    if not np.isfinite(scale).all():
+        return unbounded(NOT_FINITE)
+    if state.shape == call.shape:
+        return scaling_step(scale, call, theorem="largest factor")
+    repeats = _broadcast(state, call)
+    if math.isinf(repeats):
+        return unbounded(_REPEATS)
+    return LipschitzMap(
+        constant=SAFETY * float(np.abs(scale).max(initial=0.0)) * repeats,
+        theorem="largest factor, repeated",
+    )
+
+
+@register_operation("Divide", "TrueDivide")
+def divide(operation, call):
+    left, right = operands_of(call, "x1", "x2")
+    if right.is_fixed and right.values is not None:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return _scaled(1.0 / right.values, left, call)
+    return unbounded("it divides by a tensor which may come close to 0")
+
+
+@register_rule(keras.layers.Maximum, keras.layers.Minimum)
+def maximum(layer, call):
+    return _selection(operands_of(call, "inputs"), call, "maximum of entries")
+
+
+@register_operation("Maximum", "Minimum", "Fmax", "Fmin")
+def maximum_operation(operation, call):
+    return _selection(operands_of(call, "x1", "x2"), call, "maximum of entries")
+
+
+@register_operation("Where")
+def where(operation, call):
+    condition = call.argument("condition")
+    if isinstance(condition, TensorState) and not condition.is_fixed:
+        return unbounded("its condition changes with the input, and the output jumps with it")
+    branches = [call.argument("x1"), call.argument("x2")]
+    if any(branch is None for branch in branches):
+        return unbounded("it has no branches to choose from")
+    return _selection(operands_of(call, "x1", "x2"), call, "choice of entries")
+
+
+def _selection(operands: list[TensorState], call: LayerCall, theorem: str) -> LipschitzMap:
+    """Every entry of the output moves at most as much as one of the entries it is chosen from."""
+    perturbed = [state for state in operands if not state.is_fixed]
+    repeats = [_broadcast(state, call) for state in perturbed]
+    if not np.isfinite(repeats).all():
+        return unbounded(_REPEATS)
+    radius = math.hypot(*(_spread_radius(state, call) for state in operands))
+    largest = max(state.range.largest for state in operands)
+    return LipschitzMap(
+        constant=max(repeats),
+        theorem=theorem,
+        exact=set(repeats) == {1.0},
+        operands=tuple(operands),
+        entrywise=True,
+        range=TokenRange(radius, None, largest),
+    )
+
+
+@register_rule(keras.layers.Concatenate)
+def concatenate(layer, call):
+    return concatenation(operands_of(call, "inputs"), layer.axis, call)
+
+
+@register_operation("Concatenate")
+def concatenate_operation(operation, call):
+    return concatenation(operands_of(call, "xs"), operation.axis, call)
+
+
+@register_operation("Stack")
+def stack(operation, call):
+    return concatenation(operands_of(call, "x"), operation.axis, call, new_axis=True)
+
+
+def concatenation(
+    operands: list[TensorState], axis: int, call: LayerCall, *, new_axis: bool = False
+) -> LipschitzMap:
+    """The map of tensors side by side: 1 in every norm for the tensors taken together."""
+    rank = call.rank
+    if axis is None or axis % rank == 0:
+        return unbounded("it joins tensors along the batch axis")
+    last = axis % rank == rank - 1
+    token_range = None
+    if all(state.range.bounded for state in operands):
+        largest = max(state.range.largest for state in operands)
+        if last and new_axis:
+            # A token takes one entry of each.
+            radius = math.hypot(*(state.range.largest for state in operands))
+        else:
+            radii = [state.range.outer_radius for state in operands]
+            radius = math.hypot(*radii) if last else max(radii)
+        token_range = TokenRange(SAFETY * radius, None, largest)
+    perturbed = [state for state in operands if not state.is_fixed]
+    root = perturbed[0].root
+    one_root = len(perturbed) == len(operands) and all(state.root is root for state in operands)
+    known = all(state.width is not None for state in operands)
+    merges = last and one_root and known and not new_axis
+    return (Concatenation if merges else LipschitzMap)(
+        constant=1.0,
+        theorem="side by side",
+        exact=True,
+        operands=tuple(operands),
+        entrywise=last,
+        range=token_range,
+    )
+
+
+@register_rule(keras.layers.Dot)
+def dot(layer, call):
+    return unbounded("it multiplies two tensors of the model, which is not bounded")
+
+
+def _spread_radius(state: TensorState, call: LayerCall) -> float:
+    """Radius of a ball around the origin for the tokens of an operand, repeated to the output."""
+    width = call.shape[-1] if call.shape else None
+    if state.values is not None or state.width == width:
+        return state.range.outer_radius
+    return math.inf if width is None else SAFETY * math.sqrt(width) * _largest(state)
+
+
+def _largest(state: TensorState) -> float:
+    return 1.0 if state.dtype == "bool" else state.range.largest
+
+
+def _broadcast(state: TensorState, call: LayerCall) -> float:
+    """How much a change of `state` can grow when it is repeated to the shape of the output."""
+    if state.fold != call.fold or len(state.shape) != len(call.shape):
+        return math.inf
+    if state.shape == call.shape or call.norm == "linf":
+        return 1.0
+    if call.norm == "token":
+        width, last = state.width, call.shape[-1] if call.shape else 1
+        if width is None or last is None:
+            return math.inf
+        return math.sqrt(last) if width == 1 < last else 1.0
+    entries, total = state.entries, product(call.shape)
+    if entries is None or total is None:
+        return math.inf
+    if not any(state.dynamic):
+        return math.sqrt(total / entries)
+    # Only axes of size 1 are repeated; those that vary are the same in all inputs.
+    repeated = tuple(
+        new if old == 1 else 1 for old, new in zip(state.shape, call.shape, strict=True)
+    )
+    return math.sqrt(product(repeated) or math.inf)

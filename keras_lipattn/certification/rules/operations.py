@@ -1,0 +1,329 @@
+"""Nodes of `keras.ops` which belong to no other family."""
+
+import math
+
+import keras
+import numpy as np
+
+from keras_lipattn.bounds import layer_constants
+from keras_lipattn.certification.batch_axis import MOVES_BATCH as BATCH
+from keras_lipattn.certification.layer_call import LayerCall
+from keras_lipattn.certification.linear_map import matrix_norm
+from keras_lipattn.certification.maps import (
+    Combination,
+    Elementwise,
+    LipschitzMap,
+    TokenMixing,
+    unbounded,
+)
+from keras_lipattn.certification.registry import register_operation
+from keras_lipattn.certification.rules.activations import convert, slope
+from keras_lipattn.certification.rules.linear import NOT_FINITE, einsum_step, matrix_step
+from keras_lipattn.certification.rules.merging import product_step
+from keras_lipattn.certification.rules.pooling import entries_range
+from keras_lipattn.certification.rules.reshaping import tokens_move
+from keras_lipattn.certification.tensor_state import TensorState, product
+from keras_lipattn.certification.token_range import TokenRange
+from keras_lipattn.linalg import SAFETY
+
+UNBOUNDED_PRODUCT = "it multiplies two tensors of the model, which is not bounded"
+
+
+@register_operation("Negative")
+def negative(operation, call):
+    return Combination(
+        constant=1.0,
+        theorem="identity up to sign",
+        exact=True,
+        operands=(call.state,),
+        coefficients=(-1.0,),
+    )
+
+
+@register_operation("Absolute", "Abs", "Fabs", "Sin", "Arctan", "Arcsinh")
+def slope_one(operation, call):
+    return slope(1.0, call.state)
+
+
+@register_operation("Cos")
+def cosine(operation, call):
+    return Elementwise(constant=1.0, theorem="largest slope", exact=True, value_at_zero=1.0)
+
+
+@register_operation("Erf")
+def erf(operation, call):
+    # 2 / sqrt(pi), rounded up.
+    return slope(1.128380, call.state)
+
+
+@register_operation("Clip")
+def clip(operation, call):
+    low, high = (_bound(value) for value in (operation.x_min, operation.x_max))
+    token_range = None
+    if low is not None and high is not None and call.state.width is not None:
+        # With `x_min` above `x_max` every entry is one of the two.
+        token_range = TokenRange.of_entries(min(low, high), max(low, high), call.state.width)
+    return LipschitzMap(constant=1.0, theorem="largest slope", exact=True, range=token_range)
+
+
+def _bound(value) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
+
+
+@register_operation("Square")
+def square(operation, call):
+    return product_step([call.state, call.state], call)
+
+
+@register_operation("ZerosLike", "OnesLike", "FullLike", "EmptyLike")
+def filled(operation, call):
+    return LipschitzMap(constant=0.0, theorem="constant", exact=True)
+
+
+@register_operation("Matmul")
+def matmul(operation, call):
+    left, right = call.operand(call.argument("x1")), call.operand(call.argument("x2"))
+    if right.values is not None:
+        if right.values.ndim == 2 and left.rank >= 2:
+            return matrix_step(right.values, None, call.norm)
+        return unbounded("it multiplies with a batch of matrices")
+    if left.values is not None and left.values.ndim == 2 and right.rank == 3:
+        return _mix_tokens(left.values, call)
+    return unbounded(UNBOUNDED_PRODUCT)
+
+
+def _mix_tokens(kernel: np.ndarray, call: LayerCall) -> LipschitzMap:
+    """`kernel @ x`, the same mixture of tokens for every channel."""
+    if not np.isfinite(kernel).all():
+        return unbounded(NOT_FINITE)
+    rows = SAFETY * float(np.abs(kernel).sum(axis=1).max(initial=0.0))
+    constant = matrix_norm(kernel, "l2") if call.norm == "l2" else rows
+    return TokenMixing(
+        constant=constant,
+        theorem="norm of the mixing matrix",
+        exact=True,
+        range=call.state.range.about_origin().scaled(rows),
+    )
+
+
+@register_operation("Einsum")
+def einsum(operation, call):
+    operands = [call.operand(leaf) for leaf in keras.tree.flatten(call.argument("operands"))]
+    equation = operation.subscripts.replace(" ", "")
+    if len(operands) != 2 or "->" not in equation:
+        return unbounded(f"the equation {equation!r} is not a linear map")
+    if operands[0].values is not None:
+        inputs, result = equation.split("->")
+        first, second = inputs.split(",")
+        operands, equation = operands[::-1], f"{second},{first}->{result}"
+    kernel = operands[1].values
+    if kernel is None:
+        return unbounded(UNBOUNDED_PRODUCT)
+    if not np.isfinite(kernel).all():
+        return unbounded(NOT_FINITE)
+    return einsum_step(equation, kernel, None, call)
+
+
+@register_operation("Slice")
+def slice_operation(operation, call):
+    starts = call.argument("start_indices")
+    if any(isinstance(leaf, TensorState) for leaf in keras.tree.flatten(starts)):
+        return unbounded("where it begins to cut is not a constant of the model")
+    if int(np.ravel(call.constant(starts))[0]) != 0:
+        return unbounded(BATCH)
+    return LipschitzMap(
+        constant=1.0, theorem="entries are dropped", exact=True, range=_about_origin(call)
+    )
+
+
+@register_operation("GetItem")
+def get_item(operation, call):
+    key = call.argument("key")
+    keys = list(key) if isinstance(key, tuple | list) else [key]
+    basic = all(
+        k is None or k is Ellipsis or (isinstance(k, int | slice) and not isinstance(k, bool))
+        for k in keys
+    )
+    if not basic:
+        return unbounded("it picks entries by an array, perhaps some more than once")
+    rank = call.state.rank
+    used = sum(k is not None and k is not Ellipsis for k in keys)
+    if Ellipsis in keys:
+        place = keys.index(Ellipsis)
+        keys[place : place + 1] = [slice(None)] * (rank - used)
+    else:
+        keys += [slice(None)] * (rank - used)
+    if keys[0] != slice(None):
+        return unbounded(BATCH)
+    last = keys[-1]
+    if isinstance(last, slice) and last == slice(None) and len(keys) > 1:
+        return tokens_move(call, "tokens are dropped")
+    if isinstance(last, slice):
+        return LipschitzMap(
+            constant=1.0, theorem="entries are dropped", exact=True, range=_about_origin(call)
+        )
+    # The last axis goes: entries of different tokens share one.
+    merged = call.shape[-1] if call.shape else 1
+    if call.norm == "token" and merged is None:
+        return unbounded("its number of tokens is not known")
+    return LipschitzMap(
+        constant=layer_constants.regroup_constant(call.norm, merged or 1),
+        theorem="entries are dropped",
+        range=entries_range(call),
+    )
+
+
+def _about_origin(call: LayerCall) -> TokenRange:
+    return call.state.range.about_origin()
+
+
+@register_operation("Split", "Unstack")
+def split(operation, call):
+    rank = call.state.rank
+    axis = operation.axis % rank
+    if axis == 0:
+        return unbounded(BATCH)
+    if axis == rank - 1 and type(operation).__name__ == "Unstack":
+        return unbounded("no rule for unstacking the last axis")
+    if axis == rank - 1:
+        return LipschitzMap(
+            constant=1.0, theorem="entries are dropped", exact=True, range=_about_origin(call)
+        )
+    return tokens_move(call, "tokens are dropped")
+
+
+@register_operation("Flip", "Roll")
+def flip(operation, call):
+    axes, refusal = _reduced_axes(operation, call)
+    if refusal is not None:
+        return refusal
+    if call.state.rank - 1 in axes:
+        return LipschitzMap(
+            constant=1.0, theorem="entries move", exact=True, range=_about_origin(call)
+        )
+    return tokens_move(call)
+
+
+@register_operation("Pad")
+def pad(operation, call):
+    rank = call.state.rank
+    widths = [tuple(np.broadcast_to(width, 2)) for width in operation.pad_width]
+    if len(widths) == 1:
+        widths = widths * rank
+    if operation.mode != "constant" or len(widths) != rank or widths[0] != (0, 0):
+        return unbounded("it repeats entries, or pads the batch axis")
+    value = call.argument("constant_values")
+    if isinstance(value, TensorState):
+        return unbounded("it pads with a tensor of the model")
+    if value not in (None, 0, 0.0):
+        return LipschitzMap(constant=1.0, theorem="constants are added", exact=True)
+    return (TokenMixing if widths[-1] == (0, 0) else LipschitzMap)(
+        constant=1.0, theorem="zeros are added", exact=True, range=_about_origin(call)
+    )
+
+
+@register_operation("Repeat", "Tile", "BroadcastTo")
+def repeat(operation, call):
+    name = type(operation).__name__
+    state = call.state
+    if name == "Repeat" and not isinstance(operation.repeats, int):
+        return unbounded("it repeats some entries more often than others")
+    if name == "Tile":
+        repeats = np.ravel(operation.repeats)
+        if len(repeats) > state.rank or (len(repeats) == state.rank and repeats[0] != 1):
+            return unbounded(BATCH)
+    if name == "BroadcastTo" and (state.fold != call.fold or state.rank != call.rank):
+        return unbounded(BATCH)
+    if state.entries is None or None in call.shape or any(state.dynamic) or any(call.dynamic):
+        return unbounded("how often it repeats an entry is not known")
+    times = call.fold * product(call.shape) / (state.fold * state.entries)
+    old, new = (shape[-1] if shape else 1 for shape in (state.shape, call.shape))
+    constant = 1.0
+    if call.norm == "l2":
+        constant = SAFETY * math.sqrt(times)
+    elif call.norm == "token" and new > old:
+        constant = SAFETY * math.sqrt(new / old)
+    return LipschitzMap(
+        constant=constant, theorem="each entry repeated", exact=True, range=entries_range(call)
+    )
+
+
+@register_operation("Mean", "Sum")
+def mean_or_sum(operation, call):
+    axes, refusal = _reduced_axes(operation, call)
+    if refusal is not None:
+        return refusal
+    state, rank = call.state, call.state.rank
+    most = product(tuple(state.shape[a - 1] for a in axes))
+    fewest = math.prod(1 if state.dynamic[a - 1] else state.shape[a - 1] or 1 for a in axes)
+    mean = type(operation).__name__ == "Mean"
+    if most is None:
+        if not mean:
+            return unbounded("how many entries it adds is not known")
+        # Not needed for a mean.
+        most = 1
+    l2 = 1.0 / math.sqrt(fewest) if mean else math.sqrt(most)
+    theorem = "mean of entries" if mean else "sum of entries"
+    if call.norm == "l2":
+        constant = l2
+    elif call.norm == "linf":
+        constant = 1.0 if mean else float(most)
+    elif rank - 1 not in axes:
+        constant = 1.0 if mean else float(most)
+    elif operation.keepdims:
+        last = state.shape[-1]
+        if last is None or state.dynamic[-1]:
+            return unbounded("the size of its last axis is not known")
+        constant = 1.0 / math.sqrt(last) if mean else most / math.sqrt(last)
+    else:
+        constant = l2 * convert("l2", "token", state)
+    if math.isinf(constant):
+        return unbounded("its number of tokens is not known")
+    exact = rank - 1 not in axes and not any(state.dynamic)
+    constant *= SAFETY
+    if rank - 1 in axes:
+        return LipschitzMap(constant=constant, theorem=theorem, exact=exact)
+    token_range = state.range if mean else state.range.about_origin().scaled(SAFETY * most)
+    return TokenMixing(constant=constant, theorem=theorem, exact=exact, range=token_range)
+
+
+@register_operation("Max", "Min", "Amax", "Amin", "Logsumexp")
+def extremum(operation, call):
+    axes, refusal = _reduced_axes(operation, call)
+    if refusal is not None:
+        return refusal
+    state, rank = call.state, call.state.rank
+    theorem = "maximum of entries"
+    if type(operation).__name__ == "Logsumexp":
+        theorem = "gradient of norm 1"
+        token_range = None
+    elif getattr(operation, "initial", None) is not None:
+        token_range = None
+    else:
+        token_range = entries_range(call)
+    fields = dict(theorem=theorem, range=token_range)
+    if call.norm != "token":
+        return LipschitzMap(constant=1.0, exact=True, **fields)
+    if rank - 1 not in axes:
+        sizes = [product(tuple(state.shape[a - 1] for a in axes)), state.width]
+        known = [size for size in sizes if size is not None]
+        if not known:
+            return unbounded("neither its window nor its channels are known")
+        return LipschitzMap(constant=SAFETY * math.sqrt(min(known)), **fields)
+    if operation.keepdims:
+        return LipschitzMap(constant=1.0, exact=True, **fields)
+    price = convert("l2", "token", state)
+    if math.isinf(price):
+        return unbounded("its number of tokens is not known")
+    return LipschitzMap(constant=price, **fields)
+
+
+def _reduced_axes(operation, call: LayerCall):
+    rank = call.state.rank
+    axes = operation.axis
+    if axes is None:
+        return set(), unbounded(BATCH)
+    axes = {int(a) % rank for a in (axes if isinstance(axes, list | tuple) else [axes])}
+    if 0 in axes:
+        return set(), unbounded(BATCH)
+    return axes, None

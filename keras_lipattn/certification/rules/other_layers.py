@@ -1,0 +1,87 @@
+"""Layers that do nothing at inference, masks computed from inputs, and recurrent layers."""
+
+import keras
+
+from keras_lipattn.certification.maps import Affine, LipschitzMap, TokenMixing, unbounded
+from keras_lipattn.certification.registry import register_operation, register_rule
+
+RUNS_AS_IN_TRAINING = "the model calls it with `training=True`, also at inference"
+
+
+def identity(theorem: str = "identity at inference") -> LipschitzMap:
+    """The map of a layer that returns its input."""
+    return Affine(constant=1.0, theorem=theorem, exact=True)
+
+
+@register_rule(
+    keras.layers.AlphaDropout,
+    keras.layers.Dropout,
+    keras.layers.GaussianDropout,
+    keras.layers.GaussianNoise,
+    keras.layers.SpatialDropout1D,
+    keras.layers.SpatialDropout2D,
+    keras.layers.SpatialDropout3D,
+)
+def dropout(layer, call):
+    if call.training:
+        return unbounded(f"{RUNS_AS_IN_TRAINING}: it draws random numbers")
+    return identity()
+
+
+@register_rule(keras.layers.ActivityRegularization, keras.layers.Identity)
+def unchanged(layer, call):
+    return identity("identity")
+
+
+@register_operation("Copy", "ConvertToTensor", "StopGradient", "Array")
+def unchanged_operation(operation, call):
+    return identity("identity")
+
+
+@register_operation("View")
+def view(operation, call):
+    dtype = call.output_dtype if operation.dtype is None else operation.dtype
+    if keras.backend.standardize_dtype(dtype) == call.state.dtype:
+        return identity("identity")
+    return unbounded("it reads the bits of its input as another dtype")
+
+
+@register_operation("Cast", "SaturateCast")
+def cast(operation, call):
+    # Between floating dtypes; casts to integers never come here. Real arithmetic: no rounding.
+    return identity("identity")
+
+
+@register_rule(keras.layers.Masking)
+def masking(layer, call):
+    if call.assume_fixed_mask:
+        # A projection that keeps some tokens.
+        return TokenMixing(
+            constant=1.0,
+            theorem="projection on the tokens of a fixed mask",
+            exact=True,
+            range=call.state.range.about_origin(),
+            assumes_fixed_mask=True,
+        )
+    return unbounded(
+        "it computes a mask from its input, which jumps when the input changes: "
+        "`assume_fixed_mask=True` certifies for a fixed mask"
+    )
+
+
+@register_rule(
+    keras.layers.RNN,
+    keras.layers.SimpleRNN,
+    keras.layers.LSTM,
+    keras.layers.GRU,
+    keras.layers.ConvLSTM1D,
+    keras.layers.ConvLSTM2D,
+    keras.layers.ConvLSTM3D,
+    keras.layers.Bidirectional,
+    subclasses=True,
+)
+def recurrent(layer, call):
+    return unbounded(
+        "the gates of a recurrent layer multiply functions of its input, and its constant grows "
+        "with every step of the sequence"
+    )

@@ -1,0 +1,197 @@
+"""Pooling (docs/theory.md, section 8)."""
+
+import math
+
+import keras
+import numpy as np
+
+from keras_lipattn.bounds import layer_constants
+from keras_lipattn.certification.layer_call import LayerCall
+from keras_lipattn.certification.maps import LipschitzMap, TokenMixing, unbounded
+from keras_lipattn.certification.registry import register_rule
+from keras_lipattn.certification.rules.activations import convert
+from keras_lipattn.certification.token_range import TokenRange
+from keras_lipattn.linalg import SAFETY
+
+_MEAN = "mean over each window"
+_MAX = "windows that contain a position"
+
+
+@register_rule(
+    keras.layers.AveragePooling1D, keras.layers.AveragePooling2D, keras.layers.AveragePooling3D
+)
+def average_pooling(layer, call):
+    pool, strides = tuple(layer.pool_size), tuple(layer.strides)
+    sizes, known, first = _window_axes(layer, call)
+    if known:
+        constant = layer_constants.average_pooling_constant(
+            "l2", pool_size=pool, strides=strides, input_shape=sizes, padding=layer.padding
+        )
+    else:
+        # Windows at the border may hold a single position when the length is not known.
+        least = [k if layer.padding == "valid" else 1 for k in pool]
+        constant = SAFETY * math.sqrt(
+            math.prod(-(-k // s) / m for k, s, m in zip(pool, strides, least, strict=True))
+        )
+    exact = known and pool == strides and layer.padding == "valid"
+    return _linear_pooling(constant, call, first, exact)
+
+
+@register_rule(keras.layers.MaxPooling1D, keras.layers.MaxPooling2D, keras.layers.MaxPooling3D)
+def max_pooling(layer, call):
+    pool, strides = tuple(layer.pool_size), tuple(layer.strides)
+    sizes, known, first = _window_axes(layer, call)
+    if known:
+        constant = layer_constants.max_pooling_constant(
+            "l2",
+            pool_size=pool,
+            strides=strides,
+            input_shape=sizes,
+            padding=layer.padding,
+            channels=1,
+        )
+    else:
+        constant = SAFETY * math.sqrt(
+            math.prod(-(-k // s) for k, s in zip(pool, strides, strict=True))
+        )
+    return _max_step(constant, math.prod(pool), call, first)
+
+
+@register_rule(
+    keras.layers.AdaptiveAveragePooling1D,
+    keras.layers.AdaptiveAveragePooling2D,
+    keras.layers.AdaptiveAveragePooling3D,
+)
+def adaptive_average_pooling(layer, call):
+    loads, _, first = _adaptive(layer, call)
+    if loads is None:
+        return unbounded("its windows depend on a size that varies")
+    constant = SAFETY * math.sqrt(math.prod(float(load.max()) for _, load in loads))
+    return _linear_pooling(constant, call, first, False)
+
+
+@register_rule(
+    keras.layers.AdaptiveMaxPooling1D,
+    keras.layers.AdaptiveMaxPooling2D,
+    keras.layers.AdaptiveMaxPooling3D,
+)
+def adaptive_max_pooling(layer, call):
+    loads, window, first = _adaptive(layer, call)
+    if loads is None:
+        return unbounded("its windows depend on a size that varies")
+    constant = SAFETY * math.sqrt(math.prod(int(count.max()) for count, _ in loads))
+    return _max_step(constant, window, call, first)
+
+
+@register_rule(
+    keras.layers.GlobalAveragePooling1D,
+    keras.layers.GlobalAveragePooling2D,
+    keras.layers.GlobalAveragePooling3D,
+)
+def global_average_pooling(layer, call):
+    first = layer.data_format == "channels_first"
+    fewest = _fewest(call, first)
+    if call.mask is not None or call.argument("mask") is not None:
+        # Only the valid tokens count, and there may be a single one.
+        fewest = 1
+    constant = layer_constants.global_average_constant("l2", fewest)
+    return _linear_pooling(
+        constant, call, first, True, theorem=f"mean over {fewest} tokens or more"
+    )
+
+
+@register_rule(
+    keras.layers.GlobalMaxPooling1D,
+    keras.layers.GlobalMaxPooling2D,
+    keras.layers.GlobalMaxPooling3D,
+)
+def global_max_pooling(layer, call):
+    first = layer.data_format == "channels_first"
+    return _max_step(1.0, call.state.tokens, call, first, exact=True)
+
+
+def _linear_pooling(
+    constant: float, call: LayerCall, first: bool, exact: bool, theorem: str = _MEAN
+):
+    if call.norm == "token" and first:
+        return _converted(constant, call)
+    if call.norm != "l2":
+        constant, exact = 1.0, True
+    if first:
+        return LipschitzMap(constant=constant, theorem=theorem, exact=exact)
+    return TokenMixing(constant=constant, theorem=theorem, exact=exact, range=call.state.range)
+
+
+def _max_step(
+    constant: float, window: int | None, call: LayerCall, first: bool, exact: bool = False
+):
+    if call.norm == "token" and not first:
+        sizes = [size for size in (window, call.state.width) if size is not None]
+        if not sizes:
+            return unbounded("neither its window nor its channels are known")
+        constant = SAFETY * math.sqrt(min(sizes))
+        theorem = "at most min(window, channels) tokens meet in one"
+    elif call.norm == "token":
+        return _converted(constant, call)
+    else:
+        constant, theorem = (constant, _MAX) if call.norm == "l2" else (1.0, "maximum of entries")
+    return LipschitzMap(
+        constant=constant,
+        theorem=theorem,
+        exact=exact and call.norm != "token",
+        range=entries_range(call),
+    )
+
+
+def entries_range(call: LayerCall) -> TokenRange | None:
+    """Where the output is when its entries are among those of the input."""
+    largest = call.state.range.largest
+    width = call.shape[-1] if call.shape and not call.dynamic[-1] else None
+    if not call.shape:
+        width = 1
+    if width is None or not math.isfinite(largest):
+        return None
+    return TokenRange.of_entries(-largest, largest, width)
+
+
+def _converted(constant: float, call: LayerCall) -> LipschitzMap:
+    price = convert("l2", "token", call.state)
+    if math.isinf(price):
+        return unbounded("its number of tokens is not known")
+    return LipschitzMap(constant=constant * price, theorem="2-norm, converted")
+
+
+def _window_axes(layer, call: LayerCall):
+    """Sizes of the pooled axes, whether all are known and fixed, and channels_first."""
+    first = layer.data_format == "channels_first"
+    window = slice(1, None) if first else slice(None, -1)
+    sizes, varies = call.state.shape[window], call.state.dynamic[window]
+    known = None not in sizes and not any(varies)
+    return tuple(size or 0 for size in sizes), known, first
+
+
+def _fewest(call: LayerCall, first: bool) -> int:
+    """Fewest tokens that a global pooling can meet."""
+    window = slice(1, None) if first else slice(None, -1)
+    sizes, varies = call.state.shape[window], call.state.dynamic[window]
+    return math.prod(
+        1 if dynamic or size is None else size for size, dynamic in zip(sizes, varies, strict=True)
+    )
+
+
+def _adaptive(layer, call: LayerCall):
+    """Per axis: windows that contain a position and the sum of 1 / sizes; the largest window."""
+    sizes, known, first = _window_axes(layer, call)
+    if not known:
+        return None, 0, first
+    loads, window = [], 1
+    for length, outputs in zip(sizes, tuple(layer.output_size), strict=True):
+        starts = [i * length // outputs for i in range(outputs)]
+        ends = [-(-(i + 1) * length // outputs) for i in range(outputs)]
+        count, load = np.zeros(length, int), np.zeros(length)
+        for start, end in zip(starts, ends, strict=True):
+            count[start:end] += 1
+            load[start:end] += 1.0 / (end - start)
+        loads.append((count, load))
+        window *= max(end - start for start, end in zip(starts, ends, strict=True))
+    return loads, window, first

@@ -1,0 +1,176 @@
+"""Moving entries around: reshape, permute, pad, crop, repeat (docs/theory.md, section 8)."""
+
+import math
+
+import keras
+import numpy as np
+
+from keras_lipattn.bounds import layer_constants
+from keras_lipattn.certification.layer_call import LayerCall
+from keras_lipattn.certification.maps import LipschitzMap, TokenMixing, unbounded
+from keras_lipattn.certification.registry import register_operation, register_rule
+from keras_lipattn.certification.tensor_state import TensorState
+from keras_lipattn.certification.token_range import TokenRange
+from keras_lipattn.linalg import SAFETY
+
+_UNKNOWN = "the number of tokens it collects in one is not known: pass `sequence_length`"
+
+
+def regroup(call: LayerCall, merged: int | None, theorem: str = "entries move") -> LipschitzMap:
+    """Entries move, and a new token takes them from at most `merged` old ones."""
+    if call.norm == "token" and merged is None:
+        return unbounded(_UNKNOWN)
+    constant = layer_constants.regroup_constant(call.norm, merged or 1)
+    # A new token has at most `merged` old ones inside it.
+    token_range = None
+    if merged is not None and call.state.range.bounded:
+        old = call.state.range
+        token_range = TokenRange(SAFETY * math.sqrt(merged) * old.outer_radius, None, old.largest)
+    return LipschitzMap(
+        constant=constant, theorem=theorem, exact=call.norm != "token", range=token_range
+    )
+
+
+def tokens_move(call: LayerCall, theorem: str = "tokens move") -> LipschitzMap:
+    """Whole tokens move or vanish; the last axis stays as it is."""
+    return TokenMixing(
+        constant=1.0,
+        theorem=theorem,
+        exact=True,
+        range=call.state.range,
+    )
+
+
+def reshape_step(
+    state: TensorState, shape: tuple[int | None, ...], call: LayerCall
+) -> LipschitzMap:
+    """A row-major reshape of `state` to `shape`."""
+    old, new = state.width, shape[-1] if shape else 1
+    if old is not None and old == new:
+        return tokens_move(call)
+    if old is None or new is None:
+        merged = None
+    elif new <= old and old % new == 0:
+        merged = 1
+    elif new % old == 0:
+        merged = new // old
+    else:
+        merged = (new - 2) // old + 2
+    if merged is not None and state.tokens:
+        # An example has no more tokens than that.
+        merged = min(merged, state.fold * state.tokens)
+    return regroup(call, merged)
+
+
+@register_rule(keras.layers.Flatten)
+def flatten(layer, call):
+    return regroup(call, call.state.tokens, "all tokens in one")
+
+
+@register_rule(keras.layers.Reshape)
+def reshape(layer, call):
+    return reshape_step(call.state, call.shape, call)
+
+
+@register_operation("Reshape", "Ravel", "Squeeze", "ExpandDims")
+def reshape_operation(operation, call):
+    return reshape_step(call.state, call.shape, call)
+
+
+def permute_step(order: tuple[int, ...], call: LayerCall) -> LipschitzMap:
+    """A permutation of all axes; `order` includes the batch axis."""
+    if order[0] != 0:
+        return unbounded("it moves the batch axis")
+    if order[-1] == len(order) - 1:
+        return tokens_move(call, "axes of tokens move")
+    new_width = call.shape[-1] if call.shape else None
+    return regroup(call, new_width, "axes move")
+
+
+@register_rule(keras.layers.Permute)
+def permute(layer, call):
+    return permute_step((0, *layer.dims), call)
+
+
+@register_operation("Transpose")
+def transpose(operation, call):
+    rank = call.state.rank
+    axes = tuple(reversed(range(rank))) if operation.axes is None else operation.axes
+    return permute_step(tuple(axis % rank for axis in axes), call)
+
+
+@register_operation("Swapaxes")
+def swapaxes(operation, call):
+    order = list(range(len(call.state.shape) + 1))
+    a, b = operation.axis1 % len(order), operation.axis2 % len(order)
+    order[a], order[b] = order[b], order[a]
+    return permute_step(tuple(order), call)
+
+
+@register_operation("Moveaxis")
+def moveaxis(operation, call):
+    rank = call.state.rank
+    labels = np.empty(tuple(range(2, 2 + rank)), bool)
+    moved = np.moveaxis(labels, operation.source, operation.destination)
+    order = [size - 2 for size in moved.shape]
+    return permute_step(tuple(order), call)
+
+
+@register_rule(keras.layers.RepeatVector)
+def repeat_vector(layer, call):
+    return repeated(call, layer.n)
+
+
+def repeated(call: LayerCall, times: int) -> LipschitzMap:
+    """Every token appears `times` times."""
+    constant = SAFETY * math.sqrt(times) if call.norm == "l2" else 1.0
+    return TokenMixing(
+        constant=constant,
+        theorem="each entry repeated",
+        exact=True,
+        range=call.state.range,
+    )
+
+
+@register_rule(keras.layers.UpSampling1D)
+def up_sampling_1d(layer, call):
+    return repeated(call, int(layer.size))
+
+
+@register_rule(keras.layers.UpSampling2D, keras.layers.UpSampling3D)
+def up_sampling(layer, call):
+    interpolation = getattr(layer, "interpolation", "nearest")
+    if interpolation != "nearest":
+        return unbounded(f"no rule for its interpolation {interpolation!r}")
+    if layer.data_format == "channels_first":
+        return spatial_last(repeated(call, math.prod(layer.size)), call)
+    return repeated(call, math.prod(layer.size))
+
+
+def spatial_last(step: LipschitzMap, call: LayerCall) -> LipschitzMap:
+    """The same layer when the last axis is one of the image.
+
+    Entries that move or repeat within tokens still give each entry of the 2-norm and the max
+    norm as often as before; a token may then repeat some entries.
+    """
+    if call.norm == "token":
+        return unbounded('in the token norm only `data_format="channels_last"` has a rule')
+    return LipschitzMap(constant=step.constant, theorem=step.theorem, exact=step.exact)
+
+
+@register_rule(
+    keras.layers.Cropping1D,
+    keras.layers.Cropping2D,
+    keras.layers.Cropping3D,
+    keras.layers.ZeroPadding1D,
+    keras.layers.ZeroPadding2D,
+    keras.layers.ZeroPadding3D,
+)
+def crop_or_pad(layer, call):
+    theorem = "entries are dropped or zeros added"
+    if getattr(layer, "data_format", "channels_last") == "channels_first":
+        # The last axis is one of the image.
+        return LipschitzMap(constant=1.0, theorem=theorem, exact=True)
+    return TokenMixing(
+        constant=1.0, theorem=theorem, exact=True, range=call.state.range.about_origin()
+    )

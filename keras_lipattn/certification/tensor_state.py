@@ -1,0 +1,117 @@
+"""What is known about a tensor of a traced model."""
+
+import dataclasses
+import enum
+from collections.abc import Mapping
+
+import numpy as np
+
+from keras_lipattn.certification.enclosure import Enclosure
+from keras_lipattn.certification.gain import Gain
+from keras_lipattn.certification.linear_map import LinearMap
+from keras_lipattn.certification.token_range import TokenRange
+
+
+class Kind(enum.Enum):
+    """Whether a tensor changes when the certified inputs do."""
+
+    # It changes with a certified input.
+    PERTURBED = "perturbed"
+    # It repeats the numbers of an integer input, which counts as a certified input unless it is
+    # looked up in a table.
+    INTEGER = "integer"
+    # It stays as it is: a constant of the model, a mask, or what follows from those.
+    FIXED = "fixed"
+    # It stays as it is, and follows from an integer or string input.
+    FROM_INTEGERS = "from integers"
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class TensorState:
+    """A tensor of a traced model.
+
+    The first axis of a tensor that depends on the examples of a batch holds `fold` entries per
+    example, next to each other: 1 is the usual batch axis, and more come from reshapes such as
+    `(batch, heads, tokens, d)` to `(batch * heads, tokens, d)`. All other axes are in `shape`.
+
+    Args:
+        gain: its constant with respect to the certified inputs.
+        published: the same, with the published bound for every attention layer.
+        shape: sizes of the axes after the first one; the largest ones where they vary, `None` where
+            nothing is known. For a tensor without examples (`fold=0`) the sizes of all axes.
+        dynamic: for each of these axes whether the size varies from call to call.
+        fold: entries of the first axis per example; 0 for a tensor that is the same for every
+            batch, such as a constant of the model.
+        dtype: its dtype, a string.
+        kind: see `Kind`.
+        integer_input: for `Kind.INTEGER`, the number of that input.
+        range: where its tokens can be.
+        anchor: a tensor from which this one follows by a linear map of the last axis plus a
+            constant; `None` means the tensor itself.
+        linear: that map.
+        routes: pairs of an earlier tensor and a linear map from it to this one, the last linear
+            layer first.
+        values: its values where they are constants of the model.
+        costs: for each row of the certificate its part of the logarithm of `gain`.
+        enclosure: where it is near the input of a local certificate, `None` if not known.
+    """
+
+    gain: Gain
+    published: Gain
+    shape: tuple[int | None, ...]
+    dynamic: tuple[bool, ...]
+    fold: int = 1
+    dtype: str = "float32"
+    kind: Kind = Kind.PERTURBED
+    integer_input: int | None = None
+    range: TokenRange = dataclasses.field(default_factory=TokenRange)
+    anchor: "TensorState | None" = None
+    linear: LinearMap = None
+    routes: "tuple[tuple[TensorState, LinearMap], ...]" = ()
+    values: np.ndarray | None = None
+    costs: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    enclosure: Enclosure | None = None
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether it stays as it is when the certified inputs change."""
+        return self.kind in (Kind.FIXED, Kind.FROM_INTEGERS)
+
+    @property
+    def root(self) -> "TensorState":
+        """The tensor which the linear map starts from."""
+        return self if self.anchor is None else self.anchor
+
+    @property
+    def rank(self) -> int:
+        """Number of axes."""
+        return len(self.shape) + (self.fold > 0)
+
+    @property
+    def width(self) -> int | None:
+        """Size of the last axis, `None` when it is not known or there is no axis."""
+        return self.shape[-1] if self.shape and not self.dynamic[-1] else None
+
+    @property
+    def tokens(self) -> int | None:
+        """Largest number of tokens: the product of all axes but the first and the last one."""
+        return product(self.shape[:-1])
+
+    @property
+    def entries(self) -> int | None:
+        """Largest number of entries after the first axis."""
+        return product(self.shape)
+
+    def replace(self, **changes) -> "TensorState":
+        """A copy with other fields."""
+        return dataclasses.replace(self, **changes)
+
+
+def product(sizes: tuple[int | None, ...]) -> int | None:
+    """Product of the sizes, `None` when one of them is not known."""
+    total = 1
+    for size in sizes:
+        if size is None:
+            return None
+        total *= size
+    return total

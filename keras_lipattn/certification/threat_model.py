@@ -1,0 +1,81 @@
+"""The assumptions of a certificate."""
+
+import dataclasses
+import math
+
+from keras_lipattn.bounds.lipschitz_bound import NORMS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ThreatModel:
+    """The assumptions under which a certificate holds.
+
+    Args:
+        norm: `"l2"`, `"token"` or `"linf"`, of inputs and outputs alike.
+        inputs: names of the certified inputs; the norm is that of all of them side by side.
+        held: inputs of integers or booleans that stay fixed.
+        output: what the output is, for instance `"pre-softmax logits"`.
+        input_radius: radius of the ball around the origin in which the tokens of the certified
+            inputs stay, `inf` for no restriction.
+        longest: largest number of tokens, `None` when the shapes of the model say it all.
+        shapes: if not empty, the certificate is for inputs of exactly these shapes: Python code of
+            the model ran at these sizes, and may do something else at others.
+        mask: class of mask that was assumed for attention layers with an unknown one, or `None`.
+        assumed_masks: layers that compute a mask from a certified input which was assumed fixed.
+        around: for a local certificate, a description of its centers and a digest of their numbers;
+            empty for a global one.
+        radius: radius of the balls around them in the norm of the certificate, `inf` for a global
+            certificate.
+        lost: pairs of a layer and the reason why what comes after it has its global constants.
+    """
+
+    norm: str
+    inputs: tuple[str, ...]
+    held: tuple[str, ...] = ()
+    output: str = "output"
+    input_radius: float = math.inf
+    longest: int | None = None
+    shapes: tuple[tuple[int | None, ...], ...] = ()
+    mask: str | None = None
+    assumed_masks: tuple[str, ...] = ()
+    around: str = ""
+    radius: float = math.inf
+    lost: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        lines = [
+            f"norm: {NORMS[self.norm]}, of inputs and outputs",
+            "certified inputs: " + (", ".join(self.inputs) or "none"),
+            f"output: {self.output}",
+            "at inference, in real arithmetic, for the weights used at inference",
+        ]
+        if len(self.inputs) > 1:
+            lines.append("a change of several inputs is measured side by side, as one tensor")
+        if self.around:
+            lines.append(
+                f"ONLY for inputs within {self.radius:g} of {self.around}, in the norm above"
+            )
+        lines += [f"values are not known after {path}: {reason}" for path, reason in self.lost]
+        if self.held:
+            lines.append("held fixed: " + ", ".join(self.held))
+        if math.isfinite(self.input_radius):
+            lines.append(
+                "only for inputs whose tokens have a Euclidean norm of at most "
+                f"{self.input_radius:g}"
+            )
+        if self.shapes:
+            shapes = " and ".join(str(shape) for shape in self.shapes)
+            lines.append(f"only for inputs of shape {shapes}, the size at which its code was run")
+        elif self.longest is not None:
+            lines.append(f"for at most {self.longest} tokens that attend to each other")
+        lines.append(
+            "for a fixed mask and a fixed length"
+            + (f"; unknown masks are of class {self.mask!r}" if self.mask else "")
+        )
+        if self.assumed_masks:
+            lines.append(
+                "ASSUMED: the masks computed from certified inputs by "
+                + ", ".join(self.assumed_masks)
+                + " do not change"
+            )
+        return "\n".join(lines)

@@ -1,0 +1,138 @@
+"""A model, traced on batches of two sizes, ready to be certified."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+from keras_lipattn.certification.batch_axis import DEPENDS_ON_BATCH, BatchComparison
+from keras_lipattn.certification.classifier_head import find_head
+from keras_lipattn.certification.registry import find_rule
+from keras_lipattn.certification.tracing import (
+    BATCH_SIZES,
+    KerasTensor,
+    Trace,
+    TraceError,
+    call_specs,
+    function_of,
+    names_kept,
+    trace,
+)
+
+Shape = tuple[int | None, ...]
+
+
+class TracedModel:
+    """What a model does, and how it ends.
+
+    Args:
+        model: a built model.
+        inputs: for models without a graph, what they are called on, see `certify`.
+        sequence_length: size of an axis of unknown size, where an input has one.
+        shapes: sizes of the inputs, first axes left out, instead.
+
+    Attributes:
+        names: of the inputs, in flat order.
+        failure: why the model cannot be traced; empty when it can.
+        trace: the trace that is certified.
+        comparison: of that trace with one on another number of examples.
+        head: how the model ends, see `find_head`.
+        logit_call: index of the call whose activation is left out, or `None`.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        inputs: Any = None,
+        sequence_length: int | None = None,
+        shapes: Sequence[Shape] | None = None,
+    ):
+        self.model = model
+        arguments, self.names = call_specs(model, inputs)
+        self._arguments, self._flexible = _sized(model, arguments, sequence_length, shapes)
+        self.failure, self.head, self.logit_call = "", "", None
+        fixed = [leaf.shape[0] for leaf in keras.tree.flatten(arguments) if leaf.shape[0]]
+        sizes = (fixed[0], fixed[0]) if fixed else BATCH_SIZES
+        try:
+            self.trace = self._trace(sizes[0])
+        except TraceError as error:
+            self.failure = f"it cannot be traced on a batch of {sizes[0]} examples: {error}"
+            self.trace = self._empty(sizes[0])
+            self.comparison = BatchComparison(self.trace, self.trace)
+            return
+        other = self.trace
+        if not fixed:
+            try:
+                other = self._trace(sizes[1])
+            except TraceError:
+                self.failure = DEPENDS_ON_BATCH
+        self.comparison = BatchComparison(self.trace, other)
+        if self.comparison.differ:
+            self.failure = DEPENDS_ON_BATCH
+        self.head, self.logit_call = find_head(self.trace)
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """Sizes of the inputs, first axes left out."""
+        return tuple(tuple(leaf.shape[1:]) for leaf in keras.tree.flatten(self._arguments))
+
+    @property
+    def only_for_its_shapes(self) -> bool:
+        """Whether inputs of other sizes run other code."""
+        return self.trace.exact_length or function_of(self.model) is None
+
+    @functools.cached_property
+    def single(self) -> Trace:
+        """The trace on one example, on which values are computed."""
+        batch = self.trace.batch if self.trace.batch not in BATCH_SIZES else 1
+        single = self._trace(batch)
+        if BatchComparison(single, self.trace).differ:
+            raise TraceError(DEPENDS_ON_BATCH)
+        return single
+
+    def _trace(self, batch: int) -> Trace:
+        with names_kept():
+            return trace(
+                self.model,
+                self._arguments,
+                batch=batch,
+                refusal_of=_refusal_of,
+                flexible=self._flexible,
+            )
+
+    def _empty(self, batch: int) -> Trace:
+        leaves = keras.tree.flatten(self._arguments)
+        inputs = [KerasTensor((batch, *leaf.shape[1:]), dtype=leaf.dtype) for leaf in leaves]
+        return Trace(batch=batch, inputs=inputs)
+
+
+def _refusal_of(layer: keras.layers.Layer) -> str:
+    return find_rule(layer)[1]
+
+
+def _sized(model, arguments, sequence_length, shapes) -> tuple[Any, list[Shape]]:
+    """The inputs at the sizes they are traced at; their shapes with `None` for sizes that vary."""
+    leaves = keras.tree.flatten(arguments)
+    has_graph = function_of(model) is not None
+    sized, flexible = [], []
+    for index, leaf in enumerate(leaves):
+        sizes = tuple(leaf.shape[1:])
+        integers = not keras.backend.is_float_dtype(keras.backend.standardize_dtype(leaf.dtype))
+        if shapes is not None:
+            sizes = varying = tuple(shapes[index])
+        else:
+            if (
+                not has_graph
+                and sequence_length is not None
+                and None not in sizes
+                and len(sizes) > (0 if integers else 1)
+            ):
+                # The length it was first called with is not the only one it takes.
+                sizes = (None, *sizes[1:])
+            varying = sizes
+            if sizes.count(None) == 1 and sequence_length is not None:
+                sizes = tuple(sequence_length if size is None else size for size in sizes)
+        sized.append(KerasTensor((leaf.shape[0], *sizes), dtype=leaf.dtype))
+        flexible.append(varying)
+    return keras.tree.pack_sequence_as(arguments, sized), flexible

@@ -1,0 +1,583 @@
+"""Reading what a model does, by letting Keras run it on symbolic tensors.
+
+The model is called on `keras.KerasTensor`s, so that Keras itself binds arguments, fills in masks,
+resolves `training` and matches the inputs of nested models. Layers with a rule become one call;
+all others are looked into. The only module that relies on the private side of Keras.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+from keras.src import backend
+from keras.src.backend.common import global_state
+from keras.src.backend.common.keras_tensor import KerasTensor
+from keras.src.models.functional import Functional
+
+from keras_lipattn.certification.paths import sibling_names
+
+# What code written for data may raise when it is called on symbols.
+TRACE_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+# A graph that depends on the size of the batch differs between these two. Primes which are rarely
+# the size of anything else.
+BATCH_SIZES = (5, 7)
+
+
+# Operations that return their input, perhaps in another dtype.
+_COPIES = ("Cast", "ConvertToTensor", "Copy", "SaturateCast", "StopGradient")
+
+
+class TraceError(Exception):
+    """A layer cannot be called on symbolic tensors. The message says why."""
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class TracedCall:
+    """One call of a layer with a rule, or of an operation.
+
+    Args:
+        operation: the layer, or the node of `keras.ops`.
+        args: positional arguments; tensors are `KerasTensor`s.
+        kwargs: keyword arguments, with masks and `training` as Keras fills them in.
+        outputs: the tensors it returns, flat.
+        path: name of the layer or operation, after those of the layers it is called in.
+        compute_dtype: dtype to which variables are cast there, `None` for no cast.
+        refusal: why the layer could not be looked into; empty for calls with a rule.
+        recorded: whether the operation belongs to the model, and not to one run of its code.
+    """
+
+    operation: Any
+    args: tuple
+    kwargs: dict[str, Any]
+    outputs: list[KerasTensor]
+    path: str
+    compute_dtype: str | None = None
+    refusal: str = ""
+    recorded: bool = True
+
+    @functools.cached_property
+    def arguments(self) -> dict[str, Any]:
+        """Every argument by its name in the signature of `call`, those not given left out."""
+        signature = inspect.signature(self.operation.call)
+        bound = signature.bind(*self.args, **self.kwargs).arguments
+        for name, parameter in signature.parameters.items():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD and name in bound:
+                bound.update(bound.pop(name))
+        return dict(bound)
+
+    @property
+    def keras_masks(self) -> list[KerasTensor]:
+        """The masks that come with tensors of a layer, which its `call` may look at."""
+        if not isinstance(self.operation, keras.layers.Layer):
+            return []
+        masks = [backend.get_keras_mask(tensor) for tensor in self.tensors]
+        return [mask for mask in masks if isinstance(mask, KerasTensor)]
+
+    @property
+    def tensors(self) -> list[KerasTensor]:
+        """All symbolic tensors among the arguments."""
+        return symbols_in((self.args, self.kwargs))
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Trace:
+    """What a model does, as a flat list of calls, each after those it depends on.
+
+    Args:
+        batch: number of examples it was called on.
+        inputs: the symbolic inputs, flat.
+        outputs: the symbolic outputs, flat.
+        calls: the calls.
+        constants: values of tensors which are the same whatever the inputs, by `id`.
+        aliases: the tensor of which another one is a copy in another floating dtype, by `id`.
+        flexible: shapes by `id`, with `None` for axes whose size varies from call to call.
+        exact_length: whether Python code of a layer saw a size that varies: what it did there says
+            nothing about other sizes.
+    """
+
+    batch: int
+    inputs: list[KerasTensor]
+    outputs: list[KerasTensor] = dataclasses.field(default_factory=list)
+    calls: list[TracedCall] = dataclasses.field(default_factory=list)
+    constants: dict[int, Any] = dataclasses.field(default_factory=dict)
+    aliases: dict[int, KerasTensor] = dataclasses.field(default_factory=dict)
+    flexible: dict[int, tuple[int | None, ...]] = dataclasses.field(default_factory=dict)
+    exact_length: bool = False
+
+
+def symbols_in(structure: Any) -> list[KerasTensor]:
+    """All symbolic tensors in a structure."""
+    return [leaf for leaf in keras.tree.flatten(structure) if isinstance(leaf, KerasTensor)]
+
+
+# Models -------------------------------------------------------------------------------------------
+
+
+def function_of(model: keras.Model) -> keras.Function | None:
+    """The graph of a Functional or Sequential model, `None` for any other."""
+    if isinstance(model, keras.Sequential):
+        return model._functional if type(model).call is keras.Sequential.call else None
+    return model if type(model).call is Functional.call else None
+
+
+def input_names(function: keras.Function) -> list[str]:
+    """Names of the inputs of a graph, in order."""
+    names = []
+    for tensor in function.inputs:
+        operation = tensor._keras_history.operation
+        names.append(tensor.name if operation is None else operation.name)
+    return names
+
+
+def call_specs(model: keras.Model, inputs: Any = None) -> tuple[tuple, list[str]]:
+    """What a model is called on.
+
+    Args:
+        model: a built model.
+        inputs: for models without a graph, arrays or `KerasTensor`s in the structure of the call; a
+            tuple holds the positional arguments.
+
+    Returns:
+        Positional arguments, with a `KerasTensor` for every tensor and `None` for the batch axis;
+        and the names of their tensors, in flat order.
+
+    Raises:
+        ValueError: if nothing is known about the call.
+    """
+    function = function_of(model)
+    if function is not None:
+        structure = keras.tree.map_structure(_spec, function._inputs_struct)
+        return (structure,), input_names(function)
+    if inputs is not None:
+        inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+        arguments = keras.tree.map_structure(_spec, inputs)
+    else:
+        arguments = _built_specs(model)
+    names = [
+        f"input {index} of shape {tuple(leaf.shape[1:])}"
+        for index, leaf in enumerate(keras.tree.flatten(arguments), start=1)
+    ]
+    return arguments, names
+
+
+def _spec(leaf: Any) -> KerasTensor:
+    shape = tuple(leaf.shape)
+    fixed = isinstance(leaf, KerasTensor) and shape and shape[0] is not None
+    batch = shape[:1] if fixed else (None,)
+    return KerasTensor((*batch, *shape[1:]), dtype=keras.backend.standardize_dtype(leaf.dtype))
+
+
+def _built_specs(model: keras.Model) -> tuple:
+    """The shapes that a model without a graph was built with, as numbers of its own dtype."""
+    config = model.get_build_config() or {}
+    shapes = config.get("shapes_dict") or config
+    arguments = tuple(
+        keras.tree.map_shape_structure(
+            lambda sizes: KerasTensor((None, *sizes[1:]), dtype=model.input_dtype), shape
+        )
+        for name, shape in shapes.items()
+        if name.endswith("shape") and shape is not None
+    )
+    if not arguments:
+        raise ValueError(
+            "The shape that the model is called on is not known: pass `inputs`. "
+            "Received: inputs=None"
+        )
+    return arguments
+
+
+def nodes_in_order(function: keras.Function) -> list[Any]:
+    """The calls recorded in a graph, each after those it depends on, without the inputs."""
+    by_depth = function._nodes_by_depth
+    return [
+        node
+        for depth in sorted(by_depth, reverse=True)
+        for node in by_depth[depth]
+        if node.operation and not node.is_input
+    ]
+
+
+# Tracing ------------------------------------------------------------------------------------------
+
+# From a wrapper to how it runs the layer inside on symbols; registered beside the rules.
+_expansions: dict[type, Callable] = {}
+
+
+def register_expansion(layer_class: type) -> Callable[[Callable], Callable]:
+    """Registers what to run on symbols in place of the `call` of a layer, as a decorator."""
+
+    def decorate(function: Callable) -> Callable:
+        _expansions[layer_class] = function
+        return function
+
+    return decorate
+
+
+def trace(
+    model: keras.Model,
+    arguments: tuple,
+    *,
+    batch: int,
+    refusal_of: Callable[[Any], str],
+    flexible: Sequence[tuple[int | None, ...]] | None = None,
+) -> Trace:
+    """Calls a model on symbolic tensors at inference and returns what it does.
+
+    The model and the layers inside keep no trace of the call.
+
+    Args:
+        model: a built model.
+        arguments: as `call_specs` returns them, sizes filled in where they are known.
+        batch: number of examples where the batch axis is open.
+        refusal_of: from a layer to why it has no rule, empty when it has one.
+        flexible: shapes of the inputs with `None` for axes whose size varies; by default their
+            own shapes.
+
+    Returns:
+        A `Trace`.
+
+    Raises:
+        TraceError: if the model cannot be called on symbols, or changes its state when called.
+    """
+    symbols = keras.tree.map_structure(
+        lambda leaf: KerasTensor(
+            (batch if leaf.shape[0] is None else leaf.shape[0], *leaf.shape[1:]), dtype=leaf.dtype
+        ),
+        arguments,
+    )
+    tracer = _Tracer(model, keras.tree.flatten(symbols), batch, refusal_of)
+    for tensor, shape in zip(tracer.trace.inputs, flexible or [], strict=bool(flexible)):
+        tracer.trace.flexible[id(tensor)] = (tensor.shape[0], *shape)
+    with _untouched(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scope = keras.StatelessScope(collect_losses=True)
+        with scope:
+            tracer.run(symbols)
+    return tracer.trace
+
+
+class _Tracer:
+    """One symbolic run of a model."""
+
+    def __init__(self, model, inputs: list[KerasTensor], batch: int, refusal_of):
+        self.trace = Trace(batch=batch, inputs=inputs)
+        self._model = model
+        self._refusal_of = refusal_of
+        self._producers: dict[int, Any] = {id(tensor): None for tensor in inputs}
+        # Ids are only unique among tensors that live.
+        self._alive: list[Any] = list(inputs)
+        self._stack: list[_Frame] = []
+        self._recorded = _recorded_operations(model)
+
+    def run(self, symbols: tuple) -> None:
+        for layer in self._model._flatten_layers():
+            vars(layer)["symbolic_call"] = functools.partial(self._call, layer)
+        try:
+            outputs = self._model(*symbols)
+        except TRACE_ERRORS as error:
+            raise TraceError(_explain(error)) from error
+        self.trace.outputs = symbols_in(outputs)
+        self._collect(self.trace.outputs)
+        if len(self.trace.outputs) != len(keras.tree.flatten(outputs)):
+            raise TraceError("it returns something else than tensors")
+
+    def _call(self, layer: keras.layers.Layer, *args, **kwargs) -> Any:
+        """Takes the place of `symbolic_call` of a layer; Keras has filled in the arguments."""
+        self._collect(symbols_in((args, kwargs)))
+        missing = self._refusal_of(layer)
+        if not missing:
+            return self._record(layer, args, kwargs)
+        state = set(backend.get_stateless_scope().state_mapping)
+        calls = len(self.trace.calls)
+        exact_length = self.trace.exact_length
+        refusal = self._refuse_lengths(layer, (args, kwargs))
+        if not refusal:
+            self._stack.append(self._frame(layer))
+            try:
+                outputs = self._run_inside(layer, args, kwargs)
+                self._collect(symbols_in(outputs))
+            except (TraceError, *TRACE_ERRORS) as error:
+                refusal = str(error) if isinstance(error, TraceError) else _explain(error)
+            else:
+                changed = set(backend.get_stateless_scope().state_mapping) - state
+                if not changed:
+                    return outputs
+                refusal = "it changes its state or draws random numbers at inference"
+            finally:
+                self._stack.pop()
+        if layer is self._model:
+            raise TraceError(refusal)
+        # What it did before it failed is forgotten: the layer is one call without a constant.
+        del self.trace.calls[calls:]
+        self.trace.exact_length = exact_length
+        _forget_changes(state)
+        return self._record(layer, args, kwargs, refusal=f"{missing}, and {refusal}")
+
+    def _run_inside(self, layer, args, kwargs) -> Any:
+        expand = _expansions.get(type(layer))
+        if getattr(layer, "quantization_mode", None) is not None:
+            raise TraceError("it is quantized")
+        outputs = expand(layer, *args, **kwargs) if expand else layer.call(*args, **kwargs)
+        # What does not depend on the inputs comes out as a constant; Keras wants tensors.
+        return keras.tree.map_structure(self._symbol, outputs)
+
+    def _symbol(self, leaf: Any) -> Any:
+        if leaf is None or isinstance(leaf, KerasTensor):
+            return leaf
+        value = keras.ops.convert_to_tensor(leaf)
+        tensor = KerasTensor(tuple(value.shape), dtype=keras.backend.standardize_dtype(value.dtype))
+        self.trace.constants[id(tensor)] = value
+        self._producers[id(tensor)] = None
+        self._alive.append(tensor)
+        return tensor
+
+    def _refuse_lengths(self, layer, arguments) -> str:
+        """Notes that Python code sees a size that varies; why it cannot, where it is not known."""
+        if _is_graph(layer) or type(layer) in _expansions:
+            return ""
+        tensors = symbols_in(arguments)
+        if any(None in tensor.shape for tensor in tensors):
+            return "what it does may depend on the length of its input: pass `sequence_length`"
+        if any(None in self._flexible_shape(tensor) for tensor in tensors):
+            self.trace.exact_length = True
+        return ""
+
+    def _record(self, layer, args, kwargs, refusal: str = "") -> Any:
+        outputs = type(layer).symbolic_call(layer, *args, **kwargs)
+        # A layer may return what it was given.
+        fresh = keras.tree.map_structure(
+            lambda leaf: (
+                KerasTensor(leaf.shape, leaf.dtype) if id(leaf) in self._producers else leaf
+            ),
+            outputs,
+        )
+        self._add(
+            TracedCall(
+                operation=layer,
+                args=args,
+                kwargs=kwargs,
+                outputs=symbols_in(fresh),
+                path=self._path(layer),
+                compute_dtype=layer.compute_dtype,
+                refusal=refusal,
+            )
+        )
+        return fresh
+
+    def _add(self, call: TracedCall) -> None:
+        for tensor in call.outputs:
+            self._producers[id(tensor)] = call
+        self._alive += call.outputs
+        self.trace.calls.append(call)
+        self._infer_flexible(call)
+
+    def _collect(self, tensors: Sequence[KerasTensor]) -> None:
+        """Adds the operations that made tensors since the last call of a layer."""
+        stack = [*reversed(tensors)]
+        while stack:
+            tensor = stack[-1]
+            if id(tensor) in self._producers:
+                stack.pop()
+                mask = backend.get_keras_mask(tensor)
+                if isinstance(mask, KerasTensor) and id(mask) not in self._producers:
+                    stack.append(mask)
+                continue
+            history = getattr(tensor, "_keras_history", None)
+            if history is None or history.operation is None:
+                raise TraceError("it uses a symbolic tensor from outside of the model")
+            node = history.operation._inbound_nodes[history.node_index]
+            waiting = [one for one in node.input_tensors if id(one) not in self._producers]
+            if not node.input_tensors or isinstance(node.operation, keras.layers.Layer):
+                raise TraceError("it uses a symbolic tensor from outside of the model")
+            if waiting:
+                stack += reversed(waiting)
+                continue
+            self._add_operation(node)
+
+    def _add_operation(self, node: Any) -> None:
+        operation = node.operation
+        outputs = node.outputs
+        if _copies_a_number(operation, node.input_tensors, outputs):
+            # Real arithmetic does not round.
+            (source,) = node.input_tensors
+            self.trace.aliases[id(outputs[0])] = source
+            self._producers[id(outputs[0])] = self._producers[id(source)]
+            self._alive.append(outputs[0])
+            self.trace.flexible[id(outputs[0])] = self._flexible_shape(source)
+            return
+        frame = self._stack[-1]
+        self._add(
+            TracedCall(
+                operation=operation,
+                args=tuple(node.arguments.args),
+                kwargs=dict(node.arguments.kwargs),
+                outputs=list(outputs),
+                path=self._path(operation),
+                compute_dtype=frame.autocast_dtype,
+                recorded=id(operation) in self._recorded,
+            )
+        )
+
+    # Sizes that vary --------------------------------------------------------------------------
+
+    def _flexible_shape(self, tensor: KerasTensor) -> tuple[int | None, ...]:
+        return self.trace.flexible.get(id(tensor), tuple(tensor.shape))
+
+    def _infer_flexible(self, call: TracedCall) -> None:
+        """Shapes of the outputs with `None` where the size varies."""
+        if self.trace.exact_length or not self.trace.flexible:
+            return
+        if all(self._flexible_shape(one) == tuple(one.shape) for one in call.tensors):
+            return
+
+        def fill(leaf):
+            if not isinstance(leaf, KerasTensor):
+                return leaf
+            return KerasTensor(self._flexible_shape(leaf), dtype=leaf.dtype)
+
+        args, kwargs = (keras.tree.map_structure(fill, part) for part in (call.args, call.kwargs))
+        try:
+            shapes = [
+                tuple(leaf.shape)
+                for leaf in keras.tree.flatten(call.operation.compute_output_spec(*args, **kwargs))
+            ]
+        except TRACE_ERRORS:
+            shapes = [(None,) * len(tensor.shape) for tensor in call.outputs]
+        for tensor, shape in zip(call.outputs, shapes, strict=True):
+            if len(shape) != len(tensor.shape):
+                shape = (None,) * len(tensor.shape)
+            self.trace.flexible[id(tensor)] = shape
+            if shape and shape[0] is None:
+                # Tokens were moved into the batch axis, and how many of them varies.
+                self.trace.exact_length = True
+
+    # Names ------------------------------------------------------------------------------------
+
+    def _frame(self, layer) -> "_Frame":
+        path = "" if layer is self._model else f"{self._path(layer)}/"
+        scope = backend.get_autocast_scope()
+        return _Frame(path, sibling_names(layer), scope.dtype if scope is not None else None)
+
+    def _path(self, operation: Any) -> str:
+        frame = self._stack[-1] if self._stack else _Frame("", {}, None)
+        name = frame.names.get(id(operation))
+        if name is None:
+            kept = isinstance(operation, keras.layers.Layer) or id(operation) in self._recorded
+            name = str(operation.name) if kept else type(operation).__name__.lower()
+        return frame.path + name
+
+
+@dataclasses.dataclass(frozen=True)
+class _Frame:
+    """A layer that is being looked into."""
+
+    path: str
+    names: dict[int, str]
+    autocast_dtype: str | None
+
+
+def _is_graph(layer: keras.layers.Layer) -> bool:
+    """Whether the layer runs a recorded graph, and no code of its own."""
+    return isinstance(layer, keras.Model) and function_of(layer) is not None
+
+
+def _recorded_operations(model: keras.Model) -> dict[int, Any]:
+    """Operations in the graphs of a model and of the models inside, by `id`."""
+    graphs = [
+        function_of(layer) for layer in model._flatten_layers() if isinstance(layer, keras.Model)
+    ]
+    return {id(op): op for graph in graphs if graph is not None for op in graph._operations}
+
+
+def _copies_a_number(operation, inputs, outputs) -> bool:
+    if type(operation).__name__ not in _COPIES or len(inputs) != 1:
+        return False
+    dtypes = [keras.backend.standardize_dtype(one.dtype) for one in (*inputs, *outputs)]
+    return dtypes[0] == dtypes[1] or all(map(keras.backend.is_float_dtype, dtypes))
+
+
+def _explain(error: Exception) -> str:
+    """Why code cannot be followed, in our words: those of Keras are about building models."""
+    if isinstance(error, NotImplementedError):
+        return "it has no `call` that can be followed"
+    return (
+        "its code cannot be followed: it uses other functions than `keras.ops`, or looks at the "
+        f"values of its input ({type(error).__name__})"
+    )
+
+
+def _forget_changes(before: set) -> None:
+    mapping = backend.get_stateless_scope().state_mapping
+    for key in [key for key in mapping if key not in before]:
+        del mapping[key]
+
+
+# Leaving no trace ---------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _untouched(model: keras.Model) -> Iterator[None]:
+    """Puts back whatever a symbolic call leaves behind on a model and everything inside it."""
+    layers = model._flatten_layers()
+    operations = {id(one): one for one in layers} | _recorded_operations(model)
+    attributes = [dict(vars(inner)) for inner in layers]
+    lists = [
+        (kept, list(kept))
+        for inner in operations.values()
+        for kept in (inner._inbound_nodes, inner._outbound_nodes)
+    ]
+    lists += [(inner._losses, list(inner._losses)) for inner in layers]
+    loss_ids = [(inner._loss_ids, set(inner._loss_ids)) for inner in layers]
+    for inner in layers:
+        if not inner.built:
+            vars(inner)["build"] = _refuse_to_build(inner)
+    try:
+        yield
+    finally:
+        for inner, before in zip(layers, attributes, strict=True):
+            now = vars(inner)
+            for name in [name for name in now if name not in before]:
+                del now[name]
+            now.update(before)
+        for kept, before in lists:
+            kept[:] = before
+        for kept, before in loss_ids:
+            kept.clear()
+            kept.update(before)
+
+
+def _refuse_to_build(layer: keras.layers.Layer):
+    def build(*args, **kwargs):
+        raise TraceError(f"layer {layer.name!r} inside it is not built")
+
+    return build
+
+
+@contextlib.contextmanager
+def names_kept() -> Iterator[None]:
+    """Puts back the counters which number the names that Keras makes up."""
+    counters: Any = global_state.get_global_attribute(
+        "object_name_uids", collections.defaultdict(int), set_to_default=True
+    )
+    before = dict(counters)
+    try:
+        yield
+    finally:
+        counters.clear()
+        counters.update(before)

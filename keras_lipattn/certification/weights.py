@@ -1,0 +1,45 @@
+"""Weights as the layers use them."""
+
+from typing import Any
+
+import keras
+import ml_dtypes
+import numpy as np
+from keras.src import backend
+
+
+def cast_to_compute_dtype(value: Any, dtype: str | None) -> np.ndarray:
+    """A weight or constant in float64, after the cast that it undergoes at inference.
+
+    Args:
+        value: variable, tensor, array or number.
+        dtype: dtype of the computation; `None` for no cast.
+
+    Returns:
+        A float64 array. Values too large for `dtype` become infinite, as they do in the layer.
+    """
+    if isinstance(value, keras.Variable):
+        value = keras.ops.convert_to_tensor(value)
+    array = np.asarray(keras.ops.convert_to_numpy(value))
+    if dtype is not None and array.dtype.kind in "fV":
+        # bfloat16 has kind "V": numpy knows it only through ml_dtypes.
+        target = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
+        with np.errstate(over="ignore", invalid="ignore"):
+            array = array.astype(target)
+    return array.astype(np.float64)
+
+
+def kernel_of(layer: keras.layers.Layer, name: str = "kernel") -> np.ndarray:
+    """A weight of a layer in float64, cast to the dtype the layer computes in.
+
+    A kernel with a low-rank update is the merged one, merged in the precision of the layer.
+    """
+    with backend.AutocastScope(layer.compute_dtype):
+        value = getattr(layer, name)
+    return cast_to_compute_dtype(value, layer.compute_dtype)
+
+
+def bias_of(layer: keras.layers.Layer, name: str = "bias") -> np.ndarray | None:
+    """The bias of a layer in float64 after the same cast, `None` when it has none."""
+    bias = getattr(layer, name, None)
+    return None if bias is None else cast_to_compute_dtype(bias, layer.compute_dtype)
