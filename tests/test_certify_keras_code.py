@@ -207,6 +207,9 @@ def test_no_class_changes_inside_the_certified_radius_behind_a_gate():
 
 # Masks by every route ---------------------------------------------------------------------------
 
+# Keras says so of every nested model, although its layers inside do see the mask.
+mask_is_dropped = pytest.mark.filterwarnings("ignore:Layer '.*was passed an input with a mask")
+
 
 def one_token() -> np.ndarray:
     return np.arange(LENGTH) == 2
@@ -257,18 +260,6 @@ class Marks(layers.Layer):
         return outputs
 
 
-class MarksByKeyword(layers.Layer):
-    """Passes a mask on by `compute_mask`."""
-
-    supports_masking = True
-
-    def call(self, inputs, keep=None):
-        return inputs
-
-    def compute_mask(self, inputs, previous_mask=None):
-        return previous_mask
-
-
 def pooled(x):
     return layers.GlobalAveragePooling1D()(x)
 
@@ -288,12 +279,6 @@ def twice_nested():
     return model_of(lambda x: inner(x))
 
 
-def softmax_of(x, *args, **kwargs):
-    """On square inputs, where a mask of tokens is one of entries too."""
-    x = layers.Dense(LENGTH, kernel_initializer="identity", use_bias=False)(x)
-    return layers.Softmax(axis=1)(x, *args, **kwargs)
-
-
 MASK_ROUTES = {
     # name: (from input and mask to the output, whether the constant is known)
     "positional": (lambda x, m: layers.GlobalAveragePooling1D()(x, m), True),
@@ -308,7 +293,7 @@ MASK_ROUTES = {
     "custom layer, keyword": (lambda x, m: Inside()(x, mask=m), None),
     "custom layers two deep": (lambda x, m: Inside(Inside())(x, mask=m), None),
     "custom layer around a model": (lambda x, m: Inside(Inside(PoolByMask()))(x, m), None),
-    "filled in by Keras": (lambda x, m: Pool()(layers.Activation("linear")(x, mask=m)), None),
+    "filled in by Keras": (lambda x, m: Pool()(Marks()(x, m)), None),
     "given by name": (lambda x, m: Pool()(x, query_mask=m), None),
     "set in a custom call": (lambda x, m: pooled(Marks()(x, m)), None),
     "set in a custom call, keyword": (lambda x, m: pooled(Marks()(x, keep=m)), None),
@@ -316,6 +301,7 @@ MASK_ROUTES = {
 }
 
 
+@mask_is_dropped
 @pytest.mark.parametrize("route", MASK_ROUTES)
 def test_average_over_the_tokens_of_a_mask_is_certified_for_one_token(route):
     build, finite = MASK_ROUTES[route]
@@ -323,6 +309,7 @@ def test_average_over_the_tokens_of_a_mask_is_certified_for_one_token(route):
     check(model, masked_examples(), finite=finite, run=lambda example: model(list(example)))
 
 
+@mask_is_dropped
 @pytest.mark.parametrize("positional", [True, False])
 @pytest.mark.parametrize("nested", [0, 1, 2])
 def test_mask_of_a_softmax_travels_on_to_the_average_after_it(positional, nested):
@@ -343,6 +330,7 @@ def test_mask_of_a_softmax_travels_on_to_the_average_after_it(positional, nested
     check(model, [(point, keep)], run=lambda example: model(list(example)))
 
 
+@mask_is_dropped
 @pytest.mark.parametrize("route", ["direct", "nested", "custom", "by name"])
 def test_mask_of_a_masking_layer_reaches_the_average_behind_it(route):
     def build(x):
@@ -361,6 +349,7 @@ def test_mask_of_a_masking_layer_reaches_the_average_behind_it(route):
     check(model_of(build), [point], finite=finite, assume_fixed_mask=True)
 
 
+@mask_is_dropped
 @pytest.mark.parametrize("route", ["direct", "nested", "custom", "by name"])
 def test_mask_of_an_embedding_reaches_the_average_behind_it(route):
     def build(y):
@@ -650,7 +639,7 @@ def test_layer_that_looks_at_its_length_is_certified_for_that_length(how, depth)
     try:
         length = LONG if depth == "given by length" else None
         model = model_of(build, (length, WIDTH))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, UserWarning) as error:
         pytest.skip(f"Keras refuses it: {error}")
     options = {} if depth == "given by length" else {"sequence_length": LONG}
     check(model, examples((LONG, WIDTH), count=1), **options)
@@ -728,14 +717,11 @@ DROPPING = {
 
 
 @pytest.mark.parametrize("kind", DROPPING)
-@pytest.mark.parametrize("positional", [False, True])
-def test_dropout_that_a_graph_keeps_on_is_refused_or_counted(kind, positional):
+def test_dropout_that_a_graph_keeps_on_is_refused_or_counted(kind):
     layer = DROPPING[kind]()
-    takes_it_second = kind != "time distributed"
-    model = model_of(
-        lambda x: layer(x, True) if positional and takes_it_second else layer(x, training=True)
-    )
-    check(model, examples())
+    model = model_of(lambda x: layer(x, training=True))
+    # Called without `training`, a model leaves what its graph says.
+    check(model, examples(), run=model)
 
 
 class TrainingInside(layers.Layer):
@@ -751,7 +737,8 @@ class TrainingInside(layers.Layer):
 
 @pytest.mark.parametrize("kind", ["dropout", "functional model", "sequential model"])
 def test_dropout_that_a_custom_layer_keeps_on_is_refused_or_counted(kind):
-    check(model_of(TrainingInside(DROPPING[kind]())), examples())
+    model = model_of(TrainingInside(DROPPING[kind]()))
+    check(model, examples(), run=model)
 
 
 @pytest.mark.parametrize("kind", ["functional model", "sequential model", "custom layer"])
@@ -772,7 +759,7 @@ def test_batch_statistics_that_a_graph_keeps_on_are_not_certified(kind):
         TrainingInside(layer) if kind == "custom" else lambda x: layer(x, training=True)
     )
     # One example of small variance: the batch norm divides by it.
-    check(model, [1e-3 * x for x in examples()])
+    check(model, [1e-3 * x for x in examples()], run=model)
 
 
 @pytest.mark.parametrize("kind", ["layer", "functional model", "sequential model", "custom"])
@@ -796,7 +783,7 @@ def test_running_norms_that_a_graph_keeps_on_are_refused_or_counted(kind):
     for variable in dense.variables:
         if variable.name.endswith("vector"):
             variable.assign((vector / np.linalg.norm(vector))[: variable.shape[0]])
-    check(model, [np.zeros(shape)])
+    check(model, [np.zeros(shape)], run=model)
 
 
 # Domains that single rules hand on --------------------------------------------------------------
@@ -870,7 +857,8 @@ def test_bits_read_as_another_type_have_no_constant(dtype):
 
 
 def test_bits_read_as_their_own_type_are_the_identity():
-    check(model_of(lambda x: ops.view(x, "float64")), examples())
+    # TensorFlow has no gradient for it.
+    check(model_of(lambda x: ops.view(x, "float64")), examples(), run=lambda x: x)
 
 
 # Attention rows that see no key ------------------------------------------------------------------
@@ -928,7 +916,8 @@ ROWS_WITHOUT_KEYS = {
 
 @pytest.mark.parametrize("case", ROWS_WITHOUT_KEYS)
 def test_rows_that_see_no_key_are_in_the_domain_handed_on(case):
-    model = model_of(lambda x: gated(x, ROWS_WITHOUT_KEYS[case](x)))
+    # The operation, unlike the layer, does not look at masks.
+    model = model_of(lambda x: ops.multiply(bounded(x), ROWS_WITHOUT_KEYS[case](x)))
     points = [1e-3 * x for x in examples()]
     # Tokens of zeros are padded; the first one alone sees nothing under a causal mask.
     points[1][0] = 0.0
@@ -937,7 +926,6 @@ def test_rows_that_see_no_key_are_in_the_domain_handed_on(case):
 
 def test_rows_that_see_no_key_are_in_the_domain_with_a_second_attention_axis():
     shape = (2, LENGTH, WIDTH)
-    mask = np.ones((1, 2, LENGTH, LENGTH), bool)[:, :, :, :]
     layer = layers.MultiHeadAttention(1, WIDTH, attention_axes=(2,))
     mask = np.ones((1, 2, LENGTH, LENGTH), bool)
     mask[:, :, 1] = False
@@ -1011,7 +999,7 @@ def test_small_and_large_heads_have_positive_constants(ratio, which):
     np.moveaxis(sizes, 0 if which == "output" else 1, 0)[1] = ratio
     kernel.assign(kernel * sizes)
     for norm in NORMS:
-        certificate = certify(model, norm, sequence_length=None)
+        certificate = certify(model, norm)
         assert certificate.total > 0.0
         assert certificate.is_finite
 
@@ -1112,6 +1100,10 @@ def test_dot_layer_is_certified_or_refused(keyword):
     check(model_of(build), examples())
 
 
+def attend_by_keyword(x):
+    return layers.MultiHeadAttention(2, 2)(query=x, value=x)
+
+
 CALLED_BY_KEYWORD = {
     "dense": lambda x: layers.Dense(3)(inputs=x),
     "einsum": lambda x: layers.EinsumDense("abc,cd->abd", (LENGTH, 3))(inputs=x),
@@ -1125,7 +1117,7 @@ CALLED_BY_KEYWORD = {
     "reshape": lambda x: layers.Reshape((WIDTH, LENGTH))(inputs=x),
     "dropout": lambda x: layers.Dropout(0.5)(inputs=x),
     "l2 attention": lambda x: keras_lipattn.L2MultiHeadAttention(2, 2)(query=x),
-    "attention": lambda x: layers.MultiHeadAttention(2, 2)(query=bounded(x), value=bounded(x)),
+    "attention": lambda x: attend_by_keyword(bounded(x)),
     "time distributed": lambda x: layers.TimeDistributed(layers.Dense(3))(inputs=x),
     "functional model": lambda x: model_of(layers.Dense(3))(inputs=x),
     "sequential model": lambda x: keras.Sequential([layers.Dense(3)])(inputs=x),
