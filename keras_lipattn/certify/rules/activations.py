@@ -28,7 +28,15 @@ _RANGES = {
     "tanh": (-1.0, 1.0),
 }
 # |f(0)|, rounded up, where it is not 0.
-_OFFSETS = {"log_sigmoid": 0.693148, "softplus": 0.693148, "sparse_plus": 0.25, "squareplus": 1.0}
+_OFFSETS = {
+    "hard_sigmoid": 0.5,
+    "log_sigmoid": 0.693148,
+    "sigmoid": 0.5,
+    "softplus": 0.693148,
+    "sparse_plus": 0.25,
+    "sparse_sigmoid": 0.5,
+    "squareplus": 1.0,
+}
 
 _ALONG_AN_AXIS = frozenset({"softmax", "log_softmax"})
 
@@ -260,11 +268,20 @@ def leaky_relu_operation(operation, call):
     return slope(_slope(operation.negative_slope), call.state)
 
 
-@register_operation("Elu", "Celu")
+@register_operation("Elu")
 def elu_operation(operation, call):
-    # The slope of CELU is exp(x / alpha) <= 1 whatever alpha > 0.
-    alpha = operation.alpha if type(operation).__name__ == "Elu" else 1.0
-    return slope(_slope(alpha), call.state)
+    return slope(_slope(operation.alpha), call.state)
+
+
+@register_operation("Celu")
+def celu_operation(operation, call):
+    # The slope for x < 0 is exp(x / alpha): at most 1 where alpha > 0, unbounded elsewhere.
+    if not operation.alpha > 0.0:
+        return Step(
+            constant=math.inf,
+            reason=f"CELU with alpha={operation.alpha} grows exponentially; alpha must be positive",
+        )
+    return slope(1.0, call.state)
 
 
 @register_operation("SoftShrink")
