@@ -36,8 +36,18 @@ def unchanged(layer, call):
     return identity("identity")
 
 
-@register_operation("Copy", "ConvertToTensor", "StopGradient", "Array", "View")
+@register_operation("Copy", "ConvertToTensor", "StopGradient", "Array")
 def unchanged_operation(operation, call):
+    return identity("identity")
+
+
+@register_operation("View")
+def view(operation, call):
+    if call.output_dtype != call.state.dtype:
+        return Step(
+            constant=math.inf,
+            reason=f"it reads the bits of {call.state.dtype} as {call.output_dtype}, and they jump",
+        )
     return identity("identity")
 
 
