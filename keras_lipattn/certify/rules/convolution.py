@@ -34,7 +34,8 @@ def convolution(layer, call):
 
 @register_rule(keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
 def depthwise(layer, call):
-    step = _convolution(layer, *_depthwise(kernel_of(layer)), call)
+    kernel, groups = _depthwise(kernel_of(layer))
+    step = _convolution(layer, kernel, bias_of(layer), groups, call)
     return with_activation(step, layer, call, call.shape[-1])
 
 
@@ -43,7 +44,7 @@ def separable(layer, call):
     first = kernel_of(layer, "depthwise_kernel")
     second = kernel_of(layer, "pointwise_kernel")
     bias = bias_of(layer)
-    wide, _, groups = _depthwise(first)
+    wide, groups = _depthwise(first)
     apart = Step.chain(
         _convolution(layer, wide, None, groups, call),
         _by_norm(matrix_step(second.reshape(second.shape[-2:]), bias, call.norm), layer, call),
@@ -132,8 +133,19 @@ def _convolution(layer, kernel, bias, groups: int, call: Call) -> Step:
     exact = norm == "linf" or (norm == "l2" and patches)
     if norm != call.norm:
         return _converted(constant, call, exact=False)
-    if groups > 1 or first:
+    domain = call.state.domain
+    if first:
         return Step(constant=constant, theorem=_THEOREM[norm], exact=exact)
+    if groups > 1:
+        outputs = None
+        if domain.bounded:
+            # Padding has tokens of zeros: those of the input lie in a ball around the origin.
+            size = layer_constants.convolution_constant(
+                kernel, "token", strides=strides, dilation=dilation, groups=groups
+            )
+            shift = Domain(0.0) if bias is None else Domain.of_values(bias)
+            outputs = Domain(size * domain.outer_radius).plus(shift)
+        return Step(constant=constant, theorem=_THEOREM[norm], exact=exact, domain=outputs)
     # Cutting patches, then one matrix: the matrix may merge with what follows.
     offsets = math.prod(kernel.shape[:rank])
     overlap = math.prod(
@@ -141,7 +153,6 @@ def _convolution(layer, kernel, bias, groups: int, call: Call) -> Step:
         for k, s, d in zip(kernel.shape[:rank], strides, dilation, strict=True)
     )
     cut = {"l2": overlap, "token": offsets, "linf": 1}[norm]
-    domain = call.state.domain
     cutting = Step(
         constant=SAFETY * math.sqrt(cut) if cut > 1 else 1.0,
         theorem="patches",
@@ -153,10 +164,10 @@ def _convolution(layer, kernel, bias, groups: int, call: Call) -> Step:
     return Step.chain(cutting, matrix, constant=constant, theorem=_THEOREM[norm], exact=exact)
 
 
-def _depthwise(kernel: np.ndarray) -> tuple[np.ndarray, None, int]:
-    """The kernel of a depthwise convolution as that of a grouped one, no bias, the groups."""
+def _depthwise(kernel: np.ndarray) -> tuple[np.ndarray, int]:
+    """The kernel of a depthwise convolution as that of a grouped one, and the groups."""
     channels, multiplier = kernel.shape[-2:]
-    return kernel.reshape(*kernel.shape[:-2], 1, channels * multiplier), None, channels
+    return kernel.reshape(*kernel.shape[:-2], 1, channels * multiplier), channels
 
 
 def _by_norm(step: Step, layer, call: Call) -> Step:
