@@ -5,6 +5,8 @@ import math
 
 import numpy as np
 
+from keras_lipattn.linalg import SAFETY
+
 
 @dataclasses.dataclass(frozen=True)
 class Domain:
@@ -68,6 +70,19 @@ class Domain:
     def around_origin(self) -> "Domain":
         """The same tokens in a ball around the origin, for maps which move the centre."""
         return Domain(self.outer_radius, None, self.largest)
+
+    def including(self, point: np.ndarray) -> "Domain":
+        """The smallest ball that contains this one and a point."""
+        centre = np.zeros(point.shape) if self.centre is None else self.centre
+        way = point - centre
+        distance = float(np.linalg.norm(way))
+        if not self.bounded or distance <= self.radius:
+            return self
+        farther = 0.5 * (distance - self.radius)
+        largest = max(self.largest, float(np.abs(point).max(initial=0.0)))
+        return Domain(
+            SAFETY * 0.5 * (distance + self.radius), centre + way * (farther / distance), largest
+        )
 
     def scaled(self, factor: float) -> "Domain":
         """The domain of `factor * x`."""

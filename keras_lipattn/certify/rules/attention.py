@@ -53,11 +53,17 @@ def multi_head_attention(layer, call):
             "normalisation before it or `input_radius` bounds them",
         )
     window = layer._sliding_window
+    given = mask
     padded = call.state.masked or call.mask is not None
     padded = padded or any(call.kwargs.get(f"{name}_mask") is not None for name in _MASKED)
     if not isinstance(mask, str) or window is not None or padded:
         # A padded query may look at keys in any way.
         mask = "any"
+    empty_rows = padded or _has_empty_row(given, window)
+    # Keras has a fused kernel for one axis of attention; it averages over all keys in rows that
+    # see none. Without it these rows get zero weights.
+    fused = not layer._dropout > 0.0 and len(call.state.shape) == 2
+    n_queries = None if window is None or (empty_rows and fused) else 2 * window - 1
     tokens = attention_length(layer._attention_axes, call.state)
     if tokens is None:
         return Step(
@@ -82,7 +88,7 @@ def multi_head_attention(layer, call):
             scale=layer._inverse_sqrt_key_dim,
             center=c,
             query_bias=None if bias is None else bias[head],
-            n_queries=None if window is None else 2 * window - 1,
+            n_queries=n_queries,
         )
         for head, (q, k, c) in enumerate(reduced)
     ]
@@ -103,7 +109,7 @@ def multi_head_attention(layer, call):
         scale=layer._inverse_sqrt_key_dim,
         center=centre,
         query_bias=bias,
-        n_queries=None if window is None else 2 * window - 1,
+        n_queries=n_queries,
     )
     if together < constant:
         constant, theorem = together, "Theorem 7.4"
@@ -119,7 +125,7 @@ def multi_head_attention(layer, call):
         theorem=f"{theorem}, tokens in a ball of radius {domain.radius:.4g}",
         reason="its constants overflow" if math.isinf(constant) else "",
         published=published,
-        domain=_values(value, output, parts, sizes, domain),
+        domain=_values(value, output, parts, sizes, domain, zero_rows=empty_rows and not fused),
         # Query, value and key are one tensor.
         operands=(call.state,),
     )
@@ -131,17 +137,30 @@ def _reduce(query: np.ndarray, key: np.ndarray, centre: np.ndarray):
     return joint[:, : query.shape[1]], joint[:, query.shape[1] :], centre @ basis
 
 
-def _values(value, output, parts, sizes, domain: Domain) -> Domain:
-    """Averages of tokens stay in the ball; each head maps them linearly."""
-    moved = Domain(SAFETY * float(np.sum(sizes)) * domain.radius)
-    if domain.centre is not None:
-        image = np.tensordot(domain.centre @ value, output, axes=2)
-        moved = Domain(moved.radius, image)
+def _has_empty_row(mask, window: int | None) -> bool:
+    """Whether some query may see no key, for a class of masks or an array of visible pairs."""
+    if isinstance(mask, str):
+        return mask == "any"
+    if window is not None:
+        length = mask.shape[-1]
+        lag = np.subtract.outer(np.arange(length), np.arange(length))
+        mask = mask & (np.abs(lag) < window)
+    return not mask.any(axis=-1).all()
+
+
+def _values(value, output, parts, sizes, domain: Domain, *, zero_rows: bool) -> Domain:
+    """Averages of tokens stay in the ball; each head maps them linearly.
+
+    With `zero_rows` a head may give zero instead.
+    """
+    width = output.shape[-1]
+    centre = np.zeros(value.shape[1]) if domain.centre is None else domain.centre
     inner, outer = bias_of(parts[2]), bias_of(parts[3])
-    if inner is not None:
-        moved = moved.plus(Domain(0.0, np.tensordot(inner, output, axes=2)))
-    if outer is not None:
-        moved = moved.plus(Domain(0.0, outer.reshape(-1)))
+    moved = Domain(0.0) if outer is None else Domain(0.0, outer.reshape(-1))
+    for head, size in enumerate(sizes):
+        image = centre @ value[head] + (0.0 if inner is None else inner[head])
+        reached = Domain(SAFETY * float(size) * domain.radius, image @ output[head])
+        moved = moved.plus(reached.including(np.zeros(width)) if zero_rows else reached)
     return moved
 
 
