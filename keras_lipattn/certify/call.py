@@ -48,6 +48,11 @@ class Call:
     walk_into: Callable[[Any, TensorState], TensorState]
 
     @property
+    def first(self) -> Any:
+        """The first argument, however it was passed: Keras calls it by any name."""
+        return self.args[0] if self.args else next(iter(self.kwargs.values()))
+
+    @property
     def states(self) -> list[TensorState]:
         """All tensors of the graph among the arguments, in order."""
         leaves = keras.tree.flatten((tuple(self.args), dict(self.kwargs)))

@@ -246,7 +246,7 @@ def position_embedding(layer, call):
 
 @register_rule(Residual)
 def residual(layer, call):
-    operands = operands_of(call.args[0], call)
+    operands = operands_of(call.first, call)
     alpha = layer.alpha_value()
     if alpha is None:
         return weighted_sum(operands, [1.0, 1.0], call, "x + f(x)")

@@ -51,19 +51,19 @@ def weighted_sum(operands: list[TensorState], coefficients, call: Call, theorem:
 
 @register_rule(keras.layers.Add)
 def add(layer, call):
-    operands = operands_of(call.args[0], call)
+    operands = operands_of(call.first, call)
     return weighted_sum(operands, [1.0] * len(operands), call, "sum of branches")
 
 
 @register_rule(keras.layers.Subtract)
 def subtract(layer, call):
-    operands = operands_of(call.args[0], call)
+    operands = operands_of(call.first, call)
     return weighted_sum(operands, [1.0, -1.0], call, "sum of branches")
 
 
 @register_rule(keras.layers.Average)
 def average(layer, call):
-    operands = operands_of(call.args[0], call)
+    operands = operands_of(call.first, call)
     return weighted_sum(operands, [1.0 / len(operands)] * len(operands), call, "mean of branches")
 
 
@@ -79,7 +79,7 @@ def subtract_operation(operation, call):
 
 @register_rule(keras.layers.Multiply)
 def multiply(layer, call):
-    return product_step(operands_of(call.args[0], call), call)
+    return product_step(operands_of(call.first, call), call)
 
 
 @register_operation("Multiply")
@@ -154,7 +154,7 @@ def divide(operation, call):
 
 @register_rule(keras.layers.Maximum, keras.layers.Minimum)
 def maximum(layer, call):
-    return _selection(operands_of(call.args[0], call), call, "maximum of entries")
+    return _selection(operands_of(call.first, call), call, "maximum of entries")
 
 
 @register_operation("Maximum", "Minimum", "Fmax", "Fmin")
@@ -197,7 +197,7 @@ def _selection(operands: list[TensorState], call: Call, theorem: str) -> Step:
 
 @register_rule(keras.layers.Concatenate)
 def concatenate(layer, call):
-    return concatenation(operands_of(call.args[0], call), layer.axis, call)
+    return concatenation(operands_of(call.first, call), layer.axis, call)
 
 
 @register_operation("Concatenate")
@@ -210,11 +210,16 @@ def stack(operation, call):
     rank = len(call.shape) + 1
     if operation.axis % rank == 0:
         return Step(constant=math.inf, reason="it adds an axis before the batch axis")
-    return concatenation(operands_of(call.args, call), operation.axis, call)
+    return concatenation(operands_of(call.args, call), operation.axis, call, new_axis=True)
 
 
-def concatenation(operands: list[TensorState], axis: int, call: Call) -> Step:
-    """The step of tensors side by side: 1 in every norm for the tensors taken together."""
+def concatenation(
+    operands: list[TensorState], axis: int, call: Call, *, new_axis: bool = False
+) -> Step:
+    """The step of tensors side by side: 1 in every norm for the tensors taken together.
+
+    With a new last axis a token of the output holds one entry of each tensor.
+    """
     rank = len(call.shape) + 1
     if axis % rank == 0:
         return Step(constant=math.inf, reason="it joins tensors along the batch axis")
@@ -226,7 +231,9 @@ def concatenation(operands: list[TensorState], axis: int, call: Call) -> Step:
         domain = Domain(SAFETY * math.hypot(*radii) if last else max(radii), None, largest)
     varying = [state for state in operands if not state.held]
     root = varying[0].root
-    if last and len(varying) == len(operands) and all(s.root is root for s in operands):
+    # Only along an old axis are the linear maps of one tensor those of the features side by side.
+    joined = last and not new_axis and len(varying) == len(operands)
+    if joined and all(state.root is root for state in operands):
         widths = [state.width for state in operands]
         if None not in widths:
             return Step(
