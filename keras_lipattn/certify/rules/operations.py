@@ -53,7 +53,8 @@ def clip(operation, call):
     low, high = (_bound(value) for value in (operation.x_min, operation.x_max))
     domain = None
     if low is not None and high is not None and call.state.width is not None:
-        domain = Domain.of_entries(low, high, call.state.width)
+        # Limits in the wrong order give one of them everywhere; which one depends on the backend.
+        domain = Domain.of_entries(min(low, high), max(low, high), call.state.width)
     return Step(constant=1.0, theorem="largest slope", exact=True, domain=domain)
 
 
@@ -207,6 +208,8 @@ def pad(operation, call):
 @register_operation("Repeat", "Tile", "BroadcastTo")
 def repeat(operation, call):
     old, new = call.state.shape, call.shape
+    if _repeats_examples(operation, len(old) + 1):
+        return Step(constant=math.inf, reason=_BATCH)
     entries, total = call.state.entries, product(new)
     if not isinstance(getattr(operation, "repeats", 1), int | tuple | list) or None in (
         entries,
@@ -225,6 +228,19 @@ def repeat(operation, call):
     else:
         constant = 1.0
     return Step(constant=constant, theorem="each entry repeated", exact=True)
+
+
+def _repeats_examples(operation, rank: int) -> bool:
+    """Whether the batch axis changes; `rank` is that of the input with it."""
+    kind = type(operation).__name__
+    if kind == "Repeat":
+        return operation.axis is None or operation.axis % rank == 0
+    if kind == "Tile":
+        repeats = operation.repeats
+        # As many leading ones are put in front as there are axes without a number.
+        return np.ndim(repeats) > 0 and len(repeats) >= rank and set(repeats[: 1 - rank]) != {1}
+    shape = operation.shape
+    return len(shape) != rank or shape[0] not in (None, -1)
 
 
 @register_operation("Mean", "Sum")
