@@ -19,7 +19,9 @@ from keras_lipattn.linalg import SAFETY, operator_norm
 _MASKED = ("query", "value", "key")
 
 
+# Kernels whose products overflow have the constant `inf`.
 @register_rule(keras.layers.MultiHeadAttention)
+@np.errstate(over="ignore", invalid="ignore")
 def multi_head_attention(layer, call):
     queries = [*call.args[:3], *map(call.kwargs.get, _MASKED)]
     tensors = {id(value): value for value in queries if isinstance(value, TensorState)}
