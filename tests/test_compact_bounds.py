@@ -327,3 +327,32 @@ def test_broken_layers_are_infinite():
     assert math.isfinite(dot_product_layer_constant(query, query, query, output, **token))
     silent = dot_product_layer_constant(query, query, 0.0 * query, output, **common)
     assert silent == 0.0
+
+
+@pytest.mark.parametrize("size", [1e-200, 1e-100, 1e100, 1e200])
+def test_heads_of_sizes_far_apart_combine_like_heads_of_one_size(size):
+    rng = np.random.default_rng(0)
+    kernels, constants = rng.normal(size=(3, 4, 5)), np.array([0.5, 1.0, 2.0])
+    # Two scalings of three see the products alone; the third one may be better for one size.
+    products = np.array([size, 1.0, 1.0 / size])
+    moved = combine_heads(kernels * products[:, None, None], constants / products)
+    assert 0.999 * combine_heads(kernels, constants) <= moved
+    assert moved <= float(np.sum(np.linalg.norm(kernels, 2, axis=(1, 2)) * constants)) * 1.001
+
+
+def test_constants_too_small_for_a_float_are_not_zero():
+    assert combine_heads(np.full((1, 2, 2), 1e-200), [1e-200]) > 0.0
+
+
+@pytest.mark.parametrize(
+    "powers", [(0, 160, 160, -160), (-160, -160, -160, 160), (-100, 160, 100, -160)]
+)
+@pytest.mark.parametrize("norm", ["l2", "token"])
+def test_layer_constant_of_heads_of_other_sizes_dominates_their_value_path(norm, powers):
+    rng = np.random.default_rng(1)
+    parts = [rng.normal(size=shape) for shape in ((2, 4, 2),) * 3 + ((2, 2, 4),)]
+    for part, power in zip(parts, powers, strict=True):
+        part[1] *= 10.0**power
+    found = dot_product_layer_constant(*parts, norm=norm, axes=np.eye(4), tokens=5)
+    # Where all tokens are equal a layer is linear.
+    assert found * (1.0 + 1e-9) >= operator_norm(np.sum(parts[2] @ parts[3], axis=0))

@@ -482,3 +482,27 @@ def test_a_bound_refuses_what_says_nothing(change):
     arguments = {"value": 1.0, "norm": "l2", "kind": "certified", "theorem": ""}
     with pytest.raises(ValueError, match="Received: "):
         LipschitzBound(**{**arguments, **change})
+
+
+# The products of the heads stay, their kernels move apart by hundreds of orders of magnitude.
+APART = [(1e-200, 1.0, 1e200), (1e200, 1e-200, 1e-200), (1.0, 1e-150, 1e150), (1e-200, 1e-200, 1.0)]
+
+
+@pytest.mark.parametrize("norm", ["l2", "token", "linf"])
+@pytest.mark.parametrize("factors", APART)
+@pytest.mark.parametrize("errors", [False, True])
+def test_bound_depends_on_the_products_of_kernels_and_not_on_their_sizes(norm, factors, errors):
+    rng = np.random.default_rng(0)
+    b, c = rng.normal(size=(3, 4, 2)), rng.normal(size=(3, 2, 5))
+    size = np.asarray(factors)
+    wide = size[:, None, None]
+
+    def bound(b, c, query, product):
+        options = dict(query_error=query, product_error=product) if errors else {}
+        return certified_layer_bound(b, c, norm=norm, tokens=6, **options).value
+
+    error = np.full(3, 1e-3)
+    expected = bound(b, c, error, error)
+    assert bound(b * wide, c / wide, error * size, error / size) == pytest.approx(
+        expected, rel=1e-6
+    )

@@ -55,6 +55,7 @@ def column_mass(
     return float(tokens if n_queries is None else min(n_queries, tokens))
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def dot_product_constants(
     query_kernel: npt.ArrayLike,
     key_kernel: npt.ArrayLike,
@@ -108,10 +109,11 @@ def dot_product_constants(
         lambda spread: column_mass(spread, tokens, mask, n_queries=n_queries), otypes=[float]
     )(2.0 * radius * slope)
     own = gain * radius**2
-    mixed = np.sqrt(1.0 + (slope * radius) ** 2)
+    mixed = np.hypot(1.0, slope * radius)
     return _constants(own + np.sqrt(mass) * mixed, own + mixed)
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def combine_heads(output_kernels: npt.ArrayLike, constants: npt.ArrayLike) -> float:
     """Constant of `sum_h f_h T_h` for heads `f_h` that read the same input.
 
@@ -135,15 +137,23 @@ def combine_heads(output_kernels: npt.ArrayLike, constants: npt.ArrayLike) -> fl
     if not used.any():
         return 0.0
     kernels, constants, sizes = kernels[used], constants[used], sizes[used]
-    scalings = np.ones_like(constants), 1.0 / constants, np.sqrt(sizes / constants)
-    return float(
-        SAFETY
-        * min(
-            operator_norm((kernels / scale[:, None, None]).reshape(-1, kernels.shape[-1]))
-            * np.linalg.norm(scale * constants)
-            for scale in scalings
-        )
-    )
+    # Each head by itself first: between heads of very different sizes squares vanish or overflow.
+    units = kernels / sizes[:, None, None]
+    logs = np.log2(sizes), np.log2(constants)
+    shares = sum(logs)
+    # Logarithms of `|T_h| / s_h` and `s_h L_h`, for `s_h` 1, `1 / L_h` and `sqrt(|T_h| / L_h)`.
+    splits = logs, (shares, 0.0 * shares), (0.5 * shares, 0.5 * shares)
+    smallest = min(_product(units, left, right) for left, right in splits)
+    # What is too small for a float is not 0.
+    return max(SAFETY * smallest, float(np.finfo(np.float64).tiny))
+
+
+def _product(units: np.ndarray, left: np.ndarray, right: np.ndarray) -> float:
+    """`||stack(2^left_h units_h)|| |2^right|`, relative to the largest numbers."""
+    tops = float(left.max()), float(right.max())
+    weights = np.exp2(left - tops[0])[:, None, None]
+    stacked = operator_norm((weights * units).reshape(-1, units.shape[-1]))
+    return float(stacked * np.linalg.norm(np.exp2(right - tops[1])) * np.exp2(sum(tops)))
 
 
 def _constants(l2: np.ndarray, token: np.ndarray) -> HeadConstants:

@@ -15,6 +15,8 @@ from keras_lipattn.bounds.multihead import certified_layer_bound
 from keras_lipattn.linalg import SAFETY, operator_norm
 
 
+# Numbers that overflow give `inf` at the end.
+@np.errstate(over="ignore", invalid="ignore")
 def dot_product_layer_constant(
     query: npt.ArrayLike,
     key: npt.ArrayLike,

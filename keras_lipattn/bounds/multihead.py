@@ -307,6 +307,7 @@ def certified_layer_bound(
         rows = (unit.value * heads)[:, None]
         if norm != "linf":
             b, query = b * heads.reshape(-1, 1, 1), query * heads
+        b, query, c, error = _balanced(b, query, c, error)
         # Kernels of size 1: squares neither overflow nor vanish. The bound is linear in each.
         tiny = np.finfo(np.float64).tiny
         size_b = max(float(np.abs(b).max()), float(query.max()), tiny)
@@ -331,6 +332,26 @@ def certified_layer_bound(
         reason=reason,
         published=published,
     )
+
+
+def _balanced(
+    b: np.ndarray, query: np.ndarray, c: np.ndarray, error: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The same heads with both kernels of a head alike in size.
+
+    `(t B_h, C_h / t)` has the bound of `(B_h, C_h)`. A head with a small kernel beside a large one
+    counts as much as its product; without this its squares vanish beside those of other heads.
+    """
+    sizes = [
+        np.maximum(np.abs(kernels).max(axis=(1, 2)), errors)
+        for kernels, errors in ((b, query), (c, error))
+    ]
+    used = (sizes[0] > 0.0) & (sizes[1] > 0.0)
+    logs = [np.log2(np.where(used, size, 1.0)) for size in sizes]
+    # Powers of two change no digit; the shift itself may be no float.
+    shift = np.rint(0.5 * (logs[1] - logs[0])).astype(int)
+    wide = shift[:, None, None]
+    return np.ldexp(b, wide), np.ldexp(query, shift), np.ldexp(c, -wide), np.ldexp(error, -shift)
 
 
 def _best_split(

@@ -55,14 +55,17 @@ def published_layer_bound(
     stacked = output.reshape(-1, output.shape[-1])
     four_phi = 4.0 * phi_inv(tokens - 1)
     if norm == "l2":
-        heads = np.sum(fast_operator_norm(query) ** 4 * fast_operator_norm(value) ** 2)
-        head = math.sqrt(tokens / key_dim) * (four_phi + 1.0)
-        return float(SAFETY * head * math.sqrt(heads) * fast_operator_norm(stacked))
+        # A published bound that is no float is `inf`.
+        with np.errstate(over="ignore"):
+            heads = fast_operator_norm(query) ** 2 * fast_operator_norm(value)
+            head = math.sqrt(tokens / key_dim) * (four_phi + 1.0)
+            return float(SAFETY * head * math.hypot(*heads) * fast_operator_norm(stacked))
     if norm == "linf":
         rows = np.abs(query).sum(axis=2).max(axis=1)
         columns = np.abs(query).sum(axis=1).max(axis=1)
         values = np.abs(value).sum(axis=1).max()
         outputs = np.abs(stacked).sum(axis=0).max()
         head = four_phi + 1.0 / math.sqrt(key_dim)
-        return float(SAFETY * head * outputs * (rows * columns).max() * values)
+        with np.errstate(over="ignore"):
+            return float(SAFETY * head * outputs * (rows * columns).max() * values)
     return math.inf

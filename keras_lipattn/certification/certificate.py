@@ -246,7 +246,13 @@ class Certificate:
             raise ValueError(
                 f"The text must be a certificate of schema {SCHEMA}. Received: schema={schema!r}"
             )
-        content = _decode(content)
+        try:
+            return cls._of_content(_decode(content))
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"The text is no certificate. Received: {error!r}") from error
+
+    @classmethod
+    def _of_content(cls, content: dict[str, Any]) -> "Certificate":
         for derived in ("schema", "vacuous", "reasons"):
             content.pop(derived, None)
         threat: dict[str, Any] = {
@@ -254,10 +260,7 @@ class Certificate:
         }
         rows = tuple(CertificateRow(**row) for row in content.pop("rows"))
         pairs = tuple(tuple(row) for row in content.pop("pairs"))
-        try:
-            return cls(threat_model=ThreatModel(**threat), rows=rows, pairs=pairs, **content)
-        except TypeError as error:
-            raise ValueError(f"The text is no certificate. Received: {error}") from error
+        return cls(threat_model=ThreatModel(**threat), rows=rows, pairs=pairs, **content)
 
 
 def _frozen(value: Any) -> Any:
