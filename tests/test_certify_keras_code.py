@@ -13,7 +13,7 @@ from keras import layers, ops
 
 import keras_lipattn
 from keras_lipattn import export_saved_model
-from keras_lipattn.certify import Certificate, certify
+from keras_lipattn.certification import Certificate, certify
 
 NORMS = ("l2", "token", "linf")
 LENGTH, WIDTH = 6, 4
