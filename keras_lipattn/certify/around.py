@@ -45,7 +45,7 @@ def examples_of(model: keras.Model, around: Any) -> tuple[Any, list[list[np.ndar
     """
     function = graph.function_of(model)
     if function is not None and isinstance(around, dict):
-        names = graph.input_names(function)
+        names = graph.input_keys(function)
         if set(around) != set(names):
             raise ValueError(f"`around` must have the keys {names}. Received: {list(around)}")
         around = [around[name] for name in names]
