@@ -384,7 +384,10 @@ def test_mask_of_an_embedding_reaches_the_average_behind_it(route):
 
 
 def classifier(ending, *, sequential=False):
-    dense = layers.Dense(WIDTH, kernel_initializer=keras.initializers.Orthogonal(4.0, seed=1))
+    # Its square is zero: without the softmax in between two calls would give a constant.
+    nilpotent = np.zeros((WIDTH, WIDTH))
+    nilpotent[: WIDTH // 2, WIDTH // 2 :] = 4.0 * np.eye(WIDTH // 2)
+    dense = layers.Dense(WIDTH, kernel_initializer=lambda shape, dtype: nilpotent)
     tail = (
         [layers.Dense(WIDTH, ending, kernel_initializer="identity")]
         if ending == "softmax"
@@ -454,11 +457,16 @@ def test_sigmoid_of_a_model_that_is_called_again_is_kept():
     dense = layers.Dense(1, "sigmoid", kernel_initializer="ones")
     x = keras.Input((1,), dtype="float64")
     inner = keras.Model(x, dense(x))
-    model = model_of(lambda x: inner(layers.Rescaling(4.0)(inner(x))), (1,))
+
+    def build(x):
+        # Without the sigmoid in between the two terms would cancel.
+        pair = [layers.Rescaling(4.0)(inner(x)), layers.Rescaling(4.0)(x)]
+        return inner(layers.Subtract()(pair))
+
     check(
-        model,
+        model_of(build, (1,)),
         examples((1,)),
-        run=lambda x: 4.0 * inner(x),
+        run=lambda x: 4.0 * (inner(x) - x),
         finite=True,
     )
 
