@@ -199,3 +199,16 @@ def test_float32_stays_under_the_bound(call):
         jac = jacobians.jacobian(functools.partial(case.run_copies, layer), x.astype("float32"))
         # Gradients in float32.
         assert jacobians.norms(jac)["l2"] <= bound * (1.0 + 1e-4)
+
+
+@pytest.mark.parametrize("norm", ["l2", "token", "linf"])
+@pytest.mark.parametrize("factors", [(1e-200, 1.0), (1e200, 1e-200), (1e-200, 1e-100)])
+def test_bound_depends_on_the_products_of_kernels_and_not_on_their_sizes(norm, factors):
+    rng = np.random.default_rng(0)
+    a, g, c = (rng.normal(size=shape) for shape in ((2, 4, 2), (2, 4, 5), (2, 3, 4)))
+    size = np.asarray(factors)[:, None, None]
+
+    def bound(a, g, c):
+        return certified_cosine_bound(a, g, c, norm=norm, temperature=1.0, tokens=5).value
+
+    assert bound(a * size, g * size, c / size) == pytest.approx(bound(a, g, c), rel=1e-6)

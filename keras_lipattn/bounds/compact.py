@@ -140,9 +140,9 @@ def combine_heads(output_kernels: npt.ArrayLike, constants: npt.ArrayLike) -> fl
     # Each head by itself first: between heads of very different sizes squares vanish or overflow.
     units = kernels / sizes[:, None, None]
     logs = np.log2(sizes), np.log2(constants)
-    shares = sum(logs)
+    shares = logs[0] + logs[1]
     # Logarithms of `|T_h| / s_h` and `s_h L_h`, for `s_h` 1, `1 / L_h` and `sqrt(|T_h| / L_h)`.
-    splits = logs, (shares, 0.0 * shares), (0.5 * shares, 0.5 * shares)
+    splits = logs, (shares, np.zeros_like(shares)), (0.5 * shares, 0.5 * shares)
     smallest = min(_product(units, left, right) for left, right in splits)
     # What is too small for a float is not 0.
     return max(SAFETY * smallest, float(np.finfo(np.float64).tiny))

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from keras_lipattn.bounds.compact import column_mass
 from keras_lipattn.bounds.content_cache import cached_by_content
-from keras_lipattn.bounds.head_scaling import polished_scaling
+from keras_lipattn.bounds.head_scaling import balancing_powers, polished_scaling
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
 from keras_lipattn.bounds.multihead import OperatorNorm, frobenius_scaling, norm_2_to_1
 from keras_lipattn.linalg import SAFETY
@@ -132,6 +132,11 @@ def certified_cosine_bound(
     value = math.inf
     if not reason:
         tiny = np.finfo(np.float64).tiny
+        inputs, outputs = (
+            np.abs(matrix).max(axis=(1, 2)) for matrix in (np.concatenate([a, g], axis=2), c)
+        )
+        powers = balancing_powers(inputs, outputs)[:, None, None]
+        a, g, c = np.ldexp(a, powers), np.ldexp(g, powers), np.ldexp(c, -powers)
         size = max(float(np.abs(a).max()), float(np.abs(g).max()), tiny)
         size_c = max(float(np.abs(c).max()), tiny)
         # Kernels of size 1: squares neither overflow nor vanish.

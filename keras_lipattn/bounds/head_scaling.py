@@ -18,6 +18,25 @@ SUBSPACE = 8
 SHARPNESS = 40.0
 
 
+def balancing_powers(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Powers of two that make both kernels of a head alike in size.
+
+    `(t B_h, C_h / t)` has the bounds of `(B_h, C_h)`. Without this the squares of a small kernel of
+    one head vanish beside those of a large kernel of another, whatever the products are.
+
+    Args:
+        first: sizes of the first kernels, shape `(H,)`, not negative.
+        second: those of the second ones.
+
+    Returns:
+        Integers of shape `(H,)`, for `numpy.ldexp` of the first kernels, and negated for the second
+        ones; 0 for a head that is zero. No digit changes.
+    """
+    used = (first > 0.0) & (second > 0.0)
+    logs = [np.log2(np.where(used, size, 1.0)) for size in (first, second)]
+    return np.rint(0.5 * (logs[1] - logs[0])).astype(int)
+
+
 def polished_scaling(
     norm: str, b: np.ndarray, c: np.ndarray, start: np.ndarray
 ) -> tuple[np.ndarray, float]:

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from keras_lipattn.bounds.content_cache import cached_by_content
-from keras_lipattn.bounds.head_scaling import polished_scaling
+from keras_lipattn.bounds.head_scaling import balancing_powers, polished_scaling
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
 from keras_lipattn.bounds.unit_head import UnitBound, unit_head_bound
 from keras_lipattn.linalg import SAFETY, fast_operator_norm
@@ -337,21 +337,12 @@ def certified_layer_bound(
 def _balanced(
     b: np.ndarray, query: np.ndarray, c: np.ndarray, error: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The same heads with both kernels of a head alike in size.
-
-    `(t B_h, C_h / t)` has the bound of `(B_h, C_h)`. A head with a small kernel beside a large one
-    counts as much as its product; without this its squares vanish beside those of other heads.
-    """
-    sizes = [
-        np.maximum(np.abs(kernels).max(axis=(1, 2)), errors)
-        for kernels, errors in ((b, query), (c, error))
-    ]
-    used = (sizes[0] > 0.0) & (sizes[1] > 0.0)
-    logs = [np.log2(np.where(used, size, 1.0)) for size in sizes]
-    # Powers of two change no digit; the shift itself may be no float.
-    shift = np.rint(0.5 * (logs[1] - logs[0])).astype(int)
-    wide = shift[:, None, None]
-    return np.ldexp(b, wide), np.ldexp(query, shift), np.ldexp(c, -wide), np.ldexp(error, -shift)
+    """The same heads with both kernels of a head alike in size, errors included."""
+    powers = balancing_powers(
+        np.maximum(np.abs(b).max(axis=(1, 2)), query), np.maximum(np.abs(c).max(axis=(1, 2)), error)
+    )
+    wide = powers[:, None, None]
+    return np.ldexp(b, wide), np.ldexp(query, powers), np.ldexp(c, -wide), np.ldexp(error, -powers)
 
 
 def _best_split(

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_lipattn.certification.tracing import function_of, input_names
+from keras_lipattn.certification.tracing import function_of, input_keys
 
 
 def check_ball(around: Any, radius: Any) -> None:
@@ -45,7 +45,9 @@ def examples_of(model: keras.Model, around: Any) -> tuple[Any, list[list[np.ndar
     """
     function = function_of(model)
     if function is not None and isinstance(around, dict):
-        names = input_names(function)
+    function = function_of(model)
+    if function is not None and isinstance(around, dict):
+        names = input_keys(function)
         if set(around) != set(names):
             raise ValueError(f"`around` must have the keys {names}. Received: {list(around)}")
         around = [around[name] for name in names]

@@ -145,6 +145,18 @@ def input_names(function: keras.Function) -> list[str]:
     return names
 
 
+def input_keys(function: keras.Function) -> list[str]:
+    """Keys of the inputs of a graph that takes a dictionary, in the order of the inputs.
+
+    Those of any other graph are the names of its inputs.
+    """
+    structure = function._inputs_struct
+    if not isinstance(structure, dict) or len(structure) != len(function.inputs):
+        return input_names(function)
+    keys = {id(tensor): key for key, tensor in structure.items()}
+    return [keys[id(tensor)] for tensor in function.inputs]
+
+
 def call_specs(model: keras.Model, inputs: Any = None) -> tuple[tuple, list[str]]:
     """What a model is called on.
 
