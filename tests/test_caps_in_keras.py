@@ -271,7 +271,7 @@ def test_broken_weights_are_frozen_as_they_are(x):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("layer", LAYERS)
 def test_keras_exports_to_onnx(layer, x, tmp_path):
-    import onnxruntime
+    import onnxruntime  # pyright: ignore[reportMissingImports]
 
     model = _trained(LAYERS[layer](), x)
     path = str(tmp_path / "model.onnx")
