@@ -229,7 +229,8 @@ def test_reloading_changes_no_output(layer, x, tmp_path):
 def test_keras_exports_a_saved_model(layer, x, tmp_path):
     model = _trained(LAYERS[layer](), x)
     model.export(tmp_path / "model", format="tf_saved_model", verbose=False)
-    served = tf.saved_model.load(str(tmp_path / "model")).serve(x)
+    loaded = tf.saved_model.load(str(tmp_path / "model"))
+    served = loaded.serve(x)
     # The order of sums differs between two graphs: 1e-5, as everywhere in float32.
     outputs = model.predict(x, verbose=0)
     np.testing.assert_allclose(served, outputs, rtol=0, atol=1e-5 * np.abs(outputs).max())
