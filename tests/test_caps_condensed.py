@@ -55,7 +55,8 @@ def test_graphs_hold_no_norms(cap, call):
     assert not FORBIDDEN & set(inside)
     # Two projections of the tokens and of their centre, the distances, the values.
     assert sum("MatMul" in op for op in inside) <= 6
-    assert cap is None or sum("MatMul" in op for op in outside) > 15
+    # Outside the norms are found in loops.
+    assert cap is None or {"While", "StatelessWhile"} & set(outside)
     expected = [*(v.value for v in variables), layer.output_bias.value]
     assert captured == {id(v) for v in expected}
 
@@ -80,7 +81,8 @@ def test_constants_stay_while_weights_move(x):
     with condensed(model):
         before, bound = np.asarray(model(x)), attention.lipschitz()
         for weight in attention.trainable_variables[:3]:
-            weight.assign(5.0 * weight)
+            # Another function, not one that a cap scales back to the same.
+            weight.assign(5.0 * np.square(weight))
         np.testing.assert_array_equal(model(x), before)
         assert attention.lipschitz() == bound
     assert not np.allclose(model(x), before)

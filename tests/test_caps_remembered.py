@@ -7,8 +7,8 @@ import tensorflow as tf
 from helpers.layer_cases import CAPS, FEATURES, LENGTH, Case, randomise
 
 from keras_lipattn import SpectralDense
-from keras_lipattn.layers import lipschitz_layer
-from keras_lipattn.layers._operator_norms import GramNorms
+from keras_lipattn.layers import _norm_cache
+from keras_lipattn.layers._operator_norms import ConvergedNorms
 from keras_lipattn.layers._visibility import Visibility
 
 # Gram iteration overestimates each of the norms of these small matrices by less than this.
@@ -20,12 +20,12 @@ def gram_used(monkeypatch):
     """Function that says whether a call used Gram iteration. For eager calls."""
     used = []
 
-    class Spied(GramNorms):
+    class Spied(ConvergedNorms):
         def __init__(self):
             used.append(True)
             super().__init__()
 
-    monkeypatch.setattr(lipschitz_layer, "GramNorms", Spied)
+    monkeypatch.setattr(_norm_cache, "ConvergedNorms", Spied)
 
     def asked(function):
         used.clear()

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from keras_lipattn.linalg import operator_norm
 from keras_lipattn.linalg.gram import (
+    CONVERGED,
     NUM_SQUARINGS,
+    converged_upper_bound,
     gram_upper_bound,
     product_allowance,
     relative_slack,
@@ -93,6 +95,40 @@ def test_gram_is_above_for_larger_float32_matrices_too(shape):
     u, _, v = np.linalg.svd(matrix, full_matrices=False)
     for candidate in (matrix, u @ v, np.abs(matrix), u[:, :1] @ v[:1]):
         _assert_above_and_tight(candidate, "float32")
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_converged_gram_is_as_good_as_exact(name):
+    _assert_converged(SPECIAL[name])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(matrix=matrices())
+def test_converged_gram_is_never_below_the_norm(matrix):
+    _assert_converged(matrix)
+
+
+def _assert_converged(matrix):
+    bound, exact = float(converged_upper_bound(tf.constant(matrix))), operator_norm(matrix)
+    assert exact <= bound <= exact * (1.0 + CONVERGED + 1e-9)
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_converged_gram_takes_batches_in_graphs(jit_compile):
+    batch = np.random.default_rng(0).normal(size=(3, 9, 5))
+    batch[0] = 0.0
+    batch[1] = np.linalg.qr(batch[1])[0]
+    found = tf.function(converged_upper_bound, jit_compile=jit_compile)(tf.constant(batch))
+    exact = operator_norm(batch)
+    assert (exact <= np.asarray(found)).all()
+    np.testing.assert_allclose(found, exact, rtol=CONVERGED + 1e-9)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_converged_gram_of_a_broken_matrix_is_not_a_number_to_trust(value):
+    matrix = np.eye(3)
+    matrix[1, 2] = value
+    assert not np.isfinite(float(converged_upper_bound(tf.constant(matrix))))
 
 
 def test_more_squarings_are_tighter():

@@ -45,8 +45,6 @@ def examples_of(model: keras.Model, around: Any) -> tuple[Any, list[list[np.ndar
     """
     function = function_of(model)
     if function is not None and isinstance(around, dict):
-    function = function_of(model)
-    if function is not None and isinstance(around, dict):
         names = input_keys(function)
         if set(around) != set(names):
             raise ValueError(f"`around` must have the keys {names}. Received: {list(around)}")

@@ -136,7 +136,7 @@ def export_saved_model(
     else:
         arrays = example_arrays(example_batch, ports)
     for layer in lipschitz_layers(model):
-        # Else caps act by upper bounds of norms, up to one part in a thousand below the export.
+        # The same norms as those of the export.
         layer.condense()
     expected = live_outputs(model, structure, ports, arrays)
     with condensed(model):

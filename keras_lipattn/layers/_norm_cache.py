@@ -1,20 +1,21 @@
-"""Operator norms remembered for the very weights they were computed from."""
+"""Operator norms remembered for the weights they were computed from."""
 
 import keras
 import numpy as np
 from keras import ops
+from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 from keras_lipattn.layers._eager import has_value
-from keras_lipattn.layers._operator_norms import CACHE_ALLOWANCE
+from keras_lipattn.layers._operator_norms import CACHE_ALLOWANCE, ConvergedNorms, GramNorms
 
 
 class NormCache:
     """Norms of a layer's matrices, valid while its kernels are bitwise those they were taken of.
 
-    They are exact ones from the host, or upper bounds from the first call since a kernel was
-    trained, loaded or assigned: that call sees a kernel which compares unequal, and computes them.
-    Soundness never rests on somebody remembering to refresh the cache. The variables are not
-    weights of the layer: checkpoints stay as they are.
+    They come from the host, or from the first call since a kernel was trained, loaded or assigned:
+    that call sees a kernel which compares unequal, and computes them. Both agree to one part in
+    10^6. Soundness never rests on a refresh of the cache. The variables are not weights of the
+    layer: checkpoints stay as they are.
 
     Args:
         shapes: Shapes of the kernels.
@@ -28,17 +29,26 @@ class NormCache:
         self._norms = _untracked((size,), 0.0, dtype)
 
     def fill(self, kernels, norms):
-        """Remembers `norms` for `kernels`, tensors as they run."""
+        """Remembers `norms` for `kernels`, tensors of the norm dtype."""
         for snapshot, kernel in zip(self._snapshots, kernels, strict=True):
             snapshot.assign(kernel)
-        self._norms.assign(np.asarray(norms) * CACHE_ALLOWANCE)
+        self._norms.assign(norms)
 
-    def select(self, kernels, bounds):
-        """The remembered norms if they are those of `kernels`, else `bounds(*kernels)`, a vector.
+    def select(self, kernels, evaluate):
+        """The remembered norms if they are those of `kernels`, else what `evaluate` finds.
 
-        On TensorFlow the latter are remembered in turn, and derivatives are those of `bounds`
-        either way. Elsewhere functions are pure, and what is remembered is constant.
+        On TensorFlow the latter are remembered in turn, except in a stateless scope, where no
+        variable may be written. Derivatives are those of Gram iteration either way. Elsewhere
+        functions are pure, and what is remembered is constant.
+
+        Args:
+            kernels: Tensors of the norm dtype.
+            evaluate: Function of a source of norms and of kernels; returns the vector of norms.
         """
+
+        def bounds(*kernels):
+            return evaluate(GramNorms(), kernels)
+
         if keras.backend.backend() != "tensorflow":
             hit, norms = self._remembers(kernels), ops.convert_to_tensor(self._norms.value)
             if has_value(hit):
@@ -47,23 +57,30 @@ class NormCache:
             return ops.cond(hit, lambda: norms, lambda: bounds(*kernels))
         import tensorflow as tf
 
+        def converged():
+            # The whole of it in float64, as on the host.
+            double = [ops.cast(kernel, "float64") for kernel in kernels]
+            found = evaluate(ConvergedNorms(), double) * CACHE_ALLOWANCE
+            return ops.cast(found, self._norms.dtype)
+
+        def remember():
+            found = converged()
+            # The kernels last: another thread which finds them equal finds their norms.
+            with tf.control_dependencies([self._norms.value.assign(found)]):
+                for snapshot, kernel in zip(self._snapshots, kernels, strict=True):
+                    snapshot.value.assign(kernel)
+            return found
+
         @tf.custom_gradient
         def norms(*kernels):
-            def remember():
-                # Without the allowance of `fill`: they come from this graph, roundings included.
-                fresh = bounds(*kernels)
-                # The kernels last: whoever finds them equal, on another thread, finds their norms.
-                with tf.control_dependencies([self._norms.value.assign(fresh)]):
-                    for snapshot, kernel in zip(self._snapshots, kernels, strict=True):
-                        snapshot.value.assign(kernel)
-                return fresh
-
             def gradient(upstream):
                 with tf.GradientTape() as tape:
                     tape.watch(kernels)
-                    fresh = bounds(*kernels)
-                return tape.gradient(fresh, kernels, upstream, tf.UnconnectedGradients.ZERO)
+                    found = bounds(*kernels)
+                return tape.gradient(found, kernels, upstream, tf.UnconnectedGradients.ZERO)
 
+            if in_stateless_scope():
+                return converged(), gradient
             hit = self._remembers(kernels)
             known = tf.cond(hit, lambda: tf.convert_to_tensor(self._norms.value), remember)
             return known, gradient

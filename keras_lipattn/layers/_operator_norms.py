@@ -8,7 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_lipattn.linalg.exact import fast_operator_norm
-from keras_lipattn.linalg.gram import gram_upper_bound
+from keras_lipattn.linalg.gram import converged_upper_bound, gram_upper_bound
 from keras_lipattn.linalg.power import power_step, warm_vector
 
 # Host and graph evaluate scalings and factors in different precisions: a relative 1e-6 covers the
@@ -80,13 +80,24 @@ class ExactNorms:
 class GramNorms:
     """Upper bounds, whatever the weights."""
 
+    _bound = staticmethod(gram_upper_bound)
+
     def __init__(self):
         self.norms = {}
 
     def __call__(self, name, matrix):
         if name not in self.norms:
-            self.norms[name] = gram_upper_bound(matrix)
+            self.norms[name] = self._bound(matrix)
         return self.norms[name]
+
+
+class ConvergedNorms(GramNorms):
+    """Upper bounds that exceed the norms by about one part in 10^7, in float64, to be remembered.
+
+    They are as good as exact, so a cap does not depend on how its norm was found.
+    """
+
+    _bound = staticmethod(converged_upper_bound)
 
 
 class RecordedNorms:

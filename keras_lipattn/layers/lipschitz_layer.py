@@ -10,11 +10,11 @@ from keras import ops
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
 from keras_lipattn.layers._as_run import as_run
 from keras_lipattn.layers._caps import cap_factor, cap_margin
+from keras_lipattn.layers._keras_export import freezes_variables
 from keras_lipattn.layers._norm_cache import NormCache
 from keras_lipattn.layers._operator_norms import (
     CACHE_ALLOWANCE,
     ExactNorms,
-    GramNorms,
     NormLayout,
     RecordedNorms,
     RunningNorms,
@@ -169,13 +169,12 @@ class LipschitzLayer(keras.layers.Layer):
             self._vectors[name].assign(vector)
 
     def condense(self):
-        """Remembers the exact norms of the weights now loaded, so that inference is exact and fast.
+        """Remembers the exact norms of the weights now loaded, so that inference is fast.
 
-        Without it inference with caps is sound but scales by upper bounds from Gram iteration,
-        which exceed the norm by about one part in a thousand. On TensorFlow the first call after a
-        weight changed computes and remembers those; elsewhere every call computes them. Once a
-        weight changes, what is remembered is not used any more. Does nothing for a layer without
-        caps.
+        Without it the first inference after a weight changed computes them. On TensorFlow they
+        are as good as exact, and remembered. On other backends every call computes upper bounds
+        that exceed the norms by about one part in a thousand. Once a weight changes, the remembered
+        norms are not used any more. Does nothing for a layer without caps.
 
         Raises:
             ValueError: If the layer is not built.
@@ -183,10 +182,14 @@ class LipschitzLayer(keras.layers.Layer):
         self._require_built("condensing it")
         if self._cache is None:
             return
+        self._cache.fill(self._graph_kernels(), self._exact_norms())
+
+    def _exact_norms(self):
+        """What the cache holds for the weights now loaded when filled from the host."""
         exact = ExactNorms()
         with quiet():
             self._request_norms(self._host_kernels(), exact, self._capped_norms(), np)
-            self._cache.fill(self._graph_kernels(), self._layout.flatten(exact.norms, np))
+            return self._layout.flatten(exact.norms, np) * CACHE_ALLOWANCE
 
     def _enter_condensed(self):
         self._require_built("condensing it")
@@ -232,7 +235,7 @@ class LipschitzLayer(keras.layers.Layer):
             return matrix
         if xp is np:
             return as_run(matrix, self.compute_dtype)
-        return ops.cast(ops.cast(matrix, self.compute_dtype), self._norm_dtype)
+        return ops.cast(ops.cast(matrix, self.compute_dtype), matrix.dtype)
 
     def _cap_factor(self, norm, cap, shape, xp):
         """The factor that keeps a matrix of this shape under its cap after it is rounded."""
@@ -241,28 +244,33 @@ class LipschitzLayer(keras.layers.Layer):
     def _inference_norms(self, kernels):
         """A source of upper bounds, remembered for these weights or from Gram iteration."""
 
-        def gram(*kernels):
-            norms = GramNorms()
+        def evaluate(norms, kernels):
             self._request_norms(kernels, norms, self._capped_norms(), ops)
             return self._layout.flatten(norms.norms, ops)
 
-        flat = self._cache.select(kernels, gram)
+        if freezes_variables():
+            import tensorflow as tf
+
+            # The weights become constants, so their norms may, and no variable can be written.
+            with tf.init_scope():
+                norms = self._exact_norms()
+            flat = ops.convert_to_tensor(norms, self._norm_dtype)
+        else:
+            flat = self._cache.select(kernels, evaluate)
         return RecordedNorms(flat, self._layout)
 
     def _is_settled(self):
         """Whether inference runs with the weights that the host computes, up to roundings.
 
-        Else it runs with caps from Gram iteration, which shrink by up to a thousandth more.
+        Else the norms of its caps are not known on the host, since no inference has run with the
+        weights now loaded, or are looser bounds, on backends other than TensorFlow.
         """
         if self._condensed is not None or self._cache is None:
             return True
         remembered = self._cache.remembered(self._graph_kernels())
         if remembered is None:
             return False
-        exact = ExactNorms()
-        with quiet():
-            self._request_norms(self._host_kernels(), exact, self._capped_norms(), np)
-        wanted = self._layout.flatten(exact.norms, np) * CACHE_ALLOWANCE
+        wanted = self._exact_norms()
         return bool(np.allclose(remembered, wanted, rtol=CACHE_ALLOWANCE - 1.0, atol=0.0))
 
     def _norms_for(self, kernels, training) -> Any:

@@ -6,6 +6,8 @@ import keras
 from keras import ops
 
 NUM_SQUARINGS = 10
+# Far below the roundings of float32, so that a cap is the same however its norm was found.
+CONVERGED = 3e-8
 
 
 def gram_upper_bound(matrix, *, num_squarings=NUM_SQUARINGS):
@@ -32,18 +34,8 @@ def gram_upper_bound(matrix, *, num_squarings=NUM_SQUARINGS):
         Delattre, Barthelemy, Araujo, Allauzen, "Efficient bound of Lipschitz constant for
         convolutional layers by Gram iteration", 2023.
     """
-    rows, cols = matrix.shape[-2], matrix.shape[-1]
-    side, summed = min(rows, cols), max(rows, cols)
-    # The largest entry goes first, so that the squares neither under- nor overflow. A matrix of
-    # ones stands in for zero: nothing below is zero then, and the bound, times the largest entry,
-    # is. No gradient need flow through that entry: what is divided by it is multiplied with it.
-    peak = ops.stop_gradient(ops.max(ops.abs(matrix), axis=(-2, -1), keepdims=True))
-    usable = peak > 0
-    scaled = ops.where(usable, matrix / ops.where(usable, peak, 1.0), 1.0)
-    frobenius = _frobenius(scaled)
-    scaled = scaled / frobenius
-    transposed = ops.swapaxes(scaled, -1, -2)
-    power = ops.matmul(transposed, scaled) if cols <= rows else ops.matmul(scaled, transposed)
+    side, summed = sorted(matrix.shape[-2:])
+    peak, frobenius, power = _scaled_gram(matrix)
     radii = [_frobenius(power)]
     for _ in range(num_squarings):
         unit = power / radii[-1]
@@ -57,6 +49,62 @@ def gram_upper_bound(matrix, *, num_squarings=NUM_SQUARINGS):
     # A few elementwise roundings (scaling, square roots) remain outside the products.
     slack = 1.0 + 16 * (num_squarings + 2) * _roundoff(matrix.dtype)
     return ops.squeeze(peak * bound, axis=(-2, -1)) * slack
+
+
+def converged_upper_bound(matrix, *, tolerance=CONVERGED):
+    """`gram_upper_bound` in float64, squared until the bound has converged.
+
+    With `p_k = |G_k|_F` the bound of `||G_0||` is the product of the `p_k**(2**-k)`. After `n`
+    squarings `||G_n|| >= p_n**2`, so the norm is overestimated by `p_n**-(2**-(n + 1))` at most.
+    Rounding of the products adds `d` times their allowance in total, since `||G_k|| >= 1 / d`.
+
+    Args:
+        matrix: Tensor `(..., m, n)` of float64.
+        tolerance: Largest relative excess over the norm, in exact arithmetic.
+
+    Returns:
+        Tensor `(...)`, as `gram_upper_bound` returns it. No gradient flows through it.
+    """
+    side, summed = sorted(matrix.shape[-2:])
+    peak, frobenius, power = (ops.stop_gradient(part) for part in _scaled_gram(matrix))
+
+    def excess(radius, exponent):
+        return ops.max(-ops.log(radius)) * exponent / 2.0
+
+    def unconverged(power, radius, log_bound, exponent):
+        # A comparison with NaN is false.
+        return excess(radius, exponent) > tolerance
+
+    def square(power, radius, log_bound, exponent):
+        unit = power / radius
+        power, exponent = ops.matmul(unit, unit), exponent / 2.0
+        radius = _frobenius(power)
+        return power, radius, log_bound + exponent * ops.log(radius), exponent
+
+    radius = _frobenius(power)
+    start = (power, radius, ops.log(radius), ops.ones((), matrix.dtype))
+    _, _, log_bound, _ = ops.while_loop(unconverged, square, start)
+    rounding = 2.0 * side * product_allowance(side, matrix.dtype)
+    bound = ops.exp(log_bound) * (1.0 + rounding) + product_allowance(summed, matrix.dtype)
+    # The excess halves with every squaring, so there are fewer than 64 of them.
+    slack = 1.0 + 16 * 64 * _roundoff(matrix.dtype)
+    return ops.squeeze(peak * frobenius * ops.sqrt(bound), axis=(-2, -1)) * slack
+
+
+def _scaled_gram(matrix):
+    """Largest entry, Frobenius norm once divided by it, and the smaller Gram matrix of the rest."""
+    # The largest entry goes first, so that the squares neither under- nor overflow. A matrix of
+    # ones stands in for zero: nothing below is zero then, and the bound, times the largest entry,
+    # is. No gradient need flow through that entry: what is divided by it is multiplied with it.
+    rows, cols = matrix.shape[-2:]
+    peak = ops.stop_gradient(ops.max(ops.abs(matrix), axis=(-2, -1), keepdims=True))
+    usable = peak > 0
+    scaled = ops.where(usable, matrix / ops.where(usable, peak, 1.0), 1.0)
+    frobenius = _frobenius(scaled)
+    scaled = scaled / frobenius
+    transposed = ops.swapaxes(scaled, -1, -2)
+    power = ops.matmul(transposed, scaled) if cols <= rows else ops.matmul(scaled, transposed)
+    return peak, frobenius, power
 
 
 def product_allowance(inner, dtype):
