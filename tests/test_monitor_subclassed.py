@@ -212,7 +212,9 @@ def test_a_call_is_remembered_as_long_as_the_model_lives():
     model = OfTwo()
     assert remembered_call(model) is None
     remember_call(model, {"words": IDS, "traces": TRACES})
-    (specs,) = remembered_call(model) or ()
+    remembered = remembered_call(model)
+    assert remembered is not None
+    (specs,) = remembered
     assert {name: (spec.shape, spec.dtype) for name, spec in specs.items()} == {
         "words": ((None, TOKENS), "int32"),
         "traces": ((None, TOKENS, FEATURES), "float32"),

@@ -47,6 +47,8 @@ class Converted:
             place: keras.saving.deserialize_keras_object(attention)
             for place, attention in config["attention"]
         }
+        if len(attention_slots(layer)) <= max(new):
+            _build_inside(layer)
         old = list(attention_slots(layer).values())
         if len(old) <= max(new):
             raise ValueError(
@@ -63,6 +65,15 @@ class Converted:
             },
         )
         return as_converted(layer, tuple(new))
+
+
+def _build_inside(layer: Any) -> None:
+    """Builds what is inside of a layer without `build`, which Keras leaves to the first call."""
+    shapes = layer.get_build_config() or {}
+    if "shapes_dict" in shapes:
+        layer._build_by_run_for_kwargs(shapes["shapes_dict"])
+    elif "input_shape" in shapes:
+        layer._build_by_run_for_single_pos_arg(shapes["input_shape"])
 
 
 def as_converted(layer: Any, slots: tuple[int, ...]) -> Any:
