@@ -1,7 +1,8 @@
 """Conversion reaches attention inside of custom layers and of models of every kind."""
 
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
-# pyright: reportOptionalMemberAccess=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalOperand=false
+# pyright: reportOperatorIssue=false
 
 import keras
 import numpy as np
