@@ -7,6 +7,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from helpers import attention_blocks
 from helpers.attention_blocks import FEATURES, KINDS, TOKENS, OneForTwo, around
 from keras import layers
@@ -103,6 +104,15 @@ def test_the_copy_is_certified(kind):
     assert not kl.certify(old).is_finite
     certificate = kl.certify(kl.convert_attention(old).model)
     assert certificate.is_finite, certificate.reasons
+
+
+@pytest.mark.parametrize("kind", ["made in build", "subclassed"])
+def test_the_copy_is_exported_with_its_new_weights(kind, tmp_path):
+    new = kl.convert_attention(made(kind)).model
+    new.export(tmp_path / "served", verbose=False)
+    x = batch()
+    served = tf.saved_model.load(str(tmp_path / "served")).serve(x)
+    np.testing.assert_allclose(np.array(served), np.array(new(x)), rtol=1e-5, atol=1e-5)
 
 
 def test_a_layer_of_two_blocks_stays_one_layer(tmp_path):

@@ -86,13 +86,16 @@ def _exchange_node_keys(holder: Any, new_of: dict[int, Any]) -> None:
 
 
 def _exchanged(value: Any, new_of: dict[int, Any]) -> Any:
-    """`value` with layers exchanged: lists and dictionaries in place, tuples as new ones."""
+    """`value` with layers exchanged: lists and dictionaries in place, others as new ones."""
     if id(value) in new_of:
         return new_of[id(value)]
-    if isinstance(value, tuple):
+    if isinstance(value, tuple) or type(value).__name__ == "ListWrapper":
         items = [_exchanged(item, new_of) for item in value]
         if all(new is old for new, old in zip(items, value, strict=True)):
             return value
+        if isinstance(value, list):
+            # TensorFlow saves no list of its own in which an item was replaced.
+            return items
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     items = enumerate(value) if isinstance(value, list) else ()
     items = value.items() if isinstance(value, dict) else items
