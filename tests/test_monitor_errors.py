@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers.monitor_models import KINDS, attention, compiled, data, dense, fit
+from helpers.monitor_models import KINDS, Subclassed, attention, compiled, data, dense, fit
 
 from keras_lipattn.callbacks import LipschitzMonitor
 
@@ -61,13 +61,26 @@ def test_a_model_without_layers_of_ours_is_refused():
         fit(compiled(model), LipschitzMonitor())
 
 
+class OwnStep(Subclassed):
+    """Called by its step on something else than the inputs of `fit`."""
+
+    def train_step(self, data):
+        return super().train_step((data[0]["x"], data[1]))
+
+
 @pytest.mark.parametrize("arguments", [{"penalty": 0.1}, {"running_every": 1}], ids=str)
 def test_weights_must_exist_where_the_first_step_needs_them(arguments):
-    model = compiled(KINDS["subclassed"]())
+    model = compiled(OwnStep("first"))
+    x, y = data()
+
+    def losses():
+        monitor = LipschitzMonitor(**arguments)
+        return model.fit({"x": x}, y, verbose=0, callbacks=[monitor]).history["loss"]
+
     with pytest.raises(ValueError, match=r"model.build\(input_shape\).*not built in its layers"):
-        fit(model, LipschitzMonitor(**arguments))
-    model(data()[0])
-    assert np.isfinite(fit(model, LipschitzMonitor(**arguments))["loss"]).all()
+        losses()
+    model(x)
+    assert np.isfinite(losses()).all()
 
 
 def test_unknown_names_of_targets_are_refused():

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import keras
 
+from keras_lipattn._seen_calls import remembered_call
 from keras_lipattn.bounds.lipschitz_bound import NORMS
 from keras_lipattn.callbacks._certified import LayerBound, certified_bounds, finite_or_inf
 from keras_lipattn.callbacks._lower import check_sample, lower_estimates
@@ -22,6 +23,7 @@ from keras_lipattn.callbacks._penalty import (
 )
 from keras_lipattn.callbacks._plot import plot_bounds
 from keras_lipattn.callbacks._tracked_step import TrackedStep
+from keras_lipattn.callbacks._training_data import meet_training_data
 from keras_lipattn.callbacks._watched_layers import WatchedLayer, watched_layers
 from keras_lipattn.certification import Certificate
 from keras_lipattn.layers._arguments import require_positive_integer
@@ -60,6 +62,12 @@ class LipschitzMonitor(keras.callbacks.Callback):
     hence in checkpoints: after `BackupAndRestore` a callable of the epoch and of the current
     coefficient goes on from the restored one. A number is set again whatever was restored.
 
+    **Subclassed models** may be new: their weights are created, and their certificates are for
+    inputs of the structure, shapes and dtypes, as the data of `fit` says when it begins. On other
+    backends than TensorFlow, and where `train_step` calls the model on something else than the
+    inputs, they need weights before `fit` for a penalty, and `inputs=` to be certified for
+    integers.
+
     Args:
         norm: Norm of inputs and outputs: `"l2"` (2-norm of all entries), `"token"` (largest 2-norm
             of a token) or `"linf"` (largest absolute entry).
@@ -94,8 +102,8 @@ class LipschitzMonitor(keras.callbacks.Callback):
     Raises:
         ValueError: If an argument is out of range. From `fit`: if the model has no layer of ours,
             if `target` names an unknown one, if a penalised layer has no finite bound, if the
-            weights do not exist before the first batch though `penalty` or `running_every` needs
-            them, or if two monitors of one `fit` have any of the two.
+            weights cannot be created before the first batch though `penalty` or `running_every`
+            needs them, or if two monitors of one `fit` have any of the two.
 
     Example:
 
@@ -168,9 +176,11 @@ class LipschitzMonitor(keras.callbacks.Callback):
         require_created_in_scope(strategy, self._trained.variables, f"Model {self._trained.name!r}")
         if self._needs_step:
             self._check_alone(beside)
+        met = meet_training_data(self._trained)
+        if self._needs_step and not met:
             self._check_built()
-        # A model which is not built yet is looked at after its first epoch.
-        if self._trained.built and not self._unbuilt_layers():
+        # A model that is still not built is looked at after its first epoch.
+        if met or (self._trained.built and not self._unbuilt_layers()):
             self._watch()
             if self.lower is not None:
                 check_sample(self.lower, self._trained)
@@ -207,7 +217,8 @@ class LipschitzMonitor(keras.callbacks.Callback):
             of_layers = f" in its layers {unbuilt}" if unbuilt else ""
             raise ValueError(
                 "`penalty` and `running_every` need the weights of the model before the first "
-                "batch: call `model.build(input_shape)`, or the model on some data, before `fit`. "
+                "batch, and calling the model on the inputs of `fit` did not create them: call "
+                "`model.build(input_shape)`, or the model on some data, before `fit`. "
                 f"Received: model {self._trained.name!r}, which is not built{of_layers}"
             )
 
@@ -316,8 +327,13 @@ class LipschitzMonitor(keras.callbacks.Callback):
             self._watched,
             norm=self.norm,
             sequence_length=self.sequence_length,
-            options=self.certify_options,
+            options=self._inputs() | self.certify_options,
         )
+
+    def _inputs(self) -> dict[str, Any]:
+        """The argument `inputs` of `certify`: what a subclassed model is called on."""
+        seen = remembered_call(self._trained)
+        return {} if seen is None else {"inputs": seen}
 
     def _running_bounds(self) -> dict[str, float]:
         # Asking for the model brings its variables up to date where a backend keeps them elsewhere.

@@ -6,6 +6,7 @@ from typing import Any
 
 import keras
 
+from keras_lipattn._seen_calls import remembered_call
 from keras_lipattn.certification.batch_axis import DEPENDS_ON_BATCH, BatchComparison
 from keras_lipattn.certification.classifier_head import find_head
 from keras_lipattn.certification.registry import find_rule
@@ -50,12 +51,14 @@ class TracedModel:
     ):
         self.model = model
         arguments, self.names = call_specs(model, inputs)
-        self._arguments, self._flexible = _sized(model, arguments, sequence_length, shapes)
         self.failure, self.head, self.logit_call = "", "", None
         fixed = [leaf.shape[0] for leaf in keras.tree.flatten(arguments) if leaf.shape[0]]
         sizes = (fixed[0], fixed[0]) if fixed else BATCH_SIZES
+        self._arguments, self._flexible = _sized(model, arguments, sequence_length, shapes)
         try:
             self.trace = self._trace(sizes[0])
+            if inputs is None and _guesses_dtypes(model) and self._look_up_integers():
+                self.trace = self._trace(sizes[0])
         except TraceError as error:
             self.failure = f"it cannot be traced on a batch of {sizes[0]} examples: {error}"
             self.trace = self._empty(sizes[0])
@@ -91,6 +94,27 @@ class TracedModel:
             raise TraceError(DEPENDS_ON_BATCH)
         return single
 
+    def _look_up_integers(self) -> bool:
+        """Makes inputs integers that go into an embedding; whether there are any.
+
+        Keras does not keep the dtypes of what a model without a graph was called on.
+        """
+        looked_up = {
+            id(tensor)
+            for call in self.trace.calls
+            if isinstance(call.operation, keras.layers.Embedding)
+            for tensor in call.tensors
+        }
+        looked_up |= {id(self.trace.aliases.get(key)) for key in looked_up}
+        leaves = [
+            KerasTensor(leaf.shape, dtype="int32") if id(tensor) in looked_up else leaf
+            for leaf, tensor in zip(
+                keras.tree.flatten(self._arguments), self.trace.inputs, strict=True
+            )
+        ]
+        self._arguments = keras.tree.pack_sequence_as(self._arguments, leaves)
+        return any(id(tensor) in looked_up for tensor in self.trace.inputs)
+
     def _trace(self, batch: int) -> Trace:
         with names_kept():
             return trace(
@@ -105,6 +129,10 @@ class TracedModel:
         leaves = keras.tree.flatten(self._arguments)
         inputs = [KerasTensor((batch, *leaf.shape[1:]), dtype=leaf.dtype) for leaf in leaves]
         return Trace(batch=batch, inputs=inputs)
+
+
+def _guesses_dtypes(model: keras.Model) -> bool:
+    return function_of(model) is None and remembered_call(model) is None
 
 
 def _refusal_of(layer: keras.layers.Layer) -> str:

@@ -20,6 +20,7 @@ from keras.src.backend.common import global_state
 from keras.src.backend.common.keras_tensor import KerasTensor
 from keras.src.models.functional import Functional
 
+from keras_lipattn._seen_calls import remembered_call, specs_of
 from keras_lipattn.certification.paths import sibling_names
 
 # What code written for data may raise when it is called on symbols.
@@ -174,25 +175,16 @@ def call_specs(model: keras.Model, inputs: Any = None) -> tuple[tuple, list[str]
     """
     function = function_of(model)
     if function is not None:
-        structure = keras.tree.map_structure(_spec, function._inputs_struct)
-        return (structure,), input_names(function)
+        return (function._inputs_struct,), input_names(function)
     if inputs is not None:
-        inputs = inputs if isinstance(inputs, tuple) else (inputs,)
-        arguments = keras.tree.map_structure(_spec, inputs)
+        arguments = specs_of(inputs if isinstance(inputs, tuple) else (inputs,))
     else:
-        arguments = _built_specs(model)
+        arguments = remembered_call(model) or _built_specs(model)
     names = [
         f"input {index} of shape {tuple(leaf.shape[1:])}"
         for index, leaf in enumerate(keras.tree.flatten(arguments), start=1)
     ]
     return arguments, names
-
-
-def _spec(leaf: Any) -> KerasTensor:
-    shape = tuple(leaf.shape)
-    fixed = isinstance(leaf, KerasTensor) and shape and shape[0] is not None
-    batch = shape[:1] if fixed else (None,)
-    return KerasTensor((*batch, *shape[1:]), dtype=keras.backend.standardize_dtype(leaf.dtype))
 
 
 def _built_specs(model: keras.Model) -> tuple:

@@ -1,6 +1,7 @@
 """What a conversion gives back."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import keras
 
@@ -11,7 +12,9 @@ class Conversion:
 
     Args:
         model: The new model.
-        replaced: Names of the layers that were replaced, in the order of the graph.
+        replaced: Paths of the layers that were replaced, such as `"encoder/attention"`, in the
+            order in which Keras lists layers.
+        kept: From the paths of the attention layers that stay as they are to why.
         relative_error: `|new(x) - old(x)| / |old(x)|` at inference, in the 2-norm over all entries
             of all outputs on the batch that was given; `None` without one. A measurement on that
             batch, not a bound.
@@ -19,4 +22,5 @@ class Conversion:
 
     model: keras.Model
     replaced: tuple[str, ...]
+    kept: Mapping[str, str]
     relative_error: float | None

@@ -53,7 +53,7 @@ def attack(subject: Subject, seed: int = 0) -> list[Comparison]:
     with keras_lipattn.condensed(subject.twin):
         measured = jacobians(subject.twin, subject.points)
     for norm in NORMS:
-        certificate = keras_lipattn.certification(
+        certificate = keras_lipattn.certify(
             subject.model, norm=norm, input_radius=subject.input_radius
         )
         if not certificate.is_finite:
@@ -75,7 +75,7 @@ def _locally(subject: Subject, norm: str, seed: int, worst: np.ndarray) -> tuple
     radius = scale * 10.0 ** rng.uniform(-3.0, 0.5)
     # Condensed, so that weights under caps are known too.
     with keras_lipattn.condensed(subject.model):
-        certificate = keras_lipattn.certification(
+        certificate = keras_lipattn.certify(
             subject.model, norm=norm, input_radius=subject.input_radius, around=point, radius=radius
         )
     estimate = _searched(subject, point[None], norm, seed, radius=radius)
