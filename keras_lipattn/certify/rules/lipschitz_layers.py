@@ -150,7 +150,9 @@ def attention_mask_class(call: Call):
     if isinstance(given, TensorState):
         return (call.mask if call.mask is not None else "any"), None
     pairs = np.asarray(given, bool)
-    if pairs.ndim >= 2 and pairs.shape[-1] == pairs.shape[-2]:
+    # With several axes in an example, only masks of rank 2 and 3 surely end in flattened tokens.
+    flattened = len(call.state.shape) == 2 or pairs.ndim <= 3
+    if flattened and pairs.ndim >= 2 and pairs.shape[-1] == pairs.shape[-2]:
         if causal:
             pairs = np.logical_and(pairs, np.tri(pairs.shape[-1], dtype=bool))
         return pairs, None
