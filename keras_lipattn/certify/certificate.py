@@ -265,7 +265,7 @@ class Certificate:
 
 def _read(kind: Any, value: Any, name: str) -> Any:
     """The value that `_encode` wrote for this type; `name` is for errors."""
-    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, dict):
         hints = typing.get_type_hints(kind)
         unknown = sorted(set(value) - set(hints))
         if unknown:

@@ -195,7 +195,7 @@ def mixed_in_blocks(y, mask):
     attention_mask = mask.attention_mask
     # One row for all queries is not cut into blocks.
     has_rows = attention_mask is not None and attention_mask.shape[2] != 1
-    if has_rows:
+    if attention_mask is not None and has_rows:
         batch_side, head_side, _, key_side = ops.shape(attention_mask)
         if attention_mask.shape[2] is None:
             sides = (batch_side, head_side, length, key_side)

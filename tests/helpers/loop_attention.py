@@ -122,7 +122,8 @@ def attend_over_axes(
     pairs = None
     if attention_mask is not None:
         pairs = pairs_of_sequences(attention_mask, x.shape, axes, heads)
-    result, all_scores = None, None
+    result: Any = None
+    all_scores: Any = None
     for other, places in sequences(x.shape, axes):
         output, scores = attend(
             np.array([x[place] for place in places]),
@@ -133,7 +134,7 @@ def attend_over_axes(
             causal=causal,
             window=window,
         )
-        if result is None or all_scores is None:
+        if result is None:
             result = np.zeros((*x.shape[:-1], *output.shape[1:]))
             outer = [side for axis, side in enumerate(x.shape[:-1]) if axis not in axes]
             all_scores = np.zeros((*outer, heads, *sides, *sides))
