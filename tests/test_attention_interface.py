@@ -283,6 +283,30 @@ def test_symbolic_shapes_are_those_of_outputs(options):
     assert tuple(functional[0].shape[1:]) == tuple(outputs[0].shape[1:])
 
 
+@pytest.mark.parametrize("built", [False, True])
+def test_shapes_that_no_call_accepts_have_no_output_shape(built):
+    layer = L2MultiHeadAttention(HEADS, KEY_DIM)
+    shape = (None, LENGTH, FEATURES)
+    if built:
+        layer.build(shape)
+    assert layer.compute_output_shape(shape, shape, shape) == shape
+    assert layer.compute_output_shape(list(shape), list(shape)) == shape
+    for name in ("value", "key"):
+        with pytest.raises(ValueError, match=rf"`{name}_shape` must be .*Received: {name}_shape="):
+            layer.compute_output_shape(shape, **{f"{name}_shape": (None, LENGTH + 1, FEATURES)})
+    wrong = [(None, FEATURES), (None, LENGTH, None), (None, LENGTH, 0)]
+    if built:
+        wrong += [(None, LENGTH, FEATURES + 1), (None, 2, LENGTH, FEATURES)]
+    for query in wrong:
+        with pytest.raises(ValueError, match=r"Received: query_shape=\(None, "):
+            layer.compute_output_shape(query)
+        with pytest.raises(ValueError, match=r"Received: query_shape=\(None, "):
+            layer.compute_output_spec(keras.KerasTensor(query))
+    axes = L2MultiHeadAttention(HEADS, KEY_DIM, attention_axes=2)
+    with pytest.raises(ValueError, match=r"`attention_axes` must be .*Received"):
+        axes.compute_output_shape(shape)
+
+
 # Masks that Keras carries -----------------------------------------------------
 
 

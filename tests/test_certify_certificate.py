@@ -208,6 +208,47 @@ def test_other_texts_are_no_certificates(text):
         Certificate.from_json(text)
 
 
+def _changed(change):
+    content = json.loads(certify(_IDENTITY).to_json())
+    change(content)
+    return json.dumps(content)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c.pop("rows"),
+        lambda c: c.pop("model"),
+        lambda c: c.pop("threat_model"),
+        lambda c: c["threat_model"].pop("norm"),
+        lambda c: c["rows"][0].pop("path"),
+        lambda c: c.update(rows=None),
+        lambda c: c.update(rows=[3]),
+        lambda c: c.update(threat_model=[]),
+        lambda c: c.update(pairs=[3]),
+        lambda c: c.update(pairs=[["a"]]),
+        lambda c: c.update(total="large"),
+        lambda c: c.update(total=None),
+        lambda c: c.update(total=10**400),
+        lambda c: c.update(total=math.nan),
+        lambda c: c.update(other=1),
+        lambda c: c["threat_model"].update(norm="l7"),
+        lambda c: c["threat_model"].update(lost=[["a"]]),
+        lambda c: c["rows"][0].update(tokens="many"),
+        lambda c: c["rows"][0].update(exact=1),
+    ],
+)
+def test_a_broken_certificate_is_a_value_error(change):
+    with pytest.raises(ValueError, match="Received"):
+        Certificate.from_json(_changed(change))
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"schema": 1}', "[" * 100_000, "null", '{"schema": 1'])
+def test_a_broken_text_is_a_value_error(text):
+    with pytest.raises(ValueError, match=r"Received|Expecting|deeply"):
+        Certificate.from_json(text)
+
+
 _numbers = st.floats(0.0, allow_nan=False)
 
 
@@ -287,13 +328,13 @@ def test_plot_without_matplotlib(tmp_path, monkeypatch):
         certify(_IDENTITY).plot(tmp_path / "costs.png")
 
 
-def run_tool(*arguments):
+def run_tool(*arguments, cwd=TOOL.parents[1]):
     return subprocess.run(
         [sys.executable, str(TOOL), *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
-        cwd=TOOL.parents[1],
+        cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(TOOL.parents[1])},
     )
 

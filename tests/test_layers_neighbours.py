@@ -218,6 +218,12 @@ def test_condensed_dense_layers_are_certified_as_they_run(dtype, cap, x):
         (lambda: Residual()([np.zeros((2, 3))]), r"Received: input_shape=\[\(2, 3\)\]"),
         (lambda: Residual()([np.zeros((2, 3))] * 3), r"Received: input_shape=\["),
         (lambda: Residual()([np.zeros((2, 3)), np.zeros((2, 1))]), r"\(2, 3\), \(2, 1\)"),
+        (lambda: Residual()([np.zeros((2, 3)), np.zeros((1, 3))]), r"\(2, 3\), \(1, 3\)"),
+        (lambda: Residual()([np.zeros((2, 3)), np.zeros(3)]), r"\(2, 3\), \(3,\)"),
+        (lambda: Residual()([1.0, 2.0]), r"Received: input_shape=\[None, None\]"),
+        (lambda: Residual()(*[np.zeros((2, 3))] * 2), r"\[x, f\(x\)\].*: 2 positional arguments"),
+        (lambda: Residual()(*[keras.Input((3,))] * 2), r"Received: 2 positional arguments"),
+        (lambda: Residual().compute_output_shape((2, 3)), r"Received: input_shape=\(2, 3\)"),
     ],
 )
 def test_bad_input_is_named_with_what_was_received(make, message):
@@ -244,6 +250,16 @@ def test_empty_inputs_give_empty_outputs():
 
 
 # Residual --------------------------------------------------------------------
+
+
+def test_a_built_residual_still_looks_at_its_inputs():
+    layer = Residual()
+    a = np.ones((2, 3), "float32")
+    np.testing.assert_array_equal(layer(inputs=(a, a)), 2.0 * a)
+    # The rows of one tensor are no list, and other shapes must not broadcast.
+    for wrong in (a, [a], [a, a, a], [a, a[:, :1]], [a, a[:1]]):
+        with pytest.raises(ValueError, match=r"list of two tensors .*Received: "):
+            layer(wrong)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -28,15 +28,14 @@ Examples:
     python tools/certify.py model.keras --import=my_package.layers
 """
 
-import importlib
 import os
 import pathlib
 import sys
-from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from absl import app, flags
+from model_file import load_model
 
 _NORM = flags.DEFINE_enum(
     "norm",
@@ -76,26 +75,6 @@ _IMPORT = flags.DEFINE_multi_string(
 )
 
 
-def load_model(path: pathlib.Path) -> Any:
-    """The model in a file, with a message that says what to do when it cannot be read."""
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no model file of this name. Received: {path}")
-    import keras
-
-    # Its layers must be known to Keras before the file is read.
-    import keras_lipattn  # noqa: F401
-
-    for module in _IMPORT.value:
-        importlib.import_module(module)
-    try:
-        return keras.saving.load_model(path, compile=False)
-    except (ImportError, OSError, TypeError, ValueError) as error:
-        raise ValueError(
-            "The file cannot be loaded as a Keras model; layers of your own are found when their "
-            f"module is named by --import. Received: {path} with {type(error).__name__}: {error}"
-        ) from error
-
-
 def parse(argv: list[str]) -> list[str]:
     """Command line without the flags; a wrong flag is wrong usage."""
     try:
@@ -109,7 +88,7 @@ def main(argv: list[str]) -> int:
     if len(argv) != 2:
         raise app.UsageError(f"Expected MODEL.keras. Received: {argv[1:]}", exitcode=2)
     try:
-        model = load_model(pathlib.Path(argv[1]))
+        model = load_model(pathlib.Path(argv[1]), _IMPORT.value)
         # After the arguments have been looked at: loading TensorFlow takes seconds.
         from keras_lipattn import certify
         from keras_lipattn._whole_file import whole_file

@@ -23,16 +23,15 @@ Examples:
     python tools/export_saved_model.py model.keras build/classifier --example_batch=batch.npz
 """
 
-import importlib
 import os
 import pathlib
 import sys
-from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import numpy as np
 from absl import app, flags
+from model_file import load_model
 
 _NORM = flags.DEFINE_enum(
     "norm",
@@ -81,28 +80,6 @@ _IMPORT = flags.DEFINE_multi_string(
 )
 
 
-def load_model(path: pathlib.Path) -> Any:
-    """The model in a file, with a message that says what to do when it cannot be read."""
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no model file of this name. Received: {path}")
-    import keras
-
-    # Its layers must be known to Keras before the file is read.
-    import keras_lipattn  # noqa: F401
-
-    # Modules of the user lie where the program is started, not beside it.
-    sys.path.append(os.getcwd())
-    for module in _IMPORT.value:
-        importlib.import_module(module)
-    try:
-        return keras.saving.load_model(path, compile=False)
-    except (ImportError, OSError, TypeError, ValueError) as error:
-        raise ValueError(
-            "The file cannot be loaded as a Keras model; layers of your own are found when their "
-            f"module is named by --import. Received: {path} with {type(error).__name__}: {error}"
-        ) from error
-
-
 def load_batch(path: str) -> np.ndarray | dict[str, np.ndarray]:
     """The arrays of a file, by the names of the inputs where there are several."""
     with np.load(path, allow_pickle=False) as content:
@@ -123,7 +100,7 @@ def main(argv: list[str]) -> int:
     if len(argv) != 3:
         raise app.UsageError(f"Expected MODEL.keras and FOLDER. Received: {argv[1:]}", exitcode=2)
     try:
-        model = load_model(pathlib.Path(argv[1]))
+        model = load_model(pathlib.Path(argv[1]), _IMPORT.value)
         # After the arguments have been looked at: loading TensorFlow takes seconds.
         from keras_lipattn.export import export_saved_model
 

@@ -4,11 +4,14 @@ import dataclasses
 import json
 import math
 import os
+import types
+import typing
 from typing import Any
 
 import keras
 import numpy as np
 
+from keras_lipattn.bounds.lipschitz_bound import NORMS
 from keras_lipattn.certification.certificate_row import CertificateRow
 from keras_lipattn.certification.fingerprint import fingerprint_of
 from keras_lipattn.certification.threat_model import ThreatModel
@@ -240,31 +243,63 @@ class Certificate:
         Raises:
             ValueError: if the text is no certificate, or of another schema.
         """
-        content = json.loads(text)
+        try:
+            content = json.loads(text, parse_constant=_refuse)
+        except RecursionError:
+            raise ValueError("The text is no certificate: it is nested too deeply.") from None
         schema = content.get("schema") if isinstance(content, dict) else None
         if schema != SCHEMA:
             raise ValueError(
                 f"The text must be a certificate of schema {SCHEMA}. Received: schema={schema!r}"
             )
-        try:
-            return cls._of_content(_decode(content))
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"The text is no certificate. Received: {error!r}") from error
-
-    @classmethod
-    def _of_content(cls, content: dict[str, Any]) -> "Certificate":
         for derived in ("schema", "vacuous", "reasons"):
             content.pop(derived, None)
-        threat: dict[str, Any] = {
-            key: _frozen(value) for key, value in content.pop("threat_model").items()
-        }
-        rows = tuple(CertificateRow(**row) for row in content.pop("rows"))
-        pairs = tuple(tuple(row) for row in content.pop("pairs"))
-        return cls(threat_model=ThreatModel(**threat), rows=rows, pairs=pairs, **content)
+        certificate = _read(cls, content, "certificate")
+        if certificate.norm not in NORMS:
+            raise ValueError(
+                f"The norm of a certificate must be one of {tuple(NORMS)}. "
+                f"Received: norm={certificate.norm!r}"
+            )
+        return certificate
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
+def _read(kind: Any, value: Any, name: str) -> Any:
+    """The value that `_encode` wrote for this type; `name` is for errors."""
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        hints = typing.get_type_hints(kind)
+        unknown = sorted(set(value) - set(hints))
+        if unknown:
+            raise ValueError(
+                f"The {name} of a certificate has no such entries. Received: {unknown}"
+            )
+        fields = {key: _read(hints[key], item, key) for key, item in value.items()}
+        try:
+            return kind(**fields)
+        except TypeError as error:
+            raise ValueError(f"The {name} is incomplete. Received: {error}") from error
+    parts = typing.get_args(kind)
+    if typing.get_origin(kind) is tuple and isinstance(value, list):
+        if parts[-1] is Ellipsis:
+            parts = parts[:1] * len(value)
+        if len(parts) == len(value):
+            return tuple(_read(part, item, name) for part, item in zip(parts, value, strict=True))
+    elif isinstance(kind, types.UnionType):
+        return None if value is None else _read(parts[0], value, name)
+    elif kind is float and (type(value) in (int, float) or value in ("inf", "-inf")):
+        try:
+            return float(value)
+        except OverflowError:
+            pass
+    elif type(value) is kind:
+        return value
+    raise ValueError(
+        f"The entry {name!r} of a certificate must be of type {getattr(kind, '__name__', kind)}. "
+        f"Received: {name}={value!r}"
+    )
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"A certificate has no such number. Received: {constant}")
 
 
 def _encode(value: Any) -> Any:
@@ -274,31 +309,4 @@ def _encode(value: Any) -> Any:
         return [_encode(item) for item in value]
     if isinstance(value, float) and math.isinf(value):
         return "inf" if value > 0 else "-inf"
-    return value
-
-
-_NUMBERS = frozenset(
-    {
-        "constant",
-        "cost",
-        "input_radius",
-        "log10",
-        "published",
-        "published_log10",
-        "published_total",
-        "radius",
-        "share",
-        "total",
-        "pairs",
-    }
-)
-
-
-def _decode(value: Any, *, number: bool = False) -> Any:
-    if isinstance(value, dict):
-        return {key: _decode(item, number=key in _NUMBERS) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_decode(item, number=number) for item in value]
-    if number and value in ("inf", "-inf"):
-        return float(value)
     return value

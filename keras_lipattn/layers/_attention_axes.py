@@ -29,6 +29,8 @@ class AttentionAxes:
         self._rank = rank
         self._others = [axis for axis in range(1, rank - 1) if axis not in self.axes]
         self._order = [0, *self._others, *self.axes]
+        # In the order of `attention_axes`, as the scores of Keras have them.
+        self._given = tuple(a % rank for a in chosen)
 
     @property
     def is_plain(self):
@@ -38,10 +40,6 @@ class AttentionAxes:
     def length(self, shape):
         """Number of tokens of a static shape, `None` if unknown."""
         return _product([shape[axis] for axis in self.axes])
-
-    def batch(self, shape):
-        """Number of sequences of a static shape, `None` if unknown."""
-        return _product([shape[axis] for axis in (0, *self._others)])
 
     def flatten(self, tensor):
         """`(B, ..., D)` as `(B', T, D)`."""
@@ -59,13 +57,67 @@ class AttentionAxes:
         moved = ops.transpose(mask, self._order)
         return ops.reshape(moved, (self._sequences(shape), self._tokens(shape)))
 
-    def repeat_mask(self, attention_mask, tensor):
-        """A mask `(B, H, T, T)` given per example, for every sequence of the example."""
-        if not self._others or attention_mask.shape[0] == 1:
-            return attention_mask
+    def score_shape(self, shape, num_heads):
+        """Shape of the scores, `(B, ..., H, queries..., keys...)`, as Keras has it.
+
+        The axes without attention come before the heads. Those of queries and keys are in the
+        order of `attention_axes`.
+        """
+        tokens = [shape[axis] for axis in self._given]
+        return (*self._outer(shape, num_heads), *tokens, *tokens)
+
+    def restore_scores(self, scores, tensor):
+        """Scores `(B', H, T, T)` in the shape of `score_shape`."""
+        if self._rank == 3:
+            return scores
         shape = ops.shape(tensor)
-        repeats = math.prod(shape[axis] for axis in self._others)
-        return ops.repeat(attention_mask, repeats, axis=0)
+        tokens = [shape[axis] for axis in self.axes]
+        sides = (*self._outer(shape, scores.shape[1]), *tokens, *tokens)
+        places = [self.axes.index(axis) for axis in self._given]
+        return ops.transpose(ops.reshape(scores, sides), self._order_of_scores(places))
+
+    def mask_shapes(self, shape, num_heads):
+        """Shapes of a mask of pairs by rank; a side of 1 is legal in place of any of these.
+
+        They are what Keras broadcasts to `score_shape`: the axes of queries and keys come last,
+        those before them are the first ones of the scores. With several axes of attention a mask
+        of the flattened tokens, `(T, T)` or `(B, T, T)`, is legal too.
+        """
+        full, length = self.score_shape(shape, num_heads), self.length(shape)
+        outer = 2 + len(self._others)
+        shapes = [(length, length), (shape[0], length, length)]
+        shapes += [(*full[:lead], *full[outer:]) for lead in range(outer + 1)]
+        # Where two have the same rank, the later one stays, which is that of Keras.
+        return {len(shape): shape for shape in shapes}
+
+    def flatten_pairs(self, mask, tensor):
+        """A mask of one of `mask_shapes` as one that broadcasts to `(B', H, T, T)`."""
+        rank, outer = len(mask.shape), 2 + len(self._others)
+        flattened = rank < 2 * len(self.axes)
+        lead = rank - (2 if flattened else 2 * len(self.axes))
+        for _ in range(outer - lead):
+            mask = ops.expand_dims(mask, lead)
+        if self._rank == 3:
+            return mask
+        shape = ops.shape(tensor)
+        *sequences, heads = self._outer(shape, ops.shape(mask)[outer - 1])
+        if flattened:
+            tokens = [self._tokens(shape)]
+        else:
+            tokens = [shape[axis] for axis in self.axes]
+            places = [self._given.index(axis) for axis in self.axes]
+            mask = ops.transpose(mask, self._order_of_scores(places))
+        return _merge(mask, [sequences, [heads], tokens, tokens])
+
+    def _outer(self, shape, num_heads):
+        """The first sides of `score_shape`."""
+        return *(shape[axis] for axis in (0, *self._others)), num_heads
+
+    def _order_of_scores(self, places):
+        """Order of the axes of `score_shape` that moves those of attention to `places`."""
+        first = 2 + len(self._others)
+        queries = [first + place for place in places]
+        return [*range(first), *queries, *(len(places) + axis for axis in queries)]
 
     def restore(self, sequences, tensor):
         """`(B', T, O)` in the layout of `tensor`, which was flattened before."""
@@ -84,6 +136,21 @@ class AttentionAxes:
 
     def _tokens(self, shape):
         return math.prod(shape[axis] for axis in self.axes)
+
+
+def _merge(mask, groups):
+    """The axes of each group made one, which keeps a side of 1 if all of them do."""
+    for place, group in enumerate(groups):
+        if len(group) == 1:
+            continue
+        sides, end = ops.shape(mask), place + len(group)
+        if all(side == 1 for side in mask.shape[place:end]):
+            group = [1]
+        else:
+            # One group at a time: TensorFlow has no broadcast of many axes in turns.
+            mask = ops.broadcast_to(mask, (*sides[:place], *group, *sides[end:]))
+        mask = ops.reshape(mask, (*sides[:place], math.prod(group), *sides[end:]))
+    return mask
 
 
 def _product(sides):

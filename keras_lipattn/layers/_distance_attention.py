@@ -193,18 +193,22 @@ def mixed_in_blocks(y, mask):
     columns = ops.arange(length, dtype="int32")
     padded = -(-length // block_size) * block_size
     attention_mask = mask.attention_mask
-    if attention_mask is not None:
+    # One row for all queries is not cut into blocks.
+    has_rows = attention_mask is not None and attention_mask.shape[2] != 1
+    if attention_mask is not None and has_rows:
+        batch_side, head_side, _, key_side = ops.shape(attention_mask)
+        if attention_mask.shape[2] is None:
+            sides = (batch_side, head_side, length, key_side)
+            attention_mask = ops.broadcast_to(attention_mask, sides)
         extra = ((0, 0), (0, 0), (0, padded - length), (0, 0))
         attention_mask = ops.pad(attention_mask, extra, constant_values=False)
 
     def hide(scores, start):
         rows = start + ops.arange(block_size, dtype="int32")
-        part = None
-        if attention_mask is not None:
-            sides = ops.shape(attention_mask)
-            part = ops.slice(
-                attention_mask, (0, 0, start, 0), (sides[0], sides[1], block_size, length)
-            )
+        part = attention_mask
+        if has_rows:
+            sides = (batch_side, head_side, block_size, key_side)
+            part = ops.slice(attention_mask, (0, 0, start, 0), sides)
         visible = mask.visible(rows, columns, part)
         return scores if visible is None else ops.where(visible, scores, HIDDEN)
 

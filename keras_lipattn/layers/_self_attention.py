@@ -9,7 +9,6 @@ import numpy as np
 from keras import constraints as keras_constraints
 from keras import initializers, ops, regularizers
 
-from keras_lipattn.bounds.mask_degrees import mask_degrees
 from keras_lipattn.layers._arguments import (
     as_tuple,
     describe,
@@ -25,8 +24,8 @@ from keras_lipattn.layers._visibility import (
     Visibility,
     check_masks,
     classify,
+    degrees_of,
     valid_tokens,
-    with_head_axis,
 )
 from keras_lipattn.layers.lipschitz_layer import LipschitzLayer
 
@@ -130,22 +129,8 @@ class SelfAttention(LipschitzLayer):
     # Building -------------------------------------------------------------------------------
 
     def build(self, query_shape, value_shape=None, key_shape=None):
-        for name, shape in (("value_shape", value_shape), ("key_shape", key_shape)):
-            if shape is not None and tuple(shape) != tuple(query_shape):
-                raise self._cross_attention(name[:-6], f"{tuple(shape)}")
-        rank = len(query_shape)
-        if rank < 3:
-            raise ValueError(
-                "`query` must have at least three axes, `(batch, tokens, features)`. "
-                f"Received: query_shape={tuple(query_shape)}"
-            )
-        features = query_shape[-1]
-        if not features:
-            raise ValueError(
-                "The last axis of `query` must be static and not empty. "
-                f"Received: query_shape={tuple(query_shape)}"
-            )
-        self._axes = AttentionAxes(rank, self.attention_axes, query_shape)
+        self._axes = self._checked_axes(query_shape, value_shape, key_shape)
+        rank, features = len(query_shape), query_shape[-1]
         static_length = self._axes.length(query_shape)
         if self.max_sequence_length is None and self.lipschitz_bound is not None:
             if not static_length:
@@ -169,6 +154,35 @@ class SelfAttention(LipschitzLayer):
         if self.dropout > 0.0:
             self._seed_generator = keras.random.SeedGenerator(self.seed)
         self._add_running_state()
+
+    def _checked_axes(self, query_shape, value_shape=None, key_shape=None):
+        """`AttentionAxes` of a query, whose shape and those of value and key must be legal."""
+        query_shape = tuple(query_shape)
+        for name, shape in (("value", value_shape), ("key", key_shape)):
+            if shape is not None and tuple(shape) != query_shape:
+                raise ValueError(
+                    f"{type(self).__name__} is self-attention: `{name}_shape` must be omitted or "
+                    f"equal `query_shape`, since {self._not_cross}. Received: "
+                    f"{name}_shape={tuple(shape)}, query_shape={query_shape}"
+                )
+        rank = len(query_shape)
+        if rank < 3:
+            raise ValueError(
+                "`query` must have at least three axes, `(batch, tokens, features)`. "
+                f"Received: query_shape={query_shape}"
+            )
+        features = query_shape[-1]
+        if not features:
+            raise ValueError(
+                "The last axis of `query` must be static and not empty. "
+                f"Received: query_shape={query_shape}"
+            )
+        if self.built and (rank, features) != (self.input_spec.ndim, self._features):
+            raise ValueError(
+                f"This layer was built for a `query` of {self.input_spec.ndim} axes whose last one "
+                f"has {self._features} features. Received: query_shape={query_shape}"
+            )
+        return AttentionAxes(rank, self.attention_axes, query_shape)
 
     def _add_kernel(self, name, shape, input_axes):
         """A kernel whose first `input_axes` axes are the rows of the operator it stands for."""
@@ -235,9 +249,11 @@ class SelfAttention(LipschitzLayer):
         require_norm("norm", norm)
         require_positive_integer("sequence_length", sequence_length, optional=True)
         visibility = classify(mask, sliding_window=self.sliding_window)
-        if isinstance(mask, str):
+        sides = np.shape(mask)[-2:]
+        # A class tells no length, nor does a mask that broadcasts along both axes.
+        if isinstance(mask, str) or sides == (1, 1):
             return visibility, sequence_length or self._length
-        return visibility, max(sequence_length or 1, np.shape(mask)[-1])
+        return visibility, max(sequence_length or 1, *sides)
 
     # Calling ----------------------------------------------------------------------------------
 
@@ -264,12 +280,7 @@ class SelfAttention(LipschitzLayer):
             "attention_mask": attention_mask,
         }
         kwargs.update((name, mask) for name, mask in masks.items() if mask is not None)
-        # One mask for all examples, written down where the layer is called, is a constant. One per
-        # example is data: one example's mask must not change the cap of another.
-        if isinstance(attention_mask, np.ndarray) and attention_mask.ndim == 2:
-            rows, columns = attention_mask.shape
-            if rows == columns:
-                self._call_degrees.value = mask_degrees(attention_mask)
+        self._call_degrees.value = _constant_degrees(attention_mask)
         try:
             return super().__call__(query, **kwargs)
         finally:
@@ -329,7 +340,7 @@ class SelfAttention(LipschitzLayer):
         visibility = self._call_visibility(attention_mask, use_causal_mask)
         tokens = self._axes.flatten(query)
         if attention_mask is not None:
-            attention_mask = self._axes.repeat_mask(with_head_axis(attention_mask), query)
+            attention_mask = self._axes.flatten_pairs(ops.cast(attention_mask, "bool"), query)
         valid = valid_tokens(
             [self._axes.flatten_mask(m) for m in token_masks.values() if m is not None]
         )
@@ -349,9 +360,11 @@ class SelfAttention(LipschitzLayer):
         heads, shift, scores = self._attend(
             tokens, projections, mask, training, return_attention_scores
         )
-        if return_attention_scores and mask.valid is not None:
-            rows = mask.valid[:, None, :, None]
-            scores = ops.where(rows, scores, ops.zeros_like(scores))
+        if return_attention_scores:
+            if mask.valid is not None:
+                rows = mask.valid[:, None, :, None]
+                scores = ops.where(rows, scores, ops.zeros_like(scores))
+            scores = self._axes.restore_scores(scores, query)
         # What is the same for all tokens is one row an example: it passes through C before it is
         # added.
         if shift is not None:
@@ -380,9 +393,8 @@ class SelfAttention(LipschitzLayer):
         )
 
     def _check_call(self, query, token_masks, attention_mask, axes):
-        length = axes.length(query.shape)
-        self._check_length(length)
-        check_masks(query.shape, length, self.num_heads, token_masks, attention_mask)
+        self._check_length(axes.length(query.shape))
+        check_masks(query.shape, axes, self.num_heads, token_masks, attention_mask)
         if token_masks["token_weights"] is not None:
             check_token_weights(token_masks["token_weights"], self.lipschitz_bound)
 
@@ -415,9 +427,7 @@ class SelfAttention(LipschitzLayer):
             A `Visibility`: where the call may have known more or less of the mask, the one that
             scales down least.
         """
-        degrees = None, None
-        if isinstance(attention_mask, np.ndarray) and attention_mask.ndim == 2:
-            degrees = mask_degrees(attention_mask)
+        degrees = _constant_degrees(attention_mask)
         return self._visibility_under(attention_mask is not None, use_causal_mask, degrees)
 
     def _tracked_length(self, visibility):
@@ -437,6 +447,7 @@ class SelfAttention(LipschitzLayer):
         return previous_mask
 
     def compute_output_shape(self, query_shape, value_shape=None, key_shape=None):
+        self._checked_axes(query_shape, value_shape, key_shape)
         return (*query_shape[:-1], *(self._output_shape or (query_shape[-1],)))
 
     def compute_output_spec(
@@ -454,7 +465,7 @@ class SelfAttention(LipschitzLayer):
         token_weights=None,
     ):
         self._require_self_attention(query, value, key)
-        axes = AttentionAxes(len(query.shape), self.attention_axes, query.shape)
+        axes = self._checked_axes(query.shape)
         token_masks = {
             "query_mask": query_mask,
             "value_mask": value_mask,
@@ -465,9 +476,8 @@ class SelfAttention(LipschitzLayer):
         output = keras.KerasTensor(self.compute_output_shape(query.shape), self.compute_dtype)
         if not return_attention_scores:
             return output
-        batch, length = axes.batch(query.shape), axes.length(query.shape)
-        scores = keras.KerasTensor((batch, self.num_heads, length, length), self.compute_dtype)
-        return output, scores
+        shape = axes.score_shape(query.shape, self.num_heads)
+        return output, keras.KerasTensor(shape, self.compute_dtype)
 
     def get_config(self):
         return {
@@ -492,3 +502,16 @@ class SelfAttention(LipschitzLayer):
             "bias_constraint": keras_constraints.serialize(self.bias_constraint),
             "seed": self.seed,
         }
+
+
+def _constant_degrees(attention_mask):
+    """Degrees of one mask for all examples that is written down where the layer is called.
+
+    They are unknown for any other mask. One per example is data: the mask of one example must not
+    change the cap of another.
+    """
+    if not isinstance(attention_mask, np.ndarray) or attention_mask.ndim != 2:
+        return None, None
+    queries, keys = attention_mask.shape
+    # Other shapes are refused in `call`.
+    return degrees_of(attention_mask) if queries == keys or 1 in (queries, keys) else (None, None)

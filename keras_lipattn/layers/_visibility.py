@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 from keras import ops
 
 from keras_lipattn.bounds.mask_degrees import mask_degrees
@@ -38,7 +39,7 @@ def _least(a, b):
 
 
 def classify(mask, *, sliding_window=None):
-    """`Visibility` of `mask`: `"full"`, `"causal"`, `"any"`, or an array `(..., T, T)`.
+    """`Visibility` of `mask`: `"full"`, `"causal"`, `"any"`, or what `degrees_of` takes.
 
     A window is narrower than what the theorems of full and causal masks speak of (their column
     sums run over all tokens), so it makes any mask one that is known by its degrees only.
@@ -48,7 +49,7 @@ def classify(mask, *, sliding_window=None):
     """
     degrees = (None, None)
     if not isinstance(mask, str):
-        degrees, mask = mask_degrees(mask), "any"
+        degrees, mask = degrees_of(mask), "any"
     if mask not in ("full", "causal", "any"):
         raise ValueError(
             '`mask` must be "full", "causal", "any" or a boolean array of shape `(T, T)`. '
@@ -61,6 +62,20 @@ def classify(mask, *, sliding_window=None):
     seen = reach if causal else 2 * reach
     n_keys, n_queries = (seen if d is None else min(d, seen) for d in degrees)
     return Visibility("any", n_keys, n_queries, causal)
+
+
+def degrees_of(mask):
+    """The degrees of an array `(..., T, T)`, in which either `T` may be 1 and broadcasts.
+
+    A mask `(..., 1, 1)` leaves the number of tokens open: its degrees are `(None, None)`.
+    """
+    sides = np.shape(mask)[-2:]
+    if sides == (1, 1):
+        return None, None
+    if len(sides) == 2 and 1 in sides:
+        length = sides[0] if sides[1] == 1 else sides[1]
+        mask = np.broadcast_to(mask, (*np.shape(mask)[:-2], length, length))
+    return mask_degrees(mask)
 
 
 def visible_pairs(rows, columns, *, attention_mask, use_causal_mask, sliding_window):
@@ -91,12 +106,12 @@ def visible_pairs(rows, columns, *, attention_mask, use_causal_mask, sliding_win
     return ops.logical_or(visible, ops.equal(lag, 0))
 
 
-def check_masks(query_shape, length, num_heads, token_masks, attention_mask):
+def check_masks(query_shape, axes, num_heads, token_masks, attention_mask):
     """Raises a `ValueError` for a mask that does not fit the query.
 
     Args:
         query_shape: Static shape `(B, ..., D)`.
-        length: Static number of tokens, or `None`.
+        axes: `AttentionAxes` of the query.
         num_heads: Number of heads.
         token_masks: Masks per token by name, each a tensor or `None`.
         attention_mask: A tensor or `None`.
@@ -110,15 +125,19 @@ def check_masks(query_shape, length, num_heads, token_masks, attention_mask):
     if attention_mask is None:
         return
     shape = tuple(attention_mask.shape)
-    # A side of 1 broadcasts, but not among the tokens: those are the same for queries and keys.
-    lead = (query_shape[0], num_heads)[: len(shape) - 2]
-    lead = [1 if side == 1 else full for side, full in zip(shape, lead, strict=False)]
-    if not _fits(shape, (*lead, length, length)):
+    legal = axes.mask_shapes(query_shape, num_heads)
+    if not _broadcasts(shape, legal.get(len(shape))):
+        *others, last = map(str, legal.values())
         raise ValueError(
-            "`attention_mask` must have shape `(T, T)`, `(B, T, T)` or `(B, H, T, T)` for queries "
-            f"and keys that are the same T={length} tokens, in B={query_shape[0]} examples and "
-            f"H={num_heads} heads. Received: attention_mask of shape {shape}"
+            f"`attention_mask` must have shape {', '.join(others)} or {last}, or 1 in place of any "
+            f"of these sides. Received: attention_mask of shape {shape}"
         )
+
+
+def _broadcasts(shape, full):
+    return full is not None and _fits(
+        shape, [1 if own == 1 else side for own, side in zip(shape, full, strict=True)]
+    )
 
 
 def _fits(shape, expected):
@@ -126,14 +145,6 @@ def _fits(shape, expected):
         side is None or full is None or side == full
         for side, full in zip(shape, expected, strict=True)
     )
-
-
-def with_head_axis(attention_mask):
-    """A mask `(T, T)`, `(B, T, T)` or `(B, H, T, T)` as booleans that broadcast to the last."""
-    mask = ops.cast(attention_mask, "bool")
-    if len(mask.shape) == 3:
-        return ops.expand_dims(mask, 1)
-    return mask[None, None] if len(mask.shape) == 2 else mask
 
 
 def valid_tokens(masks):

@@ -121,8 +121,12 @@ class L2MultiHeadAttention(SelfAttention):
         query_mask: Boolean `(B, T)`, false where a token is padding.
         value_mask: The same.
         key_mask: The same.
-        attention_mask: Boolean `(T, T)`, `(B, T, T)` or `(B, H, T, T)`, true where a query (row)
-            may see a key (column). Its diagonal counts as true.
+        attention_mask: Mask `(T, T)`, `(B, T, T)` or `(B, H, T, T)` of any dtype, nonzero where a
+            query (row) may see a key (column). Any side may be 1 and broadcasts: `(B, 1, T)` hides
+            keys from every query but their own. The diagonal always counts as true. With more axes
+            the shape is that of `keras.layers.MultiHeadAttention`: the first axes of the attention
+            weights, then those of queries and of keys, in the order of `attention_axes`. With
+            several attention axes a mask `(T, T)` or `(B, T, T)` is of the flattened tokens.
         return_attention_scores: Whether to return the attention weights too.
         training: Whether to run in training mode (dropout, running norms).
         use_causal_mask: Whether a token sees only itself and those before it.
@@ -133,10 +137,12 @@ class L2MultiHeadAttention(SelfAttention):
 
     Returns:
         Tensor `(B, ..., T, D_out)`; with `return_attention_scores` also the weights `(B, H, T, T)`.
+        With more axes their shape is that of `keras.layers.MultiHeadAttention`: batch, axes without
+        attention, heads, axes of the queries, axes of the keys.
 
     Raises:
         ValueError: For `value` or `key` other than the query, arguments out of range, masks which
-            are not square, `lipschitz_bound` with an unknown length, or an input longer than the
+            do not fit, `lipschitz_bound` with an unknown length, or an input longer than the
             length `lipschitz_bound` is for.
 
     Example:
@@ -385,8 +391,9 @@ class L2MultiHeadAttention(SelfAttention):
                 (largest absolute entry), of inputs and outputs alike.
             mask: What the layer is called with: `"full"` or `"causal"` (either with any padding),
                 `"any"` for an `attention_mask` whose entries are not known, or a boolean array
-                `(T, T)` of visible pairs, whose degrees and length count. The layer's window is
-                added. With `lipschitz_bound` each of them has a cap of its own.
+                `(..., T, T)` of visible pairs, whose degrees and length count; either `T` may be 1
+                and broadcasts. The layer's window is added. With `lipschitz_bound` each of them
+                has a cap of its own.
             token_weights: Weights `(..., T)` that the layer is called with, or `None` for equal
                 ones. The constant is for these weights then, and for any mask.
 

@@ -46,12 +46,17 @@ class Residual(keras.layers.Layer):
         self.alpha: Any = alpha
         self.trainable_alpha = trainable_alpha
 
+    def __call__(self, inputs, *others, **kwargs):
+        # Here and not only in `build`: later inputs of other shapes would broadcast.
+        if others:
+            raise _not_two_alike(f"{1 + len(others)} positional arguments")
+        if not isinstance(inputs, list | tuple):
+            raise _not_two_alike(f"a single input, input_shape={_shape_of(inputs)}")
+        _require_two_alike([_shape_of(each) for each in inputs])
+        return super().__call__(inputs, **kwargs)
+
     def build(self, input_shape):
-        if not _are_two_alike(input_shape):
-            raise ValueError(
-                "`Residual` merges a list of two, a skip and a branch of the same shape. "
-                f"Received: input_shape={input_shape}"
-            )
+        _require_two_alike(input_shape)
         self.alpha_logit = None
         if self.trainable_alpha:
             start = math.log(self.alpha / (1.0 - self.alpha))
@@ -81,6 +86,7 @@ class Residual(keras.layers.Layer):
         return None if mask is None else mask[0]
 
     def compute_output_shape(self, input_shape):
+        _require_two_alike(input_shape)
         return tuple(input_shape[0])
 
     def get_config(self):
@@ -91,11 +97,25 @@ class Residual(keras.layers.Layer):
         }
 
 
-def _are_two_alike(shapes):
+def _require_two_alike(shapes):
+    """Raises a `ValueError` unless these are the shapes of two tensors that can be equal."""
     if len(shapes) != 2 or not all(isinstance(shape, list | tuple) for shape in shapes):
-        return False
-    # An unknown size may be any; examples and their number are the same anyway.
-    return len(shapes[0]) == len(shapes[1]) and all(
-        one is None or other is None or one == other
-        for one, other in zip(shapes[0][1:], shapes[1][1:], strict=True)
+        raise _not_two_alike(f"input_shape={shapes}")
+    one, other = shapes
+    # An unknown side may be any.
+    if len(one) != len(other) or any(
+        None not in sides and sides[0] != sides[1] for sides in zip(one, other, strict=True)
+    ):
+        raise _not_two_alike(f"input_shape={shapes}")
+
+
+def _not_two_alike(received):
+    return ValueError(
+        "`Residual` merges a list of two tensors of the same shape, a skip and a branch: call it "
+        f"as `Residual()([x, f(x)])`. Received: {received}"
     )
+
+
+def _shape_of(tensor):
+    shape = getattr(tensor, "shape", None)
+    return None if shape is None else tuple(shape)

@@ -5,6 +5,7 @@ A new option or a new kind of mask is one line here, and every property is tried
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -63,30 +64,32 @@ def _pairs(*shape):
     return np.random.default_rng(6).random(shape) < 0.5
 
 
-# Ways of calling: from the shape of one example without features, its number of tokens and the
-# number of heads to the arguments of the call. `implicit` is padding that Keras carries along.
-CALLS: dict[str, Callable[..., dict[str, Any]]] = {
-    "no mask": lambda sides, tokens, heads: {},
-    "causal": lambda sides, tokens, heads: {"use_causal_mask": True},
-    "query mask": lambda sides, tokens, heads: {"query_mask": valid_tokens(BATCH, sides)},
-    "value mask": lambda sides, tokens, heads: {"value_mask": valid_tokens(BATCH, sides)},
-    "key mask": lambda sides, tokens, heads: {"key_mask": valid_tokens(BATCH, sides)},
-    "implicit": lambda sides, tokens, heads: {"implicit": valid_tokens(BATCH, sides)},
-    "pairs": lambda sides, tokens, heads: {"attention_mask": _pairs(tokens, tokens)},
-    "pairs per example": lambda sides, tokens, heads: {
-        "attention_mask": _pairs(BATCH, tokens, tokens)
+# Ways of calling: from the case to the arguments of the call. `implicit` is padding that Keras
+# carries along.
+CALLS: dict[str, Callable[["Case"], dict[str, Any]]] = {
+    "no mask": lambda case: {},
+    "causal": lambda case: {"use_causal_mask": True},
+    "query mask": lambda case: {"query_mask": valid_tokens(BATCH, case.sides)},
+    "value mask": lambda case: {"value_mask": valid_tokens(BATCH, case.sides)},
+    "key mask": lambda case: {"key_mask": valid_tokens(BATCH, case.sides)},
+    "implicit": lambda case: {"implicit": valid_tokens(BATCH, case.sides)},
+    "pairs": lambda case: {"attention_mask": _pairs(case.tokens, case.tokens)},
+    "pairs per example": lambda case: {
+        "attention_mask": _pairs(BATCH, case.tokens, case.tokens),
     },
-    "pairs per head": lambda sides, tokens, heads: {
-        "attention_mask": _pairs(BATCH, heads, tokens, tokens)
+    "pairs per head": lambda case: {"attention_mask": _pairs(*case.score_shape)},
+    "keys": lambda case: {"attention_mask": _pairs(1, case.tokens)},
+    "keys per example": lambda case: {
+        "attention_mask": _pairs(BATCH, 1, case.tokens).astype("int32"),
     },
-    "nothing visible": lambda sides, tokens, heads: {
-        "attention_mask": np.zeros((tokens, tokens), bool)
+    "nothing visible": lambda case: {
+        "attention_mask": np.zeros((case.tokens, case.tokens), bool),
     },
-    "everything": lambda sides, tokens, heads: {
+    "everything": lambda case: {
         "use_causal_mask": True,
-        "attention_mask": _pairs(1, tokens, tokens),
-        "query_mask": valid_tokens(BATCH, sides),
-        "implicit": valid_tokens(BATCH, sides[::-1]).reshape(BATCH, *sides),
+        "attention_mask": _pairs(1, case.tokens, case.tokens),
+        "query_mask": valid_tokens(BATCH, case.sides),
+        "implicit": valid_tokens(BATCH, case.sides[::-1]).reshape(BATCH, *case.sides),
     },
 }
 
@@ -126,15 +129,33 @@ class Case:
 
     @property
     def axes(self):
-        """Axes over which attention goes."""
+        """Axes over which attention goes, in the order in which they are given."""
         chosen = self.constructor.get("attention_axes", range(1, len(self.sides) + 1))
         chosen = (chosen,) if isinstance(chosen, int) else chosen
-        return tuple(sorted(axis % (len(self.sides) + 2) for axis in chosen))
+        return tuple(axis % (len(self.sides) + 2) for axis in chosen)
 
     @property
     def tokens(self):
         """Number of tokens that attend to each other."""
         return int(np.prod([(BATCH, *self.sides)[axis] for axis in self.axes]))
+
+    @property
+    def score_shape(self):
+        """Shape of the scores: batch, axes without attention, heads, queries, keys."""
+        shape = (BATCH, *self.sides)
+        others = [side for axis, side in enumerate(shape) if axis not in self.axes]
+        tokens = [shape[axis] for axis in self.axes]
+        return (*others, self.constructor["num_heads"], *tokens, *tokens)
+
+    def mask_shapes(self):
+        """All legal shapes of a mask of pairs: any side may be 1."""
+        full, inner = self.score_shape, 2 * len(self.axes)
+        outer = len(full) - inner
+        shapes = [(*full[:lead], *full[outer:]) for lead in range(outer + 1)]
+        if inner > 2:
+            shapes += [(self.tokens,) * 2, (BATCH, *(self.tokens,) * 2)]
+        broadcast = [itertools.product(*({1, side} for side in shape)) for shape in shapes]
+        return sorted(set(itertools.chain.from_iterable(broadcast)))
 
     def layer(self, *, scale=0.8, seed=1, **changes):
         """The layer, built, with random weights of size `scale`, the bias included."""
@@ -154,8 +175,7 @@ class Case:
 
     def call_arguments(self):
         """Arguments of the call, with `implicit` for padding that the input carries."""
-        heads = self.constructor["num_heads"]
-        return CALLS[self.call](self.sides, self.tokens, heads)
+        return CALLS[self.call](self)
 
     def run(self, layer, x, **more):
         """Calls the layer in the way of the case."""
@@ -199,7 +219,8 @@ class Case:
             given["query_mask"] = np.repeat(valid[example : example + 1], count, axis=0)
         pairs = self.call_arguments().get("attention_mask")
         if pairs is not None:
-            own = pairs.ndim > 2 and len(pairs) > 1
+            per_example = pairs.ndim == 3 or pairs.ndim > 2 * len(self.axes)
+            own = per_example and len(pairs) > 1
             given["attention_mask"] = (
                 np.repeat(pairs[example : example + 1], count, axis=0) if own else pairs
             )
@@ -212,7 +233,9 @@ class Case:
         pairs = given.get("attention_mask")
         if pairs is None:
             return "causal" if given.get("use_causal_mask") else "full"
-        pairs = pairs.reshape(-1, self.tokens, self.tokens)
+        shape, heads = (BATCH, *self.sides, FEATURES), self.constructor["num_heads"]
+        pairs = loop_attention.pairs_of_sequences(pairs, shape, self.axes, heads)
+        pairs = np.concatenate(list(pairs.values()))
         return np.tril(pairs) if given.get("use_causal_mask") else pairs
 
 

@@ -110,38 +110,77 @@ def attend_over_axes(
 ):
     """A batch `(B, ..., D)` with attention over some axes, every other index a sequence of its own.
 
-    `attend` is the function of one sequence.
+    `attend` is the function of one sequence. `axes` may be in any order, which is the one of the
+    axes in masks and scores; the tokens of a sequence are in row-major order.
 
     Returns:
-        `(output, scores)`, `(B, ..., O)` and `(B', H, T, T)`, sequences in row-major order.
+        `(output, scores)`, `(B, ..., O)` and `(B, ..., H, queries..., keys...)` as Keras has them.
     """
     x = np.asarray(x, np.float64)
-    axes = sorted(axis % x.ndim for axis in axes)
-    others = [axis for axis in range(x.ndim - 1) if axis not in axes]
-    result, all_scores = None, []
-    for other in itertools.product(*(range(x.shape[axis]) for axis in others)):
-        places = []
-        for position in itertools.product(*(range(x.shape[axis]) for axis in axes)):
-            place = dict(zip((*others, *axes), (*other, *position), strict=True))
-            places.append(tuple(place[axis] for axis in range(x.ndim - 1)))
-        mask = attention_mask
-        if np.ndim(mask) > 2:
-            mask = mask[other[0] if len(mask) > 1 else 0]
+    axes, heads = [axis % x.ndim for axis in axes], kernels[0].shape[1]
+    sides = [x.shape[axis] for axis in axes]
+    pairs = None
+    if attention_mask is not None:
+        pairs = pairs_of_sequences(attention_mask, x.shape, axes, heads)
+    result: Any = None
+    all_scores: Any = None
+    for other, places in sequences(x.shape, axes):
         output, scores = attend(
             np.array([x[place] for place in places]),
             kernels,
             bias,
             valid=None if valid is None else [valid[place] for place in places],
-            attention_mask=mask,
+            attention_mask=None if pairs is None else pairs[other],
             causal=causal,
             window=window,
         )
         if result is None:
             result = np.zeros((*x.shape[:-1], *output.shape[1:]))
+            outer = [side for axis, side in enumerate(x.shape[:-1]) if axis not in axes]
+            all_scores = np.zeros((*outer, heads, *sides, *sides))
         for place, row in zip(places, output, strict=True):
             result[place] = row
-        all_scores.append(scores)
-    return result, np.array(all_scores)
+        for (i, query), (j, key) in itertools.product(enumerate(places), repeat=2):
+            own = tuple(query[axis] for axis in axes) + tuple(key[axis] for axis in axes)
+            for h in range(heads):
+                all_scores[(*other, h, *own)] = scores[h, i, j]
+    return result, all_scores
+
+
+def sequences(shape, axes):
+    """For each index of the axes without attention the places of its tokens, in row-major order."""
+    rank = len(shape) - 1
+    others = [axis for axis in range(rank) if axis not in axes]
+    for other in itertools.product(*(range(shape[axis]) for axis in others)):
+        places = []
+        for position in itertools.product(*(range(shape[axis]) for axis in sorted(axes))):
+            place = dict(zip((*others, *sorted(axes)), (*other, *position), strict=True))
+            places.append(tuple(place[axis] for axis in range(rank)))
+        yield other, places
+
+
+def pairs_of_sequences(mask, shape, axes, heads):
+    """The pairs `(H, T, T)` that a mask leaves visible, by the indices without attention.
+
+    The mask broadcasts to `(B, ..., H, queries..., keys...)`, with axes of queries and keys in the
+    order of `axes`; where it has less axes, those before the queries are the first ones. With
+    several axes it may also be `(T, T)` or `(B, T, T)` of the flattened tokens.
+    """
+    mask, pairs = np.asarray(mask), {}
+    flattened = mask.ndim < 2 * len(axes)
+    lead = mask.ndim - (2 if flattened else 2 * len(axes))
+    for other, places in sequences(shape, axes):
+        seen = np.zeros((heads, len(places), len(places)), bool)
+        for h, i, j in np.ndindex(seen.shape):
+            own = (i, j)
+            if not flattened:
+                own = [places[i][axis] for axis in axes] + [places[j][axis] for axis in axes]
+            index = [*(*other, h)[:lead], *own]
+            seen[h, i, j] = bool(
+                mask[tuple(min(at, side - 1) for at, side in zip(index, mask.shape, strict=True))]
+            )
+        pairs[other] = seen
+    return pairs
 
 
 def capped(kernels, cap):

@@ -143,7 +143,9 @@ def attention_mask_class(call: LayerCall) -> Any:
             return call.mask if call.mask is not None else "any"
         pairs = given.values
     pairs = np.asarray(pairs, bool)
-    if pairs.ndim < 2 or pairs.shape[-1] != pairs.shape[-2]:
+    # With several axes in an example, only masks of rank 2 and 3 surely end in flattened tokens.
+    flattened = len(call.state.shape) == 2 or pairs.ndim <= 3
+    if not flattened or pairs.ndim < 2 or pairs.shape[-1] != pairs.shape[-2]:
         return "any"
     lower = np.tri(pairs.shape[-1], dtype=bool)
     if causal:

@@ -144,9 +144,8 @@ def _visible(
     pairs = np.ones((1, layer.num_heads, length, length), bool)
     given = _values(call.argument("attention_mask"))
     if given is not None:
-        given = np.asarray(given, bool)
-        given = given[:, None] if given.ndim == 3 else given
-        pairs = pairs & given
+        given = keras.ops.convert_to_tensor(np.asarray(given, bool))
+        pairs = pairs & _array(axes.flatten_pairs(given, near.value))
     lag = np.subtract.outer(np.arange(length), np.arange(length))
     if call.argument("use_causal_mask"):
         pairs = pairs & (lag >= 0)
