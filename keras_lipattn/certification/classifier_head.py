@@ -1,6 +1,8 @@
 """What the logits of a classifier can do: a constant for every pair of classes."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -106,3 +108,36 @@ def pair_constants(state: TensorState, total: float, norm: str) -> tuple[tuple[f
 
 def _value(log: float) -> float:
     return math.exp(log) if log < 709.0 else math.inf
+
+
+@contextlib.contextmanager
+def without_activation(operation: Any) -> Iterator[None]:
+    """Lets a layer or operation return what goes into its activation.
+
+    Not for threads: the layer itself is changed for the time being.
+
+    Args:
+        operation: the layer or operation that ends in an activation; `None` changes nothing.
+    """
+    if operation is None:
+        yield
+        return
+    # Past `__setattr__`, which would track the function as part of the layer.
+    attributes = vars(operation)
+    if "activation" in attributes:
+        kept = attributes["activation"]
+        attributes["activation"] = keras.activations.linear
+        try:
+            yield
+        finally:
+            attributes["activation"] = kept
+    else:
+        attributes["call"] = _first_argument
+        try:
+            yield
+        finally:
+            del attributes["call"]
+
+
+def _first_argument(*args, **kwargs):
+    return args[0] if args else next(iter(kwargs.values()))

@@ -121,6 +121,10 @@ class Propagation:
         self.max_tokens: list[int] = []
         self.fixed_inputs: list[str] = []
         self.states: dict[int, TensorState] = {}
+        # Indices of the calls that the outputs depend on, and of those whose output is itself the
+        # certified input.
+        self.needed: set[int] = set()
+        self.resets: set[int] = set()
         self._comparison = comparison
         self._logit_call = logit_call
         self._paths: set[str] = set()
@@ -139,9 +143,9 @@ class Propagation:
             states = self.local.begin(states)
         for tensor, state in zip(self.trace.inputs, states, strict=True):
             self.states[id(tensor)] = state
-        needed = self._needed()
+        self.needed = self._needed()
         for index, call in enumerate(self.trace.calls):
-            if index in needed:
+            if index in self.needed:
                 outputs = self._apply(index, call)
                 for tensor, state in zip(call.outputs, outputs, strict=True):
                     self.states[id(tensor)] = state
@@ -360,6 +364,7 @@ class Propagation:
         path = self._unique(call.path)
         name = type(call.operation).__name__
         if rule_map.resets_input:
+            self.resets.add(index)
             for state in perturbed:
                 self._look_up(state)
             gain = self._source(f"output of {name} {path!r}")

@@ -76,6 +76,11 @@ class TracedModel:
         self.head, self.logit_call = find_head(self.trace)
 
     @property
+    def arguments(self) -> tuple:
+        """What the model is called on, with a `KerasTensor` for every tensor."""
+        return self._arguments
+
+    @property
     def shapes(self) -> tuple[Shape, ...]:
         """Sizes of the inputs, first axes left out."""
         return tuple(tuple(leaf.shape[1:]) for leaf in keras.tree.flatten(self._arguments))

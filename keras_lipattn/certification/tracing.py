@@ -288,12 +288,13 @@ class _Tracer:
         self._alive: list[Any] = list(inputs)
         self._stack: list[_Frame] = []
         self._recorded = _recorded_operations(model)
+        self._trained = _called_in_training(model)
 
     def run(self, symbols: tuple) -> None:
         for layer in self._model._flatten_layers():
             vars(layer)["symbolic_call"] = functools.partial(self._call, layer)
         try:
-            outputs = self._model(*symbols)
+            outputs = self._model(*symbols, training=False)
         except TRACE_ERRORS as error:
             raise TraceError(_explain(error)) from error
         self.trace.outputs = symbols_in(outputs)
@@ -304,6 +305,8 @@ class _Tracer:
     def _call(self, layer: keras.layers.Layer, *args, **kwargs) -> Any:
         """Takes the place of `symbolic_call` of a layer; Keras has filled in the arguments."""
         self._collect(symbols_in((args, kwargs)))
+        if id(layer) in self._trained and layer._call_has_training_arg:
+            kwargs["training"] = True
         missing = self._refusal_of(layer)
         if not missing:
             return self._record(layer, args, kwargs)
@@ -507,6 +510,23 @@ def _recorded_operations(model: keras.Model) -> dict[int, Any]:
         function_of(layer) for layer in model._flatten_layers() if isinstance(layer, keras.Model)
     ]
     return {id(op): op for graph in graphs if graph is not None for op in graph._operations}
+
+
+def _called_in_training(model: keras.Model) -> set[int]:
+    """Layers that a graph calls with `training=True`, by `id`.
+
+    `model(x)` runs them as in training, `model(x, training=False)` does not.
+    """
+    graphs = [
+        function_of(layer) for layer in model._flatten_layers() if isinstance(layer, keras.Model)
+    ]
+    return {
+        id(node.operation)
+        for graph in graphs
+        if graph is not None
+        for node in nodes_in_order(graph)
+        if node.arguments.kwargs.get("training") or any(one is True for one in node.arguments.args)
+    }
 
 
 def _copies_a_number(operation, inputs, outputs) -> bool:

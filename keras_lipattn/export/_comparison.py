@@ -9,9 +9,9 @@ import keras
 import numpy as np
 
 from keras_lipattn.certification import Certificate
+from keras_lipattn.certification.classifier_head import without_activation
 from keras_lipattn.export import _clean_process
 from keras_lipattn.export._allowance import UNIT_ROUNDOFF
-from keras_lipattn.export._logits import without_activation
 from keras_lipattn.export._plan import Plan
 from keras_lipattn.export._ports import Port, output_names
 from keras_lipattn.export._tracing import call_model

@@ -1,8 +1,6 @@
 """Getting at the logits of a classifier that ends in a softmax or a sigmoid."""
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -74,36 +72,3 @@ def _misleading(trace: Trace, head: str) -> str:
 
 def _name(activation: Any) -> str:
     return getattr(activation, "__name__", type(activation).__name__)
-
-
-@contextlib.contextmanager
-def without_activation(operation: Any) -> Iterator[None]:
-    """Lets a layer or operation return what goes into its activation.
-
-    Not for threads: the layer itself is changed for the time being.
-
-    Args:
-        operation: As found by `ending_of`; `None` changes nothing.
-    """
-    if operation is None:
-        yield
-        return
-    # Past `__setattr__`, which would track the function as part of the layer.
-    attributes = vars(operation)
-    if "activation" in attributes:
-        kept = attributes["activation"]
-        attributes["activation"] = keras.activations.linear
-        try:
-            yield
-        finally:
-            attributes["activation"] = kept
-    else:
-        attributes["call"] = _first_argument
-        try:
-            yield
-        finally:
-            del attributes["call"]
-
-
-def _first_argument(inputs, *args, **kwargs):
-    return inputs

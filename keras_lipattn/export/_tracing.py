@@ -7,9 +7,9 @@ from typing import Any
 import keras
 
 from keras_lipattn.certification import Certificate
+from keras_lipattn.certification.classifier_head import without_activation
 from keras_lipattn.export._allowance import relative_error
 from keras_lipattn.export._certified_answer import CertifiedAnswer
-from keras_lipattn.export._logits import without_activation
 from keras_lipattn.export._plan import Plan
 from keras_lipattn.export._ports import Port, output_names
 from keras_lipattn.export.export_error import ExportError
