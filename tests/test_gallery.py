@@ -147,6 +147,23 @@ def test_a_model_that_cannot_be_built_has_no_further_step(monkeypatch):
     assert not result.done
 
 
+def test_a_loaded_model_with_other_outputs_is_a_failure(monkeypatch):
+    example = next(example for example in EXAMPLES if example.name == "timeseries_transformer")
+    load = keras.saving.load_model
+
+    def load_other_weights(*args, **kwargs):
+        model = load(*args, **kwargs)
+        model.set_weights([weight + 0.1 for weight in model.get_weights()])
+        return model
+
+    monkeypatch.setattr(keras.saving, "load_model", load_other_weights)
+    for name in ("certify", "export_saved_model", "LipschitzMonitor"):
+        # Nothing but loading matters here.
+        monkeypatch.delattr(trial, name)
+    result = trial.run(example, "as_written")
+    assert "the outputs of the loaded model differ by" in result.failures["reloaded"]
+
+
 def test_the_line_of_an_error_of_a_layer_names_the_layer_and_the_cause():
     message = (
         "Exception encountered when calling Block.call().\n\n"

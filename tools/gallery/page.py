@@ -79,8 +79,7 @@ def _outcome(trial: Trial, step: str) -> str:
         return "yes"
     if step not in trial.failures:
         return "not reached"
-    refused = trial.failures[step].startswith("ExportError")
-    return "refused" if refused else "**failed**"
+    return "refused" if _is_refusal(trial.failures[step]) else "**failed**"
 
 
 def total(trial: Trial) -> str:
@@ -90,11 +89,20 @@ def total(trial: Trial) -> str:
     return f"{trial.total:.3g}" if trial.log10 < 3.0 else f"10^{trial.log10:.1f}"
 
 
+def _is_refusal(line: str) -> bool:
+    return line.startswith("ExportError:")
+
+
 def _notes(trial: Trial) -> list[str]:
     where = f"{trial.example.replace('_', ' ')}, {_NAMES[trial.version]}"
     if trial.skipped:
         return [f"- {where}, skipped: {trial.skipped}"]
-    notes = [f"- {where}, {step}: {line}" for step, line in trial.failures.items()]
+    notes = []
+    for step, line in trial.failures.items():
+        if _is_refusal(line) and trial.reason:
+            # The note below tells the reason that follows.
+            line = line.partition(" Received:")[0]
+        notes.append(f"- {where}, {step}: {line}")
     if trial.reason:
         notes.append(f"- {where}, why the total is `inf`: {trial.reason}")
     return notes

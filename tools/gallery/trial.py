@@ -114,6 +114,10 @@ def _run(trial: Trial, example: Example, folder: pathlib.Path) -> None:
                 file, custom_objects=example.custom_objects(trial.version)
             )
             trial.difference = difference(model.predict(x, verbose=0), loaded.predict(x, verbose=0))
+            if not trial.difference <= _CLOSE:
+                raise ValueError(
+                    f"the outputs of the loaded model differ by {trial.difference:.0e}"
+                )
     with trial.step("certified"):
         certificate = certify(model, assume_fixed_mask=fixed, inputs=inputs)
         trial.total, trial.log10 = certificate.total, certificate.log10
