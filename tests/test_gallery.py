@@ -23,10 +23,10 @@ _CANNOT_BE_BUILT = {
     ("text_classification", "edited"): _NO_BUILD,
     ("miniature_gpt", "edited"): _NO_BUILD,
     ("video_classification", "as_written"): _BROADCAST,
-    ("video_classification", "edited"): _NO_BUILD,
+    ("video_classification", "edited"): _BROADCAST,
     ("speech_recognition", "edited"): _NO_BUILD,
     ("translation", "as_written"): _BROADCAST,
-    ("translation", "edited"): _NO_BUILD,
+    ("translation", "edited"): _BROADCAST,
     ("keras_hub_encoder", "as_written"): _BROADCAST,
     ("keras_hub_encoder", "edited"): _BROADCAST,
 }

@@ -33,7 +33,12 @@ class TransformerEncoder(layers.Layer):
         self.supports_masking = True
 
     def call(self, inputs, mask=None):
-        attention_output = self.attention(query=inputs, value=inputs, key=inputs, query_mask=mask)
+        padding_mask = None
+        if mask is not None:
+            padding_mask = ops.cast(mask[:, None, :], dtype="int32")
+        attention_output = self.attention(
+            query=inputs, value=inputs, key=inputs, attention_mask=padding_mask
+        )
         proj_input = self.layernorm_1(self.residual_1([inputs, attention_output]))
         proj_output = self.dense_proj(proj_input)
         return self.layernorm_2(self.residual_2([proj_input, proj_output]))

@@ -59,7 +59,9 @@ class TransformerEncoder(layers.Layer):
         self.residual_2 = Residual(alpha=0.5)
 
     def call(self, inputs, mask=None):
-        attention_output = self.attention(inputs, inputs, query_mask=mask)
+        if mask is not None:
+            mask = mask[:, None, :]
+        attention_output = self.attention(inputs, inputs, attention_mask=mask)
         proj_input = self.layernorm_1(self.residual_1([inputs, attention_output]))
         proj_output = self.dense_proj(proj_input)
         return self.layernorm_2(self.residual_2([proj_input, proj_output]))
