@@ -2,7 +2,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-distributed test-backends test-jax test-torch lint bench papers soundness chaos clean .venv
+.PHONY: help demo test test-distributed test-backends test-jax test-torch lint bench papers gallery soundness chaos clean .venv
 
 # The first interpreter that runs and is new enough; a pyenv shim may exist and not run.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
@@ -47,6 +47,9 @@ papers: .venv/installed  ## redraw docs/papers from its result files, rerun the 
 		$(BIN)/python examples/papers/$$program.py --redraw --folder docs/papers; \
 		$(BIN)/python examples/papers/$$program.py; \
 	done
+
+gallery: .venv/installed  ## take models like the public Keras examples from building to export, into docs/gallery.md
+	$(BIN)/python -m tools.gallery
 
 soundness: .venv/installed  ## attack the certificates of random models (MINUTES=10)
 	$(BIN)/python -m tools.soundness --minutes=$(MINUTES)
