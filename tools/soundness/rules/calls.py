@@ -44,7 +44,7 @@ class Target:
         self.arguments = arguments
         self.style = style
         made = {name: _value(choice) for name, choice in config.items()}
-        self.layer = case.make(**made) if case.is_layer else None
+        self.layer: Any = case.make(**made) if case.is_layer else None
         call = self.layer.call if case.is_layer else case.make
         self.parameters = list(inspect.signature(call).parameters)
 

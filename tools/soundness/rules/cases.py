@@ -75,7 +75,9 @@ class RuleCase:
         return self.target.__name__ if isinstance(self.target, type) else f"ops:{self.target}"
 
 
-def _layer(cls, *shapes, call=None, listed=False, tensors=None, masks=(), **config) -> RuleCase:
+def _layer(
+    cls, *shapes, call=None, listed: Any = False, tensors=None, masks: Any = (), **config
+) -> RuleCase:
     options = {
         key: config.pop(key) for key in ("integers", "alike", "dtype", "make") if key in config
     }
@@ -95,7 +97,9 @@ def _layer(cls, *shapes, call=None, listed=False, tensors=None, masks=(), **conf
     )
 
 
-def _operation(target, function, *shapes, tensors=("x",), listed=False, **arguments) -> RuleCase:
+def _operation(
+    target, function, *shapes, tensors: Any = ("x",), listed: Any = False, **arguments
+) -> RuleCase:
     return RuleCase(
         target=target,
         make=function,
@@ -145,12 +149,14 @@ def all_cases() -> tuple[RuleCase, ...]:
         *_reshaping_layers(),
         *_attention_layers(),
         *_other_layers(),
+        *_image_layers(),
         *_own_layers(),
         *_activation_operations(),
         *_arithmetic_operations(),
         *_linear_operations(),
         *_shape_operations(),
         *_other_operations(),
+        *_window_operations(),
     )
 
 
@@ -637,6 +643,28 @@ def _other_layers():
     ]
 
 
+def _image_layers():
+    image = (4, 4, 3)
+    sizes = dict(height=[2, 3], width=[2, 4])
+    return [
+        _layer(layers.RandomFlip, image),
+        _layer(layers.RandomRotation, image, factor=[0.2]),
+        _layer(layers.RandomZoom, image, height_factor=[0.2]),
+        _layer(layers.RandomTranslation, image, height_factor=[0.2], width_factor=[0.2]),
+        _layer(layers.RandomContrast, image, factor=[0.2]),
+        _layer(layers.RandomBrightness, image, factor=[0.2]),
+        _layer(layers.RandomCrop, image, **sizes),
+        _layer(layers.CenterCrop, image, **sizes),
+        _layer(
+            layers.Resizing,
+            image,
+            height=[2, 3, 6],
+            width=[2, 5],
+            interpolation=["bilinear", "nearest"],
+        ),
+    ]
+
+
 class Halved(LipschitzLayer):
     """A layer of a user with a method `lipschitz` and no other rule."""
 
@@ -1080,4 +1108,45 @@ def _other_operations():
         _operation("View", ops.view, *ANY, dtype=[ABSENT, "float64", "float16", "int32"]),
         _operation("Cast", ops.cast, *ANY, dtype=["float64", "int32", "bool"]),
         _operation("SaturateCast", ops.saturate_cast, *ANY, dtype=["float64", "int32"]),
+    ]
+
+
+def _window_operations():
+    kernel = np.array([[[1.0, -1.0], [0.5, 2.0]], [[0.0, 1.0], [1.0, 1.0]]])
+    windows: dict[str, Any] = dict(pool_size=[2], strides=[ABSENT, 1, 2], padding=[ABSENT, "same"])
+    return [
+        _operation("Sort", ops.sort, TOKENS, axis=[ABSENT, 1, 0]),
+        _operation("TopK", lambda x, k: ops.top_k(x, k)[0], TOKENS, k=[1, 2]),
+        _operation("Cumsum", ops.cumsum, TOKENS, axis=[1, -1, 0]),
+        _operation("Diff", ops.diff, TOKENS, axis=[ABSENT, 1, 0], n=[ABSENT, 1, 2]),
+        _operation("Norm", ops.norm, TOKENS, axis=[-1, 1, ABSENT], ord=[ABSENT, 1]),
+        _operation("Std", ops.std, TOKENS, axis=[-1, 1, ABSENT, 0], keepdims=[ABSENT, True]),
+        _operation("Var", ops.var, TOKENS, axis=[-1, 1, ABSENT, 0], keepdims=[ABSENT, True]),
+        _operation(
+            "Conv",
+            ops.conv,
+            (5, 2),
+            tensors=("inputs",),
+            kernel=[kernel],
+            strides=[1, 2],
+            padding=["valid", "same"],
+        ),
+        _operation("AveragePool", ops.average_pool, (5, 2), tensors=("inputs",), **windows),
+        _operation("MaxPool", ops.max_pool, (5, 2), tensors=("inputs",), **windows),
+        _operation(
+            "ExtractPatches",
+            ops.image.extract_patches,
+            (4, 4, 2),
+            tensors=("images",),
+            size=[2, (2, 1)],
+            strides=[ABSENT, 1, 2],
+            padding=["valid", "same"],
+        ),
+        _operation(
+            "Einsum",
+            lambda subscripts, x: ops.einsum(subscripts, x),
+            TOKENS,
+            tensors=("x",),
+            subscripts=["btd->bdt", "btd->bd", "btd->b", "btd->td", "b...d->bd..."],
+        ),
     ]

@@ -31,13 +31,17 @@ class Geometry:
         tokens = self._input_tokens if side == "inputs" else self._output_tokens
         return np.linalg.norm(_padded(changes)[:, tokens], axis=-1).max(axis=1, initial=0.0)
 
-    def dual(self, row: np.ndarray, norm: str) -> float:
-        """Norm of a linear function of the input."""
+    def dual(self, row: np.ndarray, norm: str) -> tuple[float, np.ndarray]:
+        """Norm of a linear function of the input, and the direction that attains it."""
         if norm == "l2":
-            return float(np.linalg.norm(row))
+            return float(np.linalg.norm(row)), row
         if norm == "linf":
-            return float(np.abs(row).sum())
-        return float(np.linalg.norm(_padded(row[None])[0, self._input_tokens], axis=-1).sum())
+            return float(np.abs(row).sum()), np.sign(row)
+        tokens = _padded(row[None])[0, self._input_tokens]
+        sizes = np.linalg.norm(tokens, axis=-1, keepdims=True)
+        direction = np.zeros(self.inputs + 1)
+        direction[self._input_tokens] = tokens / np.maximum(sizes, 1e-300)
+        return float(sizes.sum()), direction[:-1]
 
     def attained(self, jacobian: np.ndarray, norm: str):
         """A lower estimate of the operator norm, exact but in the token norm.

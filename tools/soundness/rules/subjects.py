@@ -103,7 +103,8 @@ def plain_model(case: RuleCase) -> keras.Model:
             {name: choices[0] for name, choices in options.items() if choices[0] is not ABSENT}
             for options in (case.config, case.arguments)
         ]
-        target = Target(case, *firsts, Style(positional=1, training=ABSENT, backwards=False))
+        style = Style(positional=1, training=ABSENT, backwards=False)
+        target = Target(case, firsts[0], firsts[1], style)
         tensors = inputs * (len(case.tensors) if case.alike else 1)
         return keras.Model(inputs, target(tensors, {}))
     finally:
@@ -150,7 +151,7 @@ class _Builder:
             points=points,
             fixed=fixed,
             masked=self.masked,
-            tolerance=1e-6 if self.case.dtype == "float64" else 1e-4,
+            tolerance=1e-6 if self.case.dtype == "float64" else 1e-3,
             shortens="sequence_length" in self.options,
         )
 
@@ -430,7 +431,7 @@ class _Builder:
         if rank > 1:
             kinds += ["square", "product", "gate_self", "exp", "affine", "softmax"]
             if known:
-                kinds += ["gate"] * 6
+                kinds += ["gate"] * 4 + ["gate_dense"] * 3
                 if y.shape[1:] == tensors[0].shape[1:]:
                     kinds += ["add"]
         if rank == 3 and y.shape[-1] is not None:
@@ -440,7 +441,10 @@ class _Builder:
             return outputs
         if kind != "none":
             self.notes.append(f"into {kind}")
-        if kind == "gate":
+        if kind == "gate_dense":
+            # Radius and center decide about the entries of a linear map.
+            y = layers.Dense(2)(y)
+        if kind in ("gate", "gate_dense"):
             z = self.source(tuple(y.shape[1:]), steep=True, name="z")
             return [layers.Multiply()([y, ops.tanh(STEEP * z)])]
         if kind == "add":
@@ -492,7 +496,7 @@ class _Builder:
     def fixed_values(self, shapes) -> dict[str, np.ndarray]:
         fixed = {}
         for name, shape in shapes.items():
-            sizes = [size or self.length for size in shape]
+            sizes = [int(size or self.length or 1) for size in shape]
             if name.startswith("ids"):
                 fixed[name] = self.rng.integers(0, 3, size=(POINTS, *sizes)).astype("int32")
                 fixed[name][0] = 1
@@ -563,7 +567,7 @@ def structured(rng, shape) -> np.ndarray:
         value = np.full(shape, -30.0)
         value[..., :2] = 0.0
     # Exact ties have no derivative.
-    return value + 1e-6 * scale * rng.normal(size=shape)
+    return value + 1e-5 * max(scale, np.abs(value).max()) * rng.normal(size=shape)
 
 
 # Bookkeeping of the package's layers, and the parameters of the Normalization layer.
