@@ -9,7 +9,7 @@ from keras import layers, ops
 
 from keras_lipattn import register_rule
 from tools.soundness.rules.attack import attack, range_fault
-from tools.soundness.rules.cases import all_cases
+from tools.soundness.rules.cases import all_cases, schedule
 from tools.soundness.rules.registered import layer_rules, operation_rules
 from tools.soundness.rules.run import attack_rules
 from tools.soundness.rules.subjects import (
@@ -26,8 +26,8 @@ _PACKAGES = ("keras", "keras_lipattn")
 
 
 def legal_outcome(seed, position):
-    """Index and outcome of the first legal subject of the case at this position."""
-    for index in range(position, 20 * len(CASES), len(CASES)):
+    """The first legal subject of the case at this position, with its index and its outcome."""
+    for index in range(position, 20 * len(schedule()), len(schedule())):
         try:
             subject = rule_subject(seed, index)
             return index, subject, attack(subject, index)

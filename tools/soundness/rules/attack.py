@@ -10,7 +10,7 @@ import tensorflow as tf
 
 import keras_lipattn
 from tools.soundness.rules.norms import Geometry
-from tools.soundness.rules.subjects import BATCH, Illegal, RuleSubject, embedded
+from tools.soundness.rules.subjects import BATCH, Illegal, RuleSubject, embedded, first_line
 
 NORMS = ("l2", "token", "linf")
 # Steps of the ascent on the norm of the Jacobian.
@@ -101,9 +101,7 @@ def _certify(subject: RuleSubject, attempt: "_Attack") -> bool:
         try:
             certificate = keras_lipattn.certify(subject.model, norm=norm, **subject.options)
         except Exception as error:
-            text = str(error).strip().splitlines()
-            line = text[0][:160] if text else ""
-            outcome.faults.append(f"certify crashes: {type(error).__name__}: {line}")
+            outcome.faults.append(f"certify crashes: {first_line(error)}")
             return False
         if certificate.is_finite:
             attempt.finite[norm] = certificate
@@ -134,7 +132,7 @@ class _Attack:
         try:
             self.outputs(self.inside(self.subject.points)[:BATCH], np.arange(BATCH))
         except Exception as error:
-            raise Illegal(f"{self.subject.text}: {_line(error)}") from error
+            raise Illegal(f"{self.subject.text}: {first_line(error)}") from error
 
     def run(self) -> None:
         subject = self.subject
@@ -251,7 +249,7 @@ class _Attack:
         try:
             others = self.outputs(points, np.arange(size))
         except Exception as error:
-            self.fault(f"a batch of {size} fails, with a certificate: {_line(error)}")
+            self.fault(f"a batch of {size} fails, with a certificate: {first_line(error)}")
             return False
         for old, new in zip(outputs, others, strict=True):
             if len(new) != size:
@@ -473,8 +471,3 @@ def _close(a: np.ndarray, b: np.ndarray, tolerance: float) -> bool:
     bound = 1e-10 if tolerance < 1e-5 else 1e-5
     scale = 1.0 + np.abs(a).max(initial=0.0, where=np.isfinite(a))
     return bool(np.allclose(a, b, rtol=0.0, atol=bound * scale, equal_nan=True))
-
-
-def _line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:120] if text else ''}"

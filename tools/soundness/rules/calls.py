@@ -54,6 +54,8 @@ class Target:
 
     def __call__(self, tensors: Sequence[Any], masks: dict[str, Any]) -> Any:
         bound: dict[str, Any] = {}
+        if len(tensors) < len(self.case.tensors):
+            tensors = [*tensors] * len(self.case.tensors)
         if self.case.listed:
             bound[self.case.tensors[0]] = list(tensors)
         else:

@@ -13,7 +13,7 @@ from keras import layers, ops
 
 from tools.soundness.rules import calls
 from tools.soundness.rules.calls import Style, Target, draw
-from tools.soundness.rules.cases import ABSENT, RuleCase, all_cases
+from tools.soundness.rules.cases import ABSENT, RuleCase, all_cases, schedule
 
 # Examples at which a subject is attacked; the batch that shows whether examples are independent.
 POINTS, BATCH = 6, 3
@@ -114,9 +114,9 @@ def plain_model(case: RuleCase) -> keras.Model:
 
 class _Builder:
     def __init__(self, seed: int, index: int):
-        cases = all_cases()
+        positions = schedule()
         self.rng = np.random.default_rng((seed, index))
-        self.case = cases[index % len(cases)]
+        self.case = all_cases()[positions[index % len(positions)]]
         self.notes: list[str] = []
         self.inputs: dict[str, Any] = {}
         self.sources: list[Source] = []
@@ -137,7 +137,7 @@ class _Builder:
         try:
             model, shapes = self.build()
         except _KERAS_ERRORS as error:
-            raise Illegal(f"{'; '.join(self.notes)}: {_first_line(error)}") from error
+            raise Illegal(f"{'; '.join(self.notes)}: {first_line(error)}") from error
         randomise(model, self.rng)
         points = self.points()
         fixed = self.fixed_values(shapes)
@@ -186,7 +186,10 @@ class _Builder:
         if self.mask != "none":
             self.notes.append(f"mask: {self.mask}")
         tensors = self.tensors(shapes)
-        outputs = self.routed(tensors)
+        alike = all(tensor is tensors[0] for tensor in tensors)
+        # One tensor in several places: inner models then take one input for all of them.
+        once = alike and (case.alike or self.chance(0.7))
+        outputs = self.routed(tensors[:1] if once else tensors)
         outputs = self.consumed(outputs, tensors)
         return self.top(outputs)
 
@@ -446,7 +449,8 @@ class _Builder:
             y = layers.Dense(2)(y)
         if kind in ("gate", "gate_dense"):
             z = self.source(tuple(y.shape[1:]), steep=True, name="z")
-            return [layers.Multiply()([y, ops.tanh(STEEP * z)])]
+            steep = ops.tanh(STEEP * z)
+            return [layers.Multiply()([y, steep]) if self.chance(0.5) else y * steep]
         if kind == "add":
             return [layers.Add()([y, tensors[0]])]
         return [_CONSUMERS[kind](y)]
@@ -500,6 +504,8 @@ class _Builder:
             if name.startswith("ids"):
                 fixed[name] = self.rng.integers(0, 3, size=(POINTS, *sizes)).astype("int32")
                 fixed[name][0] = 1
+                if self.chance(0.3):
+                    fixed[name][1] = 0
             elif name.startswith("visible"):
                 fixed[name] = self.rng.random((POINTS, *sizes)) < 0.6
                 fixed[name][0] = True
@@ -516,6 +522,7 @@ class _Builder:
         values = points[:, :size].reshape(POINTS, *source.shape)
         hidden = self.rng.random((POINTS, source.shape[0])) < 0.4
         hidden[0] = False
+        hidden[1] |= self.chance(0.3)
         values[hidden] = 0.0
         points[:, :size] = values.reshape(POINTS, size)
 
@@ -598,9 +605,11 @@ def _is_symbolic(value) -> bool:
     return isinstance(value, keras.KerasTensor)
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:200] if text else ''}"
+def first_line(error: Exception) -> str:
+    """Type and cause of an error, without the lines of Keras around it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith("Exception encountered")] or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
 
 
 def _first(value, *args, **kwargs):
