@@ -4,13 +4,12 @@ import dataclasses
 import warnings
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 
 import keras_lipattn
 from tools.soundness.rules.norms import Geometry
-from tools.soundness.rules.subjects import BATCH, Illegal, RuleSubject, embedded, first_line
+from tools.soundness.rules.subjects import BATCH, Illegal, RuleSubject, first_line
 
 NORMS = ("l2", "token", "linf")
 # Steps of the ascent on the norm of the Jacobian.
@@ -127,6 +126,8 @@ class _Attack:
         self.single = subject.tolerance > 1e-5
         self.dtype = "float32" if self.single else "float64"
         self.shapes = [source.shape for source in subject.sources]
+        # Length of the sequences where it is not that of the sources.
+        self.length: int | None = None
 
     def require_running(self) -> None:
         try:
@@ -179,29 +180,7 @@ class _Attack:
 
     def call(self, points, examples) -> list[Any]:
         """Outputs of the model; `points` may be a tensor that is differentiated."""
-        subject, feeds, values, start = self.subject, {}, {}, 0
-        for source, shape in zip(subject.sources, self.shapes, strict=True):
-            size = int(np.prod(shape))
-            part = tf.reshape(points[:, start : start + size], (-1, *shape))
-            start += size
-            if source.embedding is not None:
-                values[id(source.embedding)] = part
-            else:
-                feeds[source.name] = part
-        for name, array in subject.fixed.items():
-            value = array[examples]
-            if self.shapes != [source.shape for source in subject.sources]:
-                value = value[:, : self.shapes[0][0]]
-            feeds[name] = tf.constant(value)
-        model = subject.model
-        if len(feeds) == 1:
-            given: Any = next(iter(feeds.values()))
-        elif isinstance(model.input, dict):
-            given = feeds
-        else:
-            given = [feeds[tensor.name] for tensor in model.inputs]
-        with embedded(subject, values):
-            outputs = keras.tree.flatten(model(given, training=False))
+        outputs = self.subject.run(points, examples, length=self.length)
         return [self.revealed(one) for one in outputs]
 
     def revealed(self, output):
@@ -433,6 +412,7 @@ class _Attack:
         if length < 2 or any(shape[0] != length for shape in full):
             return
         parts = [part[:, : length - 1] for part in self.split(self.inside(subject.points))]
+        self.length = length - 1
         self.shapes = [(length - 1, *shape[1:]) for shape in full]
         points = np.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
         try:
@@ -446,7 +426,7 @@ class _Attack:
             if self.geometry.outputs and np.isfinite(outputs[0]).all():
                 self.compare(points, np.arange(len(points)), "shorter")
         finally:
-            self.shapes = full
+            self.shapes, self.length = full, None
 
 
 def range_fault(values, center, radius: float, largest: float) -> str:

@@ -78,6 +78,9 @@ class Target:
 
     def __str__(self) -> str:
         name = self.case.name.removeprefix("ops:")
+        if not self.case.is_layer and self.case.make.__name__ == "<lambda>":
+            source = " ".join(inspect.getsource(self.case.make).split())
+            name += f" by `{source}`"
         kind = "layer " if self.case.is_layer else "operation "
         config = [f"{key}={_text(value)}" for key, value in self.config.items()]
         call = [f"{key}={_text(value)}" for key, value in self.arguments.items()]

@@ -187,7 +187,8 @@ def _activation_layers():
         _layer(layers.LeakyReLU, *ANY, negative_slope=[0.3, 1.7, 0.0]),
         _layer(layers.PReLU, TOKENS, GRID, shared_axes=[ABSENT, [1]]),
         _layer(layers.ELU, *ANY, alpha=[0.5, 1.0, 2.5]),
-        _layer(layers.Softmax, TOKENS, axis=[-1, 1, (1, 2)], masks=()),
+        _layer(layers.Softmax, TOKENS, axis=[-1, 1, (1, 2)]),
+        _layer(layers.Softmax, FLAT),
         _layer(
             layers.Softmax,
             TOKENS,
@@ -201,7 +202,7 @@ def _activation_layers():
 
 def _linear_layers():
     return [
-        _layer(layers.Dense, *ANY, units=[1, 3, 6], activation=_IN_LAYERS, use_bias=FLAG),
+        _layer(layers.Dense, *ANY, units=[1, 3, 4], activation=_IN_LAYERS, use_bias=FLAG),
         _layer(layers.Dense, FLAT, TOKENS, units=[3], lora_rank=[2]),
         *(
             _layer(
@@ -801,6 +802,7 @@ def _activation_operations():
         _operation("SoftShrink", ops.soft_shrink, *ANY, threshold=[ABSENT, 0.1]),
         _operation("Squareplus", ops.squareplus, *ANY, b=[ABSENT, 0, 1, 9]),
         _operation("Softmax", ops.softmax, TOKENS, GRID, axis=[*axes, (1, 2)]),
+        _operation("Softmax", ops.softmax, FLAT),
         _operation("LogSoftmax", ops.log_softmax, TOKENS, axis=axes),
     ]
 

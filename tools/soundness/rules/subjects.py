@@ -70,6 +70,37 @@ class RuleSubject:
     tolerance: float
     shortens: bool
 
+    def run(self, points: Any, examples: np.ndarray, *, model: Any = None, length=None) -> list:
+        """Outputs of the model, or of another one with the same inputs.
+
+        Args:
+            points: values of the sources, `(n, size)`; may be a tensor that is differentiated.
+            examples: which of the fixed values belong to each, `(n,)`.
+            model: the model to run.
+            length: length of all sequences if it is not that of the sources.
+        """
+        model = self.model if model is None else model
+        feeds, values, start = {}, {}, 0
+        for source in self.sources:
+            shape = source.shape if length is None else (length, *source.shape[1:])
+            size = int(np.prod(shape))
+            part = ops.reshape(points[:, start : start + size], (-1, *shape))
+            start += size
+            if source.embedding is not None:
+                values[id(source.embedding)] = part
+            else:
+                feeds[source.name] = part
+        for name, array in self.fixed.items():
+            feeds[name] = ops.convert_to_tensor(array[examples][:, :length])
+        if len(feeds) == 1:
+            given: Any = next(iter(feeds.values()))
+        elif isinstance(model.input, dict):
+            given = feeds
+        else:
+            given = [feeds[tensor.name] for tensor in model.inputs]
+        with _embedded(self, values):
+            return keras.tree.flatten(model(given, training=False))
+
 
 def rule_subject(seed: int, index: int) -> RuleSubject:
     """Subject number `index` of this seed; the cases take turns.
@@ -122,7 +153,7 @@ class _Builder:
         self.sources: list[Source] = []
         self.options: dict[str, Any] = {}
         self.masked = False
-        self.randomised: list[Any] = []
+        self.probe: Any = None
         keras.utils.set_random_seed(int(self.rng.integers(2**31)))
         keras.config.set_floatx(self.case.dtype)
         keras.config.set_dtype_policy(self.case.dtype)
@@ -142,7 +173,7 @@ class _Builder:
         points = self.points()
         fixed = self.fixed_values(shapes)
         self.zero_tokens(points, fixed)
-        return RuleSubject(
+        subject = RuleSubject(
             text="; ".join(self.notes),
             case=self.case.name,
             model=model,
@@ -154,6 +185,19 @@ class _Builder:
             tolerance=1e-6 if self.case.dtype == "float64" else 1e-3,
             shortens="sequence_length" in self.options,
         )
+        if self.probe is not None:
+            self.shift(subject)
+        return subject
+
+    def shift(self, subject: RuleSubject) -> None:
+        """Moves what a gate multiplies with to 0 at one example, so that its radius decides."""
+        linear = keras.Model(subject.model.input, self.probe.output)
+        try:
+            (value,) = subject.run(subject.points[:1], np.arange(1), model=linear)
+        except Exception as error:
+            raise Illegal(f"{subject.text}: {first_line(error)}") from error
+        value = np.asarray(value).reshape(-1, self.probe.units)
+        self.probe.bias.assign_sub(value[self.rng.integers(len(value))])
 
     # The model --------------------------------------------------------------------------------
 
@@ -254,9 +298,11 @@ class _Builder:
             self.sources.append(Source(tensor.name, shape, embedding=self.target.layer))
             return [tensor]
         tensors = []
+        # Attention is certified where query, value and key are one tensor.
+        same = case.alike or self.chance(0.8 if "query" in case.tensors else 0.3)
         for position, shape in enumerate(shapes):
             relation = "input" if not tensors else self.pick(["same", "affine", "input"])
-            if (relation == "same" or (case.alike and tensors)) and shape == shapes[0]:
+            if tensors and (relation == "same" or same) and shape == shapes[0]:
                 tensors.append(tensors[0])
                 continue
             if relation == "affine" and shape == shapes[0]:
@@ -446,7 +492,9 @@ class _Builder:
             self.notes.append(f"into {kind}")
         if kind == "gate_dense":
             # Radius and center decide about the entries of a linear map.
-            y = layers.Dense(2)(y)
+            linear = layers.Dense(2)
+            y = linear(y)
+            self.probe = linear if self.chance(0.7) else None
         if kind in ("gate", "gate_dense"):
             z = self.source(tuple(y.shape[1:]), steep=True, name="z")
             steep = ops.tanh(STEEP * z)
@@ -472,6 +520,7 @@ class _Builder:
             raise ValueError("too large to attack")
         if len(inputs) == 1 and self.sources[0].embedding is None and self.chance(0.1):
             self.notes.append("inside a subclassed model")
+            self.probe = None
             outer = calls.Outer(model)
             size = [1, *(size or self.length for size in shapes[self.sources[0].name])]
             outer(np.zeros(size, self.case.dtype))
@@ -536,6 +585,8 @@ _BOUNDING: dict[str, Callable] = {
     "UnitNormalization": lambda x: layers.UnitNormalization()(x),
     "clip": lambda x: ops.clip(x, -1.0, 2.0),
     "softmax": lambda x: layers.Softmax()(x),
+    # Tokens far from the origin, where what padding and masks put in is not.
+    "0.1 tanh + 5": lambda x: layers.Rescaling(0.1, 5.0)(layers.Activation("tanh")(x)),
     "Dense(tanh)": lambda x: layers.Dense(x.shape[-1], activation="tanh")(x),
 }
 
@@ -589,11 +640,14 @@ def randomise(model: keras.Model, rng) -> None:
             continue
         if variable.path.split("/")[-1] in ("mean", "variance", "count"):
             continue
-        value = rng.normal(size=variable.shape) * 10.0 ** rng.uniform(-0.5, 0.3)
+        value = rng.normal(size=variable.shape) * 10.0 ** rng.uniform(-1.2, 0.4)
         if "variance" in variable.path:
             value = 0.2 + np.square(value)
         elif len(variable.shape) > 1:
             value = value / np.sqrt(variable.shape[0])
+        if rng.random() < 0.01 and len(variable.shape) > 1:
+            # Heads or units of other orders of magnitude.
+            value[:, 0] *= 10.0 ** rng.choice([-100.0, 100.0])
         variable.assign(value)
 
 
@@ -617,7 +671,7 @@ def _first(value, *args, **kwargs):
 
 
 @contextlib.contextmanager
-def embedded(subject: RuleSubject, values: dict[int, Any]):
+def _embedded(subject: RuleSubject, values: dict[int, Any]):
     """Embeddings return these values, by the identity of the layer."""
     held = [source.embedding for source in subject.sources if source.embedding is not None]
     for layer in held:
