@@ -202,7 +202,7 @@ class _Attack:
     # Independence of examples -------------------------------------------------------------------
 
     def independent(self, points, outputs) -> bool:
-        """Whether examples do not depend on each other nor on the size of the batch."""
+        """Whether examples depend on nothing but themselves: not on others nor on `training`."""
         examples = np.arange(BATCH)
         sizes = {array.shape[0] if array.ndim else None for array in outputs}
         if sizes != {BATCH}:
@@ -216,6 +216,11 @@ class _Attack:
         for old, new in zip(outputs, after, strict=True):
             if not _close(old[[0, 2]], new[[0, 2]], self.subject.tolerance):
                 self.fault("one example changes the output of another, with a certificate")
+                return False
+        bare = self.subject.run(tf.constant(points[:BATCH], self.dtype), examples, training=None)
+        for old, new in zip(outputs, bare, strict=True):
+            if not _close(old, np.asarray(self.revealed(new)), self.subject.tolerance):
+                self.fault("a call without `training` gives another output, with a certificate")
                 return False
         for size in (1, len(points)):
             if not self.agrees(points[:size], outputs):

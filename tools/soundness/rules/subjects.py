@@ -70,7 +70,15 @@ class RuleSubject:
     tolerance: float
     shortens: bool
 
-    def run(self, points: Any, examples: np.ndarray, *, model: Any = None, length=None) -> list:
+    def run(
+        self,
+        points: Any,
+        examples: np.ndarray,
+        *,
+        model: Any = None,
+        length: int | None = None,
+        training: bool | None = False,
+    ) -> list:
         """Outputs of the model, or of another one with the same inputs.
 
         Args:
@@ -78,6 +86,7 @@ class RuleSubject:
             examples: which of the fixed values belong to each, `(n,)`.
             model: the model to run.
             length: length of all sequences if it is not that of the sources.
+            training: passed to the model; `None` leaves it to what its graph recorded.
         """
         model = self.model if model is None else model
         feeds, values, start = {}, {}, 0
@@ -99,7 +108,7 @@ class RuleSubject:
         else:
             given = [feeds[tensor.name] for tensor in model.inputs]
         with _embedded(self, values):
-            return keras.tree.flatten(model(given, training=False))
+            return keras.tree.flatten(model(given, training=training))
 
 
 def rule_subject(seed: int, index: int) -> RuleSubject:
@@ -645,9 +654,9 @@ def randomise(model: keras.Model, rng) -> None:
             value = 0.2 + np.square(value)
         elif len(variable.shape) > 1:
             value = value / np.sqrt(variable.shape[0])
-        if rng.random() < 0.01 and len(variable.shape) > 1:
-            # Heads or units of other orders of magnitude.
-            value[:, 0] *= 10.0 ** rng.choice([-100.0, 100.0])
+        if rng.random() < 0.01 and "kernel" in variable.path and len(variable.shape) > 1:
+            # A head or unit of another order of magnitude.
+            value[:, 0] *= 1e-100
         variable.assign(value)
 
 
