@@ -13,6 +13,7 @@ DEMO_FLAGS ?=
 PAPERS := blow_up tightness invertible continuous_depth measures pretrained char_lm
 BENCH_FLAGS ?= --quick
 MINUTES ?= 10
+COMPARISONS ?= 10000
 KILLS ?= 20
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
@@ -51,7 +52,8 @@ papers: .venv/installed  ## redraw docs/papers from its result files, rerun the 
 gallery: .venv/installed  ## take models like the public Keras examples from building to export, into docs/gallery.md
 	$(BIN)/python -m tools.gallery
 
-soundness: .venv/installed  ## attack the certificates of random models (MINUTES=10)
+soundness: .venv/installed  ## attack the certificates of random models and every rule (MINUTES=10)
+	$(BIN)/python -m tools.soundness.rules --comparisons=$(COMPARISONS)
 	$(BIN)/python -m tools.soundness --minutes=$(MINUTES)
 
 chaos: .venv/installed  ## kill trainings at random moments and run them again (KILLS=20)

@@ -117,7 +117,12 @@ def check_masks(query_shape, axes, num_heads, token_masks, attention_mask):
         attention_mask: A tensor or `None`.
     """
     for name, mask in token_masks.items():
-        if mask is not None and not _fits(mask.shape, query_shape[:-1]):
+        if mask is None:
+            continue
+        # One mask may serve all examples.
+        shared = axes.is_plain and tuple(mask.shape)[:1] == (1,)
+        batch = 1 if shared else query_shape[0]
+        if not _fits(mask.shape, (batch, *query_shape[1:-1])):
             raise ValueError(
                 f"`{name}` must have the shape of `query` without its last axis, "
                 f"{tuple(query_shape[:-1])}. Received: {name} of shape {tuple(mask.shape)}"

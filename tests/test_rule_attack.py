@@ -1,0 +1,129 @@
+"""Every rule of `certify` has a case, and no attack on a case refutes its certificate."""
+
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+from keras_lipattn import register_rule
+from tools.soundness.rules.attack import attack, range_fault
+from tools.soundness.rules.cases import all_cases, schedule
+from tools.soundness.rules.registered import layer_rules, operation_rules
+from tools.soundness.rules.run import attack_rules
+from tools.soundness.rules.subjects import (
+    POINTS,
+    Illegal,
+    RuleSubject,
+    Source,
+    plain_model,
+    rule_subject,
+)
+
+CASES = all_cases()
+_PACKAGES = ("keras", "keras_lipattn")
+
+
+def legal_outcome(seed, position):
+    """The first legal subject of the case at this position, with its index and its outcome."""
+    for index in range(position, 20 * len(schedule()), len(schedule())):
+        try:
+            subject = rule_subject(seed, index)
+            return index, subject, attack(subject, index)
+        except Illegal:
+            continue
+    raise AssertionError(f"no legal subject of {CASES[position].name}")
+
+
+def subject_of(layer):
+    inputs = keras.Input((3, 2), dtype="float64", name="x")
+    return RuleSubject(
+        text=type(layer).__name__,
+        case="test",
+        model=keras.Model(inputs, layer(inputs)),
+        options={},
+        sources=(Source("x", (3, 2)),),
+        points=np.random.default_rng(0).normal(size=(POINTS, 6)),
+        fixed={},
+        masked=False,
+        tolerance=1e-6,
+        shortens=False,
+    )
+
+
+@keras.saving.register_keras_serializable(package="rule_attack")
+class Tripled(layers.Layer):
+    def call(self, inputs):
+        return 3.0 * inputs
+
+
+@keras.saving.register_keras_serializable(package="rule_attack")
+class WithoutMean(layers.Layer):
+    def call(self, inputs):
+        return 0.5 * inputs - 0.1 * ops.mean(inputs, axis=0)
+
+
+@register_rule(Tripled, WithoutMean)
+def lie(layer, call):
+    return 2.0
+
+
+def test_every_layer_with_a_rule_has_a_case():
+    # Other tests may register rules for layers of their own.
+    classes = {cls for cls in layer_rules if cls.__module__.split(".")[0] in _PACKAGES}
+    missing = classes - {case.target for case in CASES}
+    assert not missing
+
+
+def test_every_operation_with_a_rule_has_a_case():
+    missing = set(operation_rules) - {case.target for case in CASES}
+    assert not missing
+
+
+@pytest.mark.parametrize("position", range(len(CASES)), ids=lambda i: f"{i}-{CASES[i].name}")
+def test_a_case_calls_its_target(position):
+    case = CASES[position]
+    kinds = {type(operation) for operation in plain_model(case).operations}
+    if case.is_layer:
+        assert any(issubclass(kind, case.target) for kind in kinds)
+    else:
+        assert case.target in {kind.__name__ for kind in kinds}
+
+
+@pytest.mark.parametrize("position", range(len(CASES)), ids=lambda i: f"{i}-{CASES[i].name}")
+def test_no_attack_refutes_a_certificate(position):
+    index, subject, outcome = legal_outcome(0, position)
+    assert not outcome.problems, f"seed 0, index {index}: {subject.text}"
+
+
+def test_a_subject_is_the_same_for_the_same_seed():
+    first, second = rule_subject(3, 5), rule_subject(3, 5)
+    assert first.text == second.text
+    np.testing.assert_array_equal(first.points, second.points)
+    for one, other in zip(first.model.weights, second.model.weights, strict=True):
+        np.testing.assert_array_equal(one.numpy(), other.numpy())
+
+
+def test_a_constant_that_is_too_small_is_found():
+    problems = attack(subject_of(Tripled(dtype="float64"))).problems
+    assert any("found 3 > certified 2" in problem for problem in problems)
+
+
+def test_examples_that_depend_on_each_other_are_found():
+    problems = attack(subject_of(WithoutMean(dtype="float64"))).problems
+    assert problems == ["one example changes the output of another, with a certificate"]
+
+
+def test_a_token_outside_of_a_claimed_range_is_found():
+    values = np.array([[3.0, 4.0], [0.0, 1.0]])
+    assert not range_fault(values, 0.0, 5.0, 4.0)
+    assert "from the center" in range_fault(values, 0.0, 4.9, 4.0)
+    assert "an entry" in range_fault(values, 0.0, 5.0, 3.9)
+    assert "from the center" in range_fault(values, np.array([3.0, 4.0]), 4.0, 4.0)
+
+
+def test_a_run_counts_what_it_compared(capsys):
+    attack_rules(seed=0, comparisons=1)
+    printed = capsys.readouterr().out
+    assert "subjects" in printed and "comparisons" in printed and "worst ratio" in printed
