@@ -65,11 +65,9 @@ REFUSED = {
     "sparsemax": (lambda: model(layers.Activation("sparsemax")), "jumps"),
     "gated linear unit": (lambda: model(layers.Activation("glu")), "gate"),
     "exponential": (lambda: model(layers.Activation("exponential")), "unbounded"),
-    "own activation": (lambda: model(layers.Activation(lambda x: x * x)), "not known"),
-    "an impostor of relu": (
-        lambda: model(
-            layers.Dense(3, activation=type("relu", (), {"__call__": lambda s, x: 9.0 * x})())
-        ),
+    "own activation": (lambda: model(layers.Activation(lambda x: x * x)), "not bounded"),
+    "own activation of a convolution": (
+        lambda: model(layers.Conv1D(3, 2, activation=lambda x: 9.0 * x)),
         "not known",
     ),
     "masking": (lambda: model(layers.Masking()), "assume_fixed_mask"),
@@ -278,6 +276,13 @@ def test_a_subclass_that_computes_something_else_is_looked_into():
     loud = model(Louder(3, use_bias=False))
     plain = np.linalg.norm(loud.layers[1].get_weights()[0], 2)
     assert certify(loud).total == pytest.approx(5.0 * plain, rel=1e-5)
+
+
+def test_an_activation_of_ones_own_is_looked_into():
+    impostor = type("relu", (), {"__call__": lambda self, x: 9.0 * x})()
+    dense = layers.Dense(3, activation=impostor, use_bias=False)
+    built = model(dense)
+    assert certify(built).total == pytest.approx(9.0 * np.linalg.norm(dense.kernel, 2), rel=1e-5)
 
 
 def test_a_subclass_that_only_adds_arguments_keeps_the_rule():

@@ -151,7 +151,7 @@ class Propagation:
                     self.states[id(tensor)] = state
         if self.local is not None:
             self.local.is_complete = True
-        return [self._not_mixed(self.state_of(tensor)) for tensor in self.trace.outputs]
+        return [self._of_one_example(self.state_of(tensor)) for tensor in self.trace.outputs]
 
     def state_of(self, tensor: KerasTensor) -> TensorState:
         """The state of a tensor of the trace."""
@@ -251,6 +251,8 @@ class Propagation:
             ]
             return self._enclosed(index, None, given, outputs)
         refusal = call.refusal or self._comparison.refusals.get(index, "")
+        if not refusal and any(layout.fold == 0 for layout in layouts):
+            refusal = MOVES_BATCH
         if refusal:
             return self._record(call, unbounded(refusal), given, layouts, index)
         masks = [
@@ -394,27 +396,25 @@ class Propagation:
                 tokens=perturbed[0].tokens if perturbed else None,
             )
         )
-        outputs = [self._not_mixed(state) for state in outputs]
         return self._enclosed(index, rule_map, given, outputs)
 
-    def _not_mixed(self, state: TensorState) -> TensorState:
-        """A tensor without examples that changes with the inputs has no bound."""
-        if state.fold or state.is_fixed or math.isinf(state.gain.log):
+    def _of_one_example(self, state: TensorState) -> TensorState:
+        """An output that has not one row for each example has no bound."""
+        if state.fold == 1 or state.is_fixed or math.isinf(state.gain.log):
             return state
-        nothing = Gain.unbounded(self.options.norm, [state.gain])
+        refusal = unbounded("the output of the model has not one row for each example")
         self.rows.append(
             Row(
-                path=self._unique("batch"),
-                layer_class="",
-                map=unbounded(MOVES_BATCH),
-                reason=MOVES_BATCH,
+                path=self._unique("output"),
+                layer_class="output",
+                map=refusal,
+                reason=f"{refusal.reason}.",
                 radius=math.inf,
                 tokens=None,
             )
         )
-        return TensorState(
-            gain=nothing, published=nothing, shape=state.shape, dynamic=state.dynamic, fold=0
-        )
+        layout = Layout(state.shape, state.dynamic, state.fold, state.dtype)
+        return refusal.propagate([state], len(self.rows) - 1, self.options.norm, layout.fields())
 
     def _enclosed(self, index, rule_map, given, outputs) -> list[TensorState]:
         if self.local is None:

@@ -10,6 +10,7 @@ from keras_lipattn._seen_calls import remembered_call
 from keras_lipattn.certification.batch_axis import DEPENDS_ON_BATCH, BatchComparison
 from keras_lipattn.certification.classifier_head import find_head
 from keras_lipattn.certification.registry import find_rule
+from keras_lipattn.certification.rules.activations import name_of
 from keras_lipattn.certification.tracing import (
     BATCH_SIZES,
     KerasTensor,
@@ -22,6 +23,10 @@ from keras_lipattn.certification.tracing import (
 )
 
 Shape = tuple[int | None, ...]
+
+# Layers whose code is a few operations with rules: with an activation of the user's own they are
+# looked into like any other code.
+_SPELLED_OUT = (keras.layers.Activation, keras.layers.Dense)
 
 
 class TracedModel:
@@ -141,6 +146,11 @@ def _guesses_dtypes(model: keras.Model) -> bool:
 
 
 def _refusal_of(layer: keras.layers.Layer) -> str:
+    activation = getattr(layer, "activation", None)
+    if type(layer) in _SPELLED_OUT and not (
+        activation is None or isinstance(activation, keras.layers.Layer) or name_of(activation)
+    ):
+        return "the constant of its activation is not known"
     return find_rule(layer)[1]
 
 

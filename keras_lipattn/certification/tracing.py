@@ -76,7 +76,11 @@ class TracedCall:
     def arguments(self) -> dict[str, Any]:
         """Every argument by its name in the signature of `call`, those not given left out."""
         signature = inspect.signature(self.operation.call)
-        bound = signature.bind(*self.args, **self.kwargs).arguments
+        try:
+            bound = signature.bind(*self.args, **self.kwargs).arguments
+        except TypeError:
+            # A `call` that was replaced on the instance may not take what Keras fills in.
+            return {**dict(zip(signature.parameters, self.args, strict=False)), **self.kwargs}
         for name, parameter in signature.parameters.items():
             if parameter.kind is inspect.Parameter.VAR_KEYWORD and name in bound:
                 bound.update(bound.pop(name))

@@ -148,6 +148,7 @@ def export_saved_model(
             assume_fixed_mask=assume_fixed_mask,
             mask=mask,
             inputs=(structure,),
+            check=True,
         )
         plan = make_plan(
             model, structure, ports, certificate, list(expected.values()), sequence_length

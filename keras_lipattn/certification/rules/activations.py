@@ -86,19 +86,28 @@ def function(
         return None
     if isinstance(activation, keras.layers.Layer):
         return call.ask(activation, state)
+    name = name_of(activation)
+    if not name:
+        return unbounded("the constant of its activation is not known")
+    return named(name, call, state)
+
+
+def name_of(activation: Any) -> str:
+    """Name of an activation function of Keras, empty for any other function."""
     name = getattr(activation, "__name__", type(activation).__name__)
-    try:
-        known = keras.activations.get(name)
-    except ValueError:
-        known = None
-    # A function of the same name may do anything: only the functions of Keras count.
-    if known is not activation or not (
+    if not (
         name in layer_constants.ACTIVATIONS
         or name in layer_constants.UNBOUNDED_ACTIVATIONS
         or name in _ALONG_AN_AXIS
     ):
-        return unbounded(f"the constant of its activation {name!r} is not known")
-    return named(name, call, state)
+        return ""
+    # A function of the same name may do anything: only the functions of Keras count.
+    if activation is getattr(keras.activations, name, None):
+        return name
+    if activation is getattr(keras.ops, name, None):
+        # There the tanh approximation is the default.
+        return "gelu_tanh" if name == "gelu" else name
+    return ""
 
 
 def with_activation(
