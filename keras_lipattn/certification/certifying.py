@@ -145,7 +145,8 @@ def _refused(traced: TracedModel, propagation: Propagation) -> list[TensorState]
     ]
     model = traced.model
     refusal = unbounded(traced.failure)
-    reason = f"{type(model).__name__} {model.name!r}: {traced.failure}."
+    mend = "write it with `keras.ops`, and pass `inputs` if it takes other shapes or dtypes"
+    reason = f"{traced.failure}; {mend}" if "traced" in traced.failure else traced.failure
     row = Row(model.name, type(model).__name__, refusal, reason, math.inf, None)
     propagation.rows.append(row)
     layout = dict(shape=(), dynamic=(), fold=1, dtype="float32")
@@ -238,9 +239,12 @@ def _certificate(
     conflicts = sorted(propagation.computed_inputs & set(propagation.looked_up_inputs))
     if conflicts:
         names = ", ".join(propagation.inputs[index] for index in conflicts)
-        reason = f"the integer input {names} is looked up in one place and computed with in another"
+        reason = (
+            f"the integer input {names} is looked up in one place and computed with in another; "
+            "make two inputs of it"
+        )
         refusal = unbounded(reason)
-        row = Row("inputs", type(model).__name__, refusal, f"{reason}.", math.inf, None)
+        row = Row("inputs", type(model).__name__, refusal, reason, math.inf, None)
         propagation.rows.append(row)
         layout = dict(shape=(), dynamic=(), fold=1, dtype="float32")
         outputs = [refusal.propagate(outputs, len(propagation.rows) - 1, norm, layout)]
@@ -291,16 +295,11 @@ def _certificate(
 
 
 def _rows(propagation: Propagation, costs: dict[int, float], log: float):
-    infinite = sum(math.isinf(row.map.constant) for row in propagation.rows)
     rows = []
     for index, row in enumerate(propagation.rows):
         cost = costs.get(index, 0.0)
         if math.isinf(log):
-            unknown = math.isinf(row.map.constant)
-            cost = math.inf if unknown else 0.0
-            share = 1.0 / infinite if unknown else 0.0
-        else:
-            share = cost / log if abs(log) > 1e-6 else None
+            cost = math.inf if math.isinf(row.map.constant) else 0.0
         rows.append(
             CertificateRow(
                 path=row.path,
@@ -313,7 +312,7 @@ def _rows(propagation: Propagation, costs: dict[int, float], log: float):
                 reason=row.reason,
                 exact=row.map.exact,
                 cost=cost,
-                share=share,
+                explained_by=row.explained_by,
             )
         )
     return tuple(rows)
