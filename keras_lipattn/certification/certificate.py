@@ -124,7 +124,7 @@ class Certificate:
 
     @property
     def vacuous(self) -> str:
-        """Why the certificate says nothing of use, in words; empty when it does.
+        """Why the certificate is too large to be of use; empty when it is not.
 
         A certificate is called vacuous when its total is above 1000: two logits that differ by 1
         are then certified for a radius below 0.0008 only, less than a fifth of one grey level

@@ -51,16 +51,17 @@ def certify(
 
     Keras runs the model on symbolic tensors, and the constants of the calls are composed: sums for
     branches, products along chains, one norm for linear maps that follow each other. A layer
-    without a rule is looked into; what stays unknown is `inf` with a reason. Code that is looked
-    into is certified for the length it ran at, and for any number of examples: whatever depends on
-    the batch is `inf`. The model is not changed in any way: not its weights, losses, random state,
+    without a rule is looked into. A call without a bound makes the total `inf`;
+    `Certificate.reasons` says why and what to do. Code that is looked into is certified for the
+    length it ran at, and for any number of examples: an operation that depends on the batch is
+    `inf`. The model is not changed in any way: not its weights, losses, random state,
     traced functions, nor its graph.
 
     With `around` and `radius` the certificate is a local one: for inputs in the ball of this
     radius around a given input, in the chosen norm. It is never larger than the global one, and
-    often much smaller: attention uses what it sees there (Theorem 6), normalisations the sizes of
+    often much smaller: attention uses what it sees there (Theorem 6), normalizations the sizes of
     their tokens, products the sizes of their factors. Everything else keeps its global constant.
-    Values at the center are computed in float64, for the weights as they run.
+    Values at the center are computed in float64, for the weights used at inference.
 
     Args:
         model: a built `keras.Model`.
@@ -104,7 +105,8 @@ def certify(
     >>> model = keras.Model(inputs, keras.layers.Dense(10)(x))
     >>> print(keras_lipattn.certify(model))
 
-    Reference: docs/theory.md, sections 3 to 5 for attention, 6 for local certificates, 8 for
+    Reference: docs/certification.md for what is certified and how to write rules; docs/theory.md,
+        sections 3 to 5 for attention, 6 for local certificates, 8 for
         everything else.
     """
     _check_arguments(model, norm, sequence_length, input_radius, mask)

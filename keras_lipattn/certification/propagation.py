@@ -539,7 +539,9 @@ def _mend(operation: Any, reason: str, sequence_length: int | None) -> str:
         return "put it into a layer of its own with a rule, see `register_rule`"
     if "cannot be followed" in reason:
         return f"write it with `keras.ops`, or give it a rule with `register_rule({cls.__name__})`"
-    return f"give it a rule with `register_rule({cls.__name__})`"
+    # A rule that knows no constant has said so.
+    known = find_rule(operation)[0] is not None and "no rule" not in reason
+    return "" if known else f"give it a rule with `register_rule({cls.__name__})`"
 
 
 def _looks_up(operation: Any) -> bool:

@@ -81,8 +81,8 @@ def plot(certificate: "Certificate", path: str | os.PathLike) -> None:
     figure = Figure(figsize=(9.0, 1.6 + 0.28 * max(len(rows), 1)), layout="constrained")
     axes = figure.subplots()
     costs = [row.cost / math.log(10.0) if row.is_finite else 0.0 for row in rows]
-    colours = ["tab:blue" if row.is_finite else "tab:red" for row in rows]
-    axes.barh(range(len(rows)), costs, color=colours)
+    colors = ["tab:blue" if row.is_finite else "tab:red" for row in rows]
+    axes.barh(range(len(rows)), costs, color=colors)
     for position, row in enumerate(rows):
         text = f" {number(row.constant)}" if row.is_finite else " no bound"
         axes.text(max(costs[position], 0.0), position, text, va="center", fontsize=8)
