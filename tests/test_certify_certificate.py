@@ -380,6 +380,12 @@ def test_a_computed_mask_is_one_cause_at_the_layer_that_takes_it():
     assert certify(model, assume_fixed_mask=True).is_finite
 
 
+def test_layers_after_masking_add_no_causes():
+    x = keras.Input((6, 8))
+    (reason,) = certify(keras.Model(x, pre_norm_block(layers.Masking()(x)))).reasons
+    assert "(Masking): it computes a mask" in reason and reason.count("; ") == 1
+
+
 def test_code_that_cannot_be_traced_has_a_reason_in_our_words():
     class Branching(keras.Model):
         def call(self, x):

@@ -154,6 +154,10 @@ REFUSED = {
     "lambda": (lambda: model(layers.Lambda(lambda x: tf.cumsum(x))), "Lambda"),
     "raw TensorFlow": (lambda: model(ByTensorFlow()), "ByTensorFlow"),
     "random numbers": (lambda: model(Noisy()), "random numbers"),
+    "filled with a tensor": (
+        lambda: model(lambda x: ops.full_like(x, ops.mean(x, axis=-1, keepdims=True))),
+        "fills a tensor",
+    ),
     "picked entries": (
         lambda: model(lambda x: ops.take(x, np.array([0, 0, 1]), axis=1)),
         "more than once",

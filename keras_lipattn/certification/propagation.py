@@ -242,6 +242,11 @@ class Propagation:
         refusal = call.refusal or self._comparison.refusals.get(index, "")
         if refusal:
             return self._record(call, unbounded(refusal), given, layouts, index)
+        if name in _FILLED and len(perturbed) == 1 and arguments["x"] is perturbed[0]:
+            sizes = {"ZerosLike": 0.0, "OnesLike": 1.0}
+            filled = TokenRange(largest=sizes.get(name, math.inf))
+            outputs = [self._fixed(layout, range=filled) for layout in layouts]
+            return self._enclosed(index, None, given, outputs)
         masks = [
             leaf
             for argument, value in arguments.items()
@@ -306,9 +311,7 @@ class Propagation:
         """Outputs that are integers or booleans: either constant or discontinuous."""
         name = type(call.operation).__name__
         perturbed = [state for state in given if not state.is_fixed]
-        if name in _FILLED:
-            outputs = [self._fixed(layout) for layout in layouts]
-        elif all(state.kind is Kind.INTEGER for state in perturbed):
+        if all(state.kind is Kind.INTEGER for state in perturbed):
             outputs = self._moved(index, call, arguments, perturbed, layouts)
             if outputs is None:
                 for state in perturbed:
@@ -406,7 +409,9 @@ class Propagation:
         if math.isinf(row.map.constant):
             for cause in (self.rows[other] for other in sorted(causes)):
                 jumps = cause.map.reason == _INTEGERS_JUMP
-                if jumps and row.map.reason == _MASK_CHANGES:
+                if row.map.reason == _MASK_CHANGES and _MASKING in cause.map.reason:
+                    row.explained_by = row.explained_by or cause.path
+                elif jumps and row.map.reason == _MASK_CHANGES:
                     # The call that takes the mask says more.
                     cause.explained_by = row.path
                 elif (jumps and any(words in row.map.reason for words in _AFTER_JUMPS)) or (
@@ -474,6 +479,7 @@ def _as_map(answer: Any) -> LipschitzMap:
 # Reasons of rows that have no bound only because of integers or masks computed before them.
 _AFTER_JUMPS = (_INTEGERS_JUMP, "not bounded", "its condition changes")
 _REPEATS = "it repeats an input along an axis"
+_MASKING = "it computes a mask from its input"
 # Reasons with one of these say what to do.
 _REMEDIES = ("pass `", "`assume_fixed_mask=True`", "`input_radius`", ": use `", ": declare ")
 _UNKNOWN_SIZES = (
