@@ -309,7 +309,6 @@ class Propagation:
 
     def _integers(self, index, call, given, layouts, arguments) -> list[TensorState]:
         """Outputs that are integers or booleans: either constant or discontinuous."""
-        name = type(call.operation).__name__
         perturbed = [state for state in given if not state.is_fixed]
         if all(state.kind is Kind.INTEGER for state in perturbed):
             outputs = self._moved(index, call, arguments, perturbed, layouts)
