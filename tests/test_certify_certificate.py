@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 from typing import Any
@@ -21,6 +22,7 @@ from keras import layers
 import keras_lipattn
 from keras_lipattn.certification import Certificate, CertificateRow, certify
 from keras_lipattn.certification.classifier_head import MOST_PAIRED_CLASSES
+from keras_lipattn.certification.replacements import REPLACEMENTS
 
 TOOL = pathlib.Path(__file__).parents[1] / "tools" / "certify.py"
 
@@ -294,6 +296,116 @@ def test_the_fingerprint_is_of_every_bit_of_the_weights(tmp_path):
     model.layers[1].penalty_coefficient.assign(0.5)
     assert certificate.matches(model)
     assert not certificate.matches(classifier())
+
+
+def pre_norm_block(x, mask=None):
+    y = layers.LayerNormalization()(x)
+    x = layers.Add()([x, layers.MultiHeadAttention(2, 8)(y, y, attention_mask=mask)])
+    y = layers.Dense(16, activation="relu")(layers.LayerNormalization()(x))
+    return layers.Add()([x, layers.Dense(8)(y)])
+
+
+def test_a_vacuous_certificate_says_what_to_change():
+    x = y = keras.Input((6, 8))
+    for _ in range(3):
+        y = pre_norm_block(y)
+    model = keras.Model(x, y)
+    randomise(model, 0)
+    certificate = certify(model)
+    assert certificate.is_finite and certificate.vacuous
+    costs: dict[str, float] = {}
+    for row in certificate.rows:
+        costs[row.layer] = costs.get(row.layer, 0.0) + row.cost
+    first, second, third = sorted(costs, key=lambda layer: -costs[layer])[:3]
+    assert {first, second} <= {"LayerNormalization", "MultiHeadAttention", "Dense"}
+    assert len(certificate.proposals) == 3
+    for layer, line in zip((first, second, third), certificate.proposals, strict=True):
+        assert f" {layer}, factor " in line and ": use " in line
+        assert line in str(certificate)
+    (norms,) = (line for line in certificate.proposals if "LayerNormalization" in line)
+    assert norms.startswith("6 LayerNormalization") and norms.endswith("use CenterNormalization")
+    stored = json.loads(certificate.to_json())
+    assert stored["proposals"] == list(certificate.proposals)
+    assert Certificate.from_json(certificate.to_json()) == certificate
+
+
+def test_a_certificate_of_use_proposes_nothing():
+    assert certify(classifier()).proposals == ()
+    assert "what to change" not in str(certify(classifier()))
+
+
+def test_every_proposal_names_what_keras_or_this_package_has():
+    for replacement in set(REPLACEMENTS.values()):
+        names = set(re.findall(r"\b[A-Z]\w+", replacement)) - {"True"}
+        assert names
+        for name in names:
+            assert hasattr(keras_lipattn, name) or hasattr(layers, name), name
+
+
+def test_places_of_one_cause_share_a_line():
+    x = y = keras.Input((6, 8))
+    for _ in range(4):
+        y = layers.MultiHeadAttention(2, 4)(y, y)
+    y = layers.LSTM(3)(y)
+    certificate = certify(keras.Model(x, y))
+    attention, recurrent = certificate.reasons
+    assert "4 places" in attention and "tokens are unbounded" in attention
+    assert "places" not in recurrent and "LSTM" in recurrent
+    for line in certificate.reasons:
+        assert line.count("; ") <= 1 and "\n" not in line and "register_rule" not in line
+    assert [line.split(",")[0] for line in certificate.proposals] == [
+        "4 MultiHeadAttention",
+        "1 LSTM",
+    ]
+
+
+def test_an_unknown_length_asks_for_the_length_alone():
+    x = keras.Input((None, 8))
+    y = pre_norm_block(x)
+    (reason,) = certify(keras.Model(x, y)).reasons
+    assert "pass `sequence_length`" in reason and "use " not in reason
+    assert certify(keras.Model(x, y)).proposals == ()
+
+
+def test_a_computed_mask_is_one_cause_at_the_layer_that_takes_it():
+    x = keras.Input((6, 8))
+    mask = keras.ops.expand_dims(keras.ops.any(keras.ops.not_equal(x, 0.0), -1), 1)
+    model = keras.Model(x, pre_norm_block(x, mask))
+    certificate = certify(model)
+    (reason,) = certificate.reasons
+    assert "(MultiHeadAttention): its mask is computed" in reason
+    assert "pass `use_causal_mask=True`" in reason and "pass `assume_fixed_mask=True`" in reason
+    for row in certificate.rows:
+        assert row.is_finite or row.explained_by or row.layer == "MultiHeadAttention"
+    assert certify(model, assume_fixed_mask=True).is_finite
+
+
+def test_layers_after_masking_add_no_causes():
+    x = keras.Input((6, 8))
+    (reason,) = certify(keras.Model(x, pre_norm_block(layers.Masking()(x)))).reasons
+    assert "(Masking): it computes a mask" in reason and reason.count("; ") == 1
+
+
+def test_code_that_cannot_be_traced_has_a_reason_in_our_words():
+    class Branching(keras.Model):
+        def call(self, x):
+            return x if keras.ops.max(x) > 0.0 else 2.0 * x
+
+    model = Branching(name="branching")
+    model(np.ones((1, 3), np.float32))
+    (reason,) = certify(model).reasons
+    assert reason.startswith("`branching` (Branching): it cannot be traced")
+    assert "\n" not in reason and "Exception" not in reason
+    assert reason.count("; ") == 1 and "keras.ops" in reason
+
+
+def test_the_table_explains_its_columns():
+    text = str(certify(demo()))
+    header, *_, footer = text.split("columns:")
+    titles = header.splitlines()[0]
+    assert "share" not in titles and "token radius" in titles
+    for title in ("constant", "published", "token radius", "factor", "because"):
+        assert title in titles and f"  {title}: " in footer
 
 
 def test_the_table_reads_well():

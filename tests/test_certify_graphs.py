@@ -202,7 +202,6 @@ def test_costs_sum_to_the_logarithm_of_the_total():
     assert sum(row.cost for row in certificate.rows) == pytest.approx(
         math.log(certificate.total), abs=1e-6
     )
-    assert sum(row.share or 0.0 for row in certificate.rows) == pytest.approx(1.0, abs=1e-6)
 
 
 def test_rows_have_unique_paths_in_nested_and_shared_models():

@@ -875,6 +875,26 @@ def test_bits_read_as_their_own_type_are_the_identity():
     check(model_of(lambda x: ops.view(x, "float64")), examples(), run=lambda x: x)
 
 
+@pytest.mark.parametrize("fill", [ops.ones_like, lambda x: ops.full_like(x, 3.0), ops.zeros_like])
+def test_filled_tensors_are_constants(fill):
+    check(model_of(lambda x: x + fill(x)), examples(), finite=True)
+
+
+def test_products_with_ones_and_zeros_are_certified():
+    check(model_of(lambda x: x * ops.ones_like(x)), examples(), finite=True)
+    check(model_of(lambda x: x * ops.zeros_like(x)), examples(), finite=True)
+
+
+def test_a_mask_computed_from_the_shape_alone_is_fixed():
+    def attend(x):
+        position = ops.cumsum(ops.ones_like(x[..., 0]), axis=1)
+        mask = ops.greater_equal(position[:, :, None], position[:, None, :])
+        y = layers.LayerNormalization()(x)
+        return layers.MultiHeadAttention(2, 2)(y, y, attention_mask=mask)
+
+    check(model_of(attend), examples(), finite=True)
+
+
 # Attention rows that see no key ------------------------------------------------------------------
 
 

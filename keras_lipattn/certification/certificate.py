@@ -14,6 +14,7 @@ import numpy as np
 from keras_lipattn.bounds.lipschitz_bound import NORMS
 from keras_lipattn.certification.certificate_row import CertificateRow
 from keras_lipattn.certification.fingerprint import fingerprint_of
+from keras_lipattn.certification.replacements import REPLACEMENTS
 from keras_lipattn.certification.threat_model import ThreatModel
 from keras_lipattn.linalg import SAFETY
 
@@ -21,6 +22,7 @@ SCHEMA = 1
 # Above this total a margin of 1 between logits certifies a radius below 1e-3 / sqrt(2), less
 # than a fifth of one grey level of an image in [0, 1].
 VACUOUS_ABOVE = 1e3
+_MOST_PROPOSALS = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,17 +74,57 @@ class Certificate:
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Why the total is `inf`, one sentence per cause; empty when it is finite."""
+        """Why the total is `inf`: one line per cause, with what to do; empty when it is finite.
+
+        Places with the same cause share a line. Rows that are `inf` only because of another row
+        (`CertificateRow.explained_by`) have none.
+        """
         if self.is_finite:
             return ()
-        causes = [row.reason for row in self.rows if not row.is_finite]
+        places: dict[tuple[str, str], list[str]] = {}
+        for row in self.rows:
+            if not row.is_finite and not row.explained_by:
+                places.setdefault((row.layer, row.reason), []).append(row.path)
+        causes = []
+        for (layer, reason), paths in places.items():
+            place, notes = f"`{paths[0]}`", [layer] if layer else []
+            if len(paths) > 1:
+                place += f" and {len(paths) - 1} more"
+                notes.append(f"{len(paths)} places")
+            causes.append(place + f" ({', '.join(notes)})" * bool(notes) + f": {reason}")
         if not causes and math.isfinite(self.log10):
             causes = [f"the constant 10^{self.log10:.1f} is too large for a float"]
         return tuple(causes) or ("no input of the model is certified: all are integers or masks",)
 
     @property
+    def proposals(self) -> tuple[str, ...]:
+        """What to change, one line per class of layers; empty for a certificate of use.
+
+        For a vacuous total the three most expensive classes, with the factor that all their
+        layers together contribute; for an infinite one the classes without a bound that another
+        layer can replace.
+        """
+        if not self.vacuous:
+            return ()
+        classes: dict[str, list[CertificateRow]] = {}
+        for row in self.rows:
+            classes.setdefault(row.layer, []).append(row)
+        if math.isinf(self.log10):
+            return tuple(_proposals_without_bound(classes))
+        costs = {layer: math.fsum(row.cost for row in rows) for layer, rows in classes.items()}
+        expensive = sorted(costs, key=lambda layer: -costs[layer])
+        lines = [
+            f"{_count(layer, [row for row in classes[layer] if row.cost > 0.0])}, "
+            f"factor {_factor(costs[layer])}: use {REPLACEMENTS[layer]}"
+            for layer in expensive
+            # A factor below 1.1 is not worth a change.
+            if layer in REPLACEMENTS and costs[layer] > 0.1
+        ]
+        return tuple(lines[:_MOST_PROPOSALS])
+
+    @property
     def vacuous(self) -> str:
-        """Why the certificate says nothing of use, in words; empty when it does.
+        """Why the certificate is too large to be of use; empty when it is not.
 
         A certificate is called vacuous when its total is above 1000: two logits that differ by 1
         are then certified for a radius below 0.0008 only, less than a fifth of one grey level
@@ -228,6 +270,7 @@ class Certificate:
         content = {"schema": SCHEMA, **dataclasses.asdict(self)}
         content["vacuous"] = self.vacuous
         content["reasons"] = self.reasons
+        content["proposals"] = self.proposals
         return json.dumps(_encode(content), indent=2, allow_nan=False)
 
     @classmethod
@@ -252,7 +295,7 @@ class Certificate:
             raise ValueError(
                 f"The text must be a certificate of schema {SCHEMA}. Received: schema={schema!r}"
             )
-        for derived in ("schema", "vacuous", "reasons"):
+        for derived in ("schema", "vacuous", "reasons", "proposals"):
             content.pop(derived, None)
         certificate = _read(cls, content, "certificate")
         if certificate.norm not in NORMS:
@@ -261,6 +304,27 @@ class Certificate:
                 f"Received: norm={certificate.norm!r}"
             )
         return certificate
+
+
+def _proposals_without_bound(classes: dict[str, list[CertificateRow]]):
+    for layer, rows in classes.items():
+        # Where a reason says something else to do, another layer would not help.
+        replacements = [
+            row.reason.partition("; use ")[2] for row in rows if not row.is_finite and row.reason
+        ]
+        for replacement in dict.fromkeys(filter(None, replacements)):
+            count = replacements.count(replacement)
+            yield f"{count} {layer}, no bound: use {replacement}"
+
+
+def _count(layer: str, rows: list[CertificateRow]) -> str:
+    return f"{len(rows)} {layer}" + " (x + f(x))" * (layer == "Add")
+
+
+def _factor(cost: float) -> str:
+    """A factor by its natural logarithm."""
+    digits = cost / math.log(10.0)
+    return f"{math.exp(cost):.3g}" if digits < 4.0 else f"10^{digits:.0f}"
 
 
 def _read(kind: Any, value: Any, name: str) -> Any:

@@ -19,13 +19,12 @@ class CertificateRow:
         radius: radius of the ball that holds the tokens of its input, `inf` if none is known.
         tokens: largest number of tokens of its input, `None` if it is not known.
         theorem: where the constant comes from.
-        reason: why it is `inf`, and what to do.
+        reason: why it is `inf` and what to do, in one line.
         exact: whether the constant is attained or approached by the call alone.
         cost: what the call adds to the natural logarithm of the total. The costs of all rows
             sum to it: those of the branches of a sum count by their weight in the sum, and
             the sum itself pays for having several.
-        share: `cost` as a fraction of the logarithm of the total; `None` when that is 0. Rows that
-            are `inf` share an infinite total among themselves.
+        explained_by: for a row that is `inf` only because of another row, the path of that row.
     """
 
     path: str
@@ -38,7 +37,7 @@ class CertificateRow:
     reason: str = ""
     exact: bool = False
     cost: float = 0.0
-    share: float | None = None
+    explained_by: str = ""
 
     @property
     def is_finite(self) -> bool:

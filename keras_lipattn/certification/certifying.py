@@ -51,16 +51,17 @@ def certify(
 
     Keras runs the model on symbolic tensors, and the constants of the calls are composed: sums for
     branches, products along chains, one norm for linear maps that follow each other. A layer
-    without a rule is looked into; what stays unknown is `inf` with a reason. Code that is looked
-    into is certified for the length it ran at, and for any number of examples: whatever depends on
-    the batch is `inf`. The model is not changed in any way: not its weights, losses, random state,
+    without a rule is looked into. A call without a bound makes the total `inf`;
+    `Certificate.reasons` says why and what to do. Code that is looked into is certified for the
+    length it ran at, and for any number of examples: an operation that depends on the batch is
+    `inf`. The model is not changed in any way: not its weights, losses, random state,
     traced functions, nor its graph.
 
     With `around` and `radius` the certificate is a local one: for inputs in the ball of this
     radius around a given input, in the chosen norm. It is never larger than the global one, and
-    often much smaller: attention uses what it sees there (Theorem 6), normalisations the sizes of
+    often much smaller: attention uses what it sees there (Theorem 6), normalizations the sizes of
     their tokens, products the sizes of their factors. Everything else keeps its global constant.
-    Values at the center are computed in float64, for the weights as they run.
+    Values at the center are computed in float64, for the weights used at inference.
 
     Args:
         model: a built `keras.Model`.
@@ -104,7 +105,8 @@ def certify(
     >>> model = keras.Model(inputs, keras.layers.Dense(10)(x))
     >>> print(keras_lipattn.certify(model))
 
-    Reference: docs/theory.md, sections 3 to 5 for attention, 6 for local certificates, 8 for
+    Reference: docs/certification.md for what is certified and how to write rules; docs/theory.md,
+        sections 3 to 5 for attention, 6 for local certificates, 8 for
         everything else.
     """
     _check_arguments(model, norm, sequence_length, input_radius, mask)
@@ -145,7 +147,8 @@ def _refused(traced: TracedModel, propagation: Propagation) -> list[TensorState]
     ]
     model = traced.model
     refusal = unbounded(traced.failure)
-    reason = f"{type(model).__name__} {model.name!r}: {traced.failure}."
+    mend = "write it with `keras.ops`, and pass `inputs` if it takes other shapes or dtypes"
+    reason = f"{traced.failure}; {mend}" if "traced" in traced.failure else traced.failure
     row = Row(model.name, type(model).__name__, refusal, reason, math.inf, None)
     propagation.rows.append(row)
     layout = dict(shape=(), dynamic=(), fold=1, dtype="float32")
@@ -238,9 +241,12 @@ def _certificate(
     conflicts = sorted(propagation.computed_inputs & set(propagation.looked_up_inputs))
     if conflicts:
         names = ", ".join(propagation.inputs[index] for index in conflicts)
-        reason = f"the integer input {names} is looked up in one place and computed with in another"
+        reason = (
+            f"the integer input {names} is looked up in one place and computed with in another; "
+            "make two inputs of it"
+        )
         refusal = unbounded(reason)
-        row = Row("inputs", type(model).__name__, refusal, f"{reason}.", math.inf, None)
+        row = Row("inputs", type(model).__name__, refusal, reason, math.inf, None)
         propagation.rows.append(row)
         layout = dict(shape=(), dynamic=(), fold=1, dtype="float32")
         outputs = [refusal.propagate(outputs, len(propagation.rows) - 1, norm, layout)]
@@ -291,16 +297,11 @@ def _certificate(
 
 
 def _rows(propagation: Propagation, costs: dict[int, float], log: float):
-    infinite = sum(math.isinf(row.map.constant) for row in propagation.rows)
     rows = []
     for index, row in enumerate(propagation.rows):
         cost = costs.get(index, 0.0)
         if math.isinf(log):
-            unknown = math.isinf(row.map.constant)
-            cost = math.inf if unknown else 0.0
-            share = 1.0 / infinite if unknown else 0.0
-        else:
-            share = cost / log if abs(log) > 1e-6 else None
+            cost = math.inf if math.isinf(row.map.constant) else 0.0
         rows.append(
             CertificateRow(
                 path=row.path,
@@ -313,7 +314,7 @@ def _rows(propagation: Propagation, costs: dict[int, float], log: float):
                 reason=row.reason,
                 exact=row.map.exact,
                 cost=cost,
-                share=share,
+                explained_by=row.explained_by,
             )
         )
     return tuple(rows)

@@ -13,25 +13,15 @@ from keras_lipattn.certification.layer_call import LayerCall, is_mask
 from keras_lipattn.certification.local_pass import LocalPass
 from keras_lipattn.certification.maps import LipschitzMap, unbounded
 from keras_lipattn.certification.registry import find_rule
+from keras_lipattn.certification.replacements import REPLACEMENTS
 from keras_lipattn.certification.tensor_state import Kind, TensorState
 from keras_lipattn.certification.token_range import TokenRange
 from keras_lipattn.certification.tracing import KerasTensor, Trace, TracedCall
 from keras_lipattn.layers._as_run import is_finite_as_run
 
-_WRITE_A_RULE = (
-    "Give it a rule with `@keras_lipattn.register_rule({cls})`: a function of the layer and of the "
-    "call that returns a Lipschitz constant"
-)
-_WRITE_A_LAYER = (
-    "Put it into a layer of its own and give that layer a rule with `@keras_lipattn.register_rule`"
-)
-_MASK_CHANGES = (
-    "its mask is computed from a certified input, and jumps when the input changes: "
-    "`assume_fixed_mask=True` certifies for a fixed mask"
-)
+_MASK_CHANGES = "its mask is computed from a certified input and jumps when the input changes"
 _INTEGERS_JUMP = (
-    "it computes integers or a mask from a certified input, which jump when the input changes: "
-    "`assume_fixed_mask=True` certifies for a fixed mask"
+    "it computes integers or a mask from a certified input, which jump when the input changes"
 )
 
 # Operations that move integers around and do not look at them.
@@ -89,6 +79,7 @@ class Row:
     reason: str
     radius: float
     tokens: int | None
+    explained_by: str = ""
 
 
 class Propagation:
@@ -128,6 +119,8 @@ class Propagation:
         self._comparison = comparison
         self._logit_call = logit_call
         self._paths: set[str] = set()
+        # Rows without a bound that a tensor depends on.
+        self._causes: dict[int, frozenset[int]] = {}
 
     def run(self, names: Sequence[str]) -> list[TensorState]:
         """The states of the outputs.
@@ -255,6 +248,11 @@ class Propagation:
             refusal = MOVES_BATCH
         if refusal:
             return self._record(call, unbounded(refusal), given, layouts, index)
+        if name in _FILLED and len(perturbed) == 1 and arguments["x"] is perturbed[0]:
+            sizes = {"ZerosLike": 0.0, "OnesLike": 1.0}
+            filled = TokenRange(largest=sizes.get(name, math.inf))
+            outputs = [self._fixed(layout, range=filled) for layout in layouts]
+            return self._enclosed(index, None, given, outputs)
         masks = [
             leaf
             for argument, value in arguments.items()
@@ -317,11 +315,8 @@ class Propagation:
 
     def _integers(self, index, call, given, layouts, arguments) -> list[TensorState]:
         """Outputs that are integers or booleans: either constant or discontinuous."""
-        name = type(call.operation).__name__
         perturbed = [state for state in given if not state.is_fixed]
-        if name in _FILLED:
-            outputs = [self._fixed(layout) for layout in layouts]
-        elif all(state.kind is Kind.INTEGER for state in perturbed):
+        if all(state.kind is Kind.INTEGER for state in perturbed):
             outputs = self._moved(index, call, arguments, perturbed, layouts)
             if outputs is None:
                 for state in perturbed:
@@ -391,12 +386,47 @@ class Propagation:
                 path=path,
                 layer_class=name,
                 map=rule_map,
-                reason=_reason(call, path, rule_map),
+                reason=self._reason(call, rule_map),
                 radius=max((state.range.radius for state in perturbed), default=0.0),
                 tokens=perturbed[0].tokens if perturbed else None,
             )
         )
+        self._explain(call, index)
         return self._enclosed(index, rule_map, given, outputs)
+
+    def _reason(self, call: TracedCall, rule_map: LipschitzMap) -> str:
+        """Why the call has no constant and the one thing to do about it, in one line."""
+        reason = rule_map.reason
+        if not math.isinf(rule_map.constant):
+            return reason
+        mend = _mend(call.operation, reason, self.options.sequence_length)
+        return f"{reason}; {mend}" if mend else reason
+
+    def _explain(self, call: TracedCall, index: int) -> None:
+        """Notes where the cause of the last row is, if it is in another row."""
+        number, row = len(self.rows) - 1, self.rows[-1]
+        causes = frozenset().union(
+            *(
+                self._causes.get(id(self._resolve(tensor)), frozenset())
+                for tensor in (*call.tensors, *call.keras_masks)
+            )
+        )
+        if math.isinf(row.map.constant):
+            for cause in (self.rows[other] for other in sorted(causes)):
+                jumps = cause.map.reason == _INTEGERS_JUMP
+                if row.map.reason == _MASK_CHANGES and _MASKING in cause.map.reason:
+                    row.explained_by = row.explained_by or cause.path
+                elif jumps and row.map.reason == _MASK_CHANGES:
+                    # The call that takes the mask says more.
+                    cause.explained_by = row.path
+                elif (jumps and any(words in row.map.reason for words in _AFTER_JUMPS)) or (
+                    "batch" in cause.map.reason
+                    and (index in self._comparison.refusals or _REPEATS in row.map.reason)
+                ):
+                    row.explained_by = row.explained_by or cause.path
+            causes |= {number}
+        if causes:
+            self._causes.update(dict.fromkeys(map(id, call.outputs), causes))
 
     def _of_one_example(self, state: TensorState) -> TensorState:
         """An output that has not one row for each example has no bound."""
@@ -408,7 +438,7 @@ class Propagation:
                 path=self._unique("output"),
                 layer_class="output",
                 map=refusal,
-                reason=f"{refusal.reason}.",
+                reason=f"{refusal.reason}; {_KEEP_APART}",
                 radius=math.inf,
                 tokens=None,
             )
@@ -450,30 +480,78 @@ def _as_map(answer: Any) -> LipschitzMap:
     )
 
 
-def _reason(call: TracedCall, path: str, rule_map: LipschitzMap) -> str:
-    """One line: which call, why it has no constant, and how to mend it."""
-    if not math.isinf(rule_map.constant):
-        return rule_map.reason
-    text = f"{type(call.operation).__name__} {path!r}: {rule_map.reason}"
-    way_out = _way_out(call.operation, rule_map.reason)
-    return f"{text}. {way_out}." if way_out else f"{text}."
-
-
+# Reasons of rows that have no bound only because of integers or masks computed before them.
+_AFTER_JUMPS = (_INTEGERS_JUMP, "not bounded", "its condition changes")
+_REPEATS = "it repeats an input along an axis"
+_MASKING = "it computes a mask from its input"
 # Reasons with one of these say what to do.
 _REMEDIES = ("pass `", "`assume_fixed_mask=True`", "`input_radius`", ": use `", ": declare ")
-# No rule helps against these.
-_BEYOND_RULES = ("training=True", "quantized")
+_UNKNOWN_SIZES = (
+    "number of tokens",
+    "length of",
+    "its window",
+    "how many entries",
+    "how often",
+    "size of",
+    "unknown size",
+    "size that varies",
+)
+_KEEP_APART = "keep the examples of a batch apart"
+_ATTENTION = REPLACEMENTS["MultiHeadAttention"]
+_ACTIVATION = f"use {REPLACEMENTS['Activation']}"
+# From words of a reason to what to do, where the class of the call does not tell.
+_MENDS = {
+    "training=True": "call it without `training=True`",
+    "quantized": "certify the model before it is quantized",
+    "tokens are unbounded": f"use {_ATTENTION}, or bound its tokens by a normalization before it "
+    "or by `input_radius`",
+    "multiplies two tensors": f"use {_ATTENTION} if this is attention, else put it into a layer "
+    "of its own with a rule, see `register_rule`",
+    "self-attention": "attend to both sequences joined along the tokens",
+    "different tensors": "attend to all of them joined along the tokens",
+    "attention scores": "leave out `return_attention_scores=True`",
+    "random numbers": "do that only when `training` is true",
+    "activation": _ACTIVATION,
+    "slope": _ACTIVATION,
+    "interpolation": 'use `interpolation="nearest"`',
+    "moves the batch axis": _KEEP_APART,
+    "over the batch axis": _KEEP_APART,
+    "along the batch axis": _KEEP_APART,
+    "in the batch": _KEEP_APART,
+    "mixes examples": _KEEP_APART,
+}
 
 
-def _way_out(operation: Any, reason: str) -> str:
-    """What gives the call a constant, empty where the reason says it or no rule could."""
-    if any(words in reason for words in (*_REMEDIES, *_BEYOND_RULES)):
+def _mend(operation: Any, reason: str, sequence_length: int | None) -> str:
+    """What gives the call a constant; empty where the reason says it or nothing does."""
+    cls = type(operation)
+    is_layer = isinstance(operation, keras.layers.Layer)
+    if reason in (_MASK_CHANGES, _INTEGERS_JUMP):
+        takes_causal = is_layer and "use_causal_mask" in operation._call_signature.parameters
+        causal = "pass `use_causal_mask=True` if it is the causal mask, else " * takes_causal
+        return f"{causal}pass `assume_fixed_mask=True` to certify for a fixed mask"
+    if any(words in reason for words in _REMEDIES):
         return ""
-    if not isinstance(operation, keras.layers.Layer):
-        return _WRITE_A_LAYER
-    if not all(is_finite_as_run(weight, operation.compute_dtype) for weight in operation.weights):
+    for words, mend in _MENDS.items():
+        if words in reason:
+            return mend
+    if is_layer and not all(
+        is_finite_as_run(weight, operation.compute_dtype) for weight in operation.weights
+    ):
         return ""
-    return _WRITE_A_RULE.format(cls=type(operation).__name__)
+    if any(words in reason for words in _UNKNOWN_SIZES):
+        if sequence_length is None and "varies" not in reason:
+            return "pass `sequence_length`"
+        return "build the model with fixed sizes"
+    if cls.__module__.startswith("keras.") and cls.__name__ in REPLACEMENTS:
+        return f"use {REPLACEMENTS[cls.__name__]}"
+    if not is_layer:
+        return "put it into a layer of its own with a rule, see `register_rule`"
+    if "cannot be followed" in reason:
+        return f"write it with `keras.ops`, or give it a rule with `register_rule({cls.__name__})`"
+    # A rule that knows no constant has said so.
+    known = find_rule(operation)[0] is not None and "no rule" not in reason
+    return "" if known else f"give it a rule with `register_rule({cls.__name__})`"
 
 
 def _looks_up(operation: Any) -> bool:

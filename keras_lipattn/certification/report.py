@@ -11,14 +11,20 @@ if TYPE_CHECKING:
     from keras_lipattn.certification.certificate import Certificate
 
 _WIDEST_PATH = 44
+_COLUMNS = (
+    "columns:",
+    "  constant: Lipschitz constant of the call alone; with = it is attained or approached",
+    "  published: the same by the earlier published bound, where it differs",
+    "  token radius: largest Euclidean norm of a token of its input, where it is known",
+    "  factor: what the call multiplies the total with; branches of a sum count by their weight",
+    "  because: where the constant comes from",
+)
 
 
 def table(certificate: "Certificate") -> str:
     """The certificate as a table for a terminal."""
-    header = ("layer", "class", "constant", "published", "radius", "factor", "share", "because")
+    header = ("layer", "class", "constant", "published", "token radius", "factor", "because")
     lines: list[tuple[str, ...]] = [header]
-    # Shares of a logarithm near zero are large numbers that cancel: the factors say it then.
-    telling = abs(certificate.log10) >= 0.3
     for row in certificate.rows:
         lines.append(
             (
@@ -28,7 +34,6 @@ def table(certificate: "Certificate") -> str:
                 number(row.published) if row.published != row.constant else "",
                 number(row.radius) if math.isfinite(row.radius) else "",
                 _factor(row.cost) if row.is_finite else "",
-                f"{100.0 * row.share + 0.0:.0f}%" if telling and row.share is not None else "",
                 "no bound, see below" if not row.is_finite else row.theorem,
             )
         )
@@ -49,8 +54,10 @@ def table(certificate: "Certificate") -> str:
     if certificate.vacuous:
         text.append(certificate.vacuous)
     text += [f"  {reason}" for reason in certificate.reasons]
+    if certificate.proposals:
+        text += ["what to change:", *(f"  {line}" for line in certificate.proposals)]
     text += ["holds for:", *(f"  {line}" for line in str(certificate.threat_model).splitlines())]
-    return "\n".join(text)
+    return "\n".join([*text, *_COLUMNS])
 
 
 def _factor(cost: float) -> str:
@@ -74,8 +81,8 @@ def plot(certificate: "Certificate", path: str | os.PathLike) -> None:
     figure = Figure(figsize=(9.0, 1.6 + 0.28 * max(len(rows), 1)), layout="constrained")
     axes = figure.subplots()
     costs = [row.cost / math.log(10.0) if row.is_finite else 0.0 for row in rows]
-    colours = ["tab:blue" if row.is_finite else "tab:red" for row in rows]
-    axes.barh(range(len(rows)), costs, color=colours)
+    colors = ["tab:blue" if row.is_finite else "tab:red" for row in rows]
+    axes.barh(range(len(rows)), costs, color=colors)
     for position, row in enumerate(rows):
         text = f" {number(row.constant)}" if row.is_finite else " no bound"
         axes.text(max(costs[position], 0.0), position, text, va="center", fontsize=8)

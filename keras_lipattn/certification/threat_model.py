@@ -18,8 +18,9 @@ class ThreatModel:
         input_radius: radius of the ball around the origin in which the tokens of the certified
             inputs stay, `inf` for no restriction.
         longest: largest number of tokens, `None` when the shapes of the model say it all.
-        shapes: if not empty, the certificate is for inputs of exactly these shapes: Python code of
-            the model ran at these sizes, and may do something else at others.
+        shapes: if not empty, the certificate holds only for inputs of exactly these shapes, the
+            batch axis left out. Python code of the model ran at these sizes and may compute
+            something else at others.
         mask: class of mask that was assumed for attention layers with an unknown one, or `None`.
         assumed_masks: layers that compute a mask from a certified input which was assumed fixed.
         around: for a local certificate, a description of its centers and a digest of their numbers;
@@ -65,7 +66,10 @@ class ThreatModel:
             )
         if self.shapes:
             shapes = " and ".join(str(shape) for shape in self.shapes)
-            lines.append(f"only for inputs of shape {shapes}, the size at which its code was run")
+            lines.append(
+                f"only for inputs of shape {shapes} per example: its Python code ran at these "
+                "sizes and may compute something else at others"
+            )
         elif self.longest is not None:
             lines.append(f"for at most {self.longest} tokens that attend to each other")
         lines.append(

@@ -47,6 +47,9 @@ _COPIES = ("Cast", "ConvertToTensor", "Copy", "SaturateCast", "StopGradient")
 class TraceError(Exception):
     """A layer cannot be called on symbolic tensors. The message says why."""
 
+    # Keras then leaves the message as it is.
+    _keras_call_info_injected = True
+
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class TracedCall:
@@ -546,7 +549,7 @@ def _explain(error: Exception) -> str:
         return "it has no `call` that can be followed"
     return (
         "its code cannot be followed: it uses other functions than `keras.ops`, or looks at the "
-        f"values of its input ({type(error).__name__})"
+        "values of its input"
     )
 
 

@@ -121,7 +121,7 @@ def with_activation(
     after = function(getattr(layer, "activation", None), call, between)
     if after is None:
         return step
-    # Saturating activations bound their output by themselves; others are left to the walk.
+    # Saturating activations bound their output by themselves; for others the map tells the range.
     return chain(step, after)
 
 

@@ -39,10 +39,7 @@ def multi_head_attention(layer, call):
     mask = attention_mask_class(call)
     before = call.state.range
     if not before.bounded:
-        return unbounded(
-            "dot-product attention is not Lipschitz where its tokens are unbounded; a "
-            "normalization before it or `input_radius` bounds them"
-        )
+        return unbounded("dot-product attention is not Lipschitz where its tokens are unbounded")
     window = layer._sliding_window
     masks = [call.argument(f"{name}_mask") for name in ("query", "value", "key")]
     padded = bool(call.keras_masks) or call.mask is not None
@@ -170,10 +167,7 @@ def _published(reduced, sizes, before: TokenRange, tokens: int, layer) -> float:
     keras.layers.AdditiveAttention, keras.layers.Attention, keras.layers.GroupQueryAttention
 )
 def other_attention(layer, call):
-    return unbounded(
-        "this kind of attention has no bound here; L2MultiHeadAttention has one, and "
-        "MultiHeadAttention where its tokens are bounded"
-    )
+    return unbounded("this kind of attention has no bound here")
 
 
 @register_operation("DotProductAttention")

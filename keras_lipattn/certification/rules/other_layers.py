@@ -64,8 +64,8 @@ def masking(layer, call):
             assumes_fixed_mask=True,
         )
     return unbounded(
-        "it computes a mask from its input, which jumps when the input changes: "
-        "`assume_fixed_mask=True` certifies for a fixed mask"
+        "it computes a mask from its input, which jumps when the input changes; "
+        "pass `assume_fixed_mask=True` to certify for a fixed mask"
     )
 
 
