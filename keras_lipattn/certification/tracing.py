@@ -293,7 +293,9 @@ class _Tracer:
         for layer in self._model._flatten_layers():
             vars(layer)["symbolic_call"] = functools.partial(self._call, layer)
         try:
-            outputs = self._model(*symbols)
+            # As `predict` does: some layers would otherwise run as in training.
+            options = {"training": False} if self._model._call_has_training_arg else {}
+            outputs = self._model(*symbols, **options)
         except TRACE_ERRORS as error:
             raise TraceError(_explain(error)) from error
         self.trace.outputs = symbols_in(outputs)
