@@ -146,17 +146,17 @@ REFUSED = {
     ),
     "softmax of the batch": (lambda: model(layers.Softmax(axis=0)), "batch"),
     "mean of the batch": (lambda: model(lambda x: x - ops.mean(x, axis=0, keepdims=True)), "batch"),
-    "bilinear enlargement": (
-        lambda: model(layers.UpSampling2D(interpolation="bilinear"), (3, 3, 2)),
-        "bilinear",
+    "bilinear enlargement of any image": (
+        lambda: model(layers.UpSampling2D(interpolation="bilinear"), (None, None, 2)),
+        "size",
     ),
     "int8 kernel": (lambda: model(quantized), "quantized"),
     "lambda": (lambda: model(layers.Lambda(lambda x: tf.cumsum(x))), "Lambda"),
     "raw TensorFlow": (lambda: model(ByTensorFlow()), "ByTensorFlow"),
     "random numbers": (lambda: model(Noisy()), "random numbers"),
-    "picked entries": (
-        lambda: model(lambda x: ops.take(x, np.array([0, 0, 1]), axis=1)),
-        "more than once",
+    "picked examples": (
+        lambda: model(lambda x: ops.take(x, np.array([0, 0, 1]), axis=0)),
+        "batch",
     ),
 }
 

@@ -276,6 +276,38 @@ def trace(
     return tracer.trace
 
 
+@contextlib.contextmanager
+def _augmentation_left_out(model: keras.Model) -> Iterator[None]:
+    """Layers whose `training` is true by default run as they do in `predict`.
+
+    That is how layers for image augmentation are, and graphs keep the default as an argument. Only
+    `training=False`, which `predict` and exported models pass on, switches it off.
+    """
+    removed: list[dict] = []
+    try:
+        if model._call_has_training_arg:
+            for layer in model._flatten_layers():
+                signature = layer._call_signature
+                default = signature.parameters.get("training")
+                if default is None or default.default is not True:
+                    continue
+                changed = default.replace(default=False)
+                vars(layer)["_call_signature"] = signature.replace(
+                    parameters=[
+                        changed if p is default else p for p in signature.parameters.values()
+                    ]
+                )
+                for node in layer._inbound_nodes:
+                    kwargs = node.arguments.kwargs
+                    if kwargs.get("training") is True:
+                        removed.append(kwargs)
+                        del kwargs["training"]
+        yield
+    finally:
+        for kwargs in removed:
+            kwargs["training"] = True
+
+
 class _Tracer:
     """One symbolic run of a model."""
 
@@ -293,9 +325,8 @@ class _Tracer:
         for layer in self._model._flatten_layers():
             vars(layer)["symbolic_call"] = functools.partial(self._call, layer)
         try:
-            # As `predict` does: some layers would otherwise run as in training.
-            options = {"training": False} if self._model._call_has_training_arg else {}
-            outputs = self._model(*symbols, **options)
+            with _augmentation_left_out(self._model):
+                outputs = self._model(*symbols)
         except TRACE_ERRORS as error:
             raise TraceError(_explain(error)) from error
         self.trace.outputs = symbols_in(outputs)

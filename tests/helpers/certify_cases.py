@@ -69,6 +69,8 @@ def layer_cases() -> list[LayerCase]:
         *_operation_cases(),
         *_image_cases(),
         *_copy_cases(),
+        *_sorting_cases(),
+        *_convolution_operation_cases(),
         *_own_cases(),
     ]
 
@@ -513,6 +515,71 @@ def _copy_cases():
         _case("ops_cumsum_last", (3, 4), lambda x: ops.cumsum(x, axis=-1), ALL),
         _case("ops_diff", (5, 4), lambda x: ops.diff(x, 2, axis=1), ALL),
         _case("ops_diff_last", (3, 4), lambda x: ops.diff(x), ALL),
+        _case(
+            "ops_pad_reflect",
+            (4, 3),
+            lambda x: ops.pad(x, ((0, 0), (2, 1), (1, 1)), mode="reflect"),
+            ALL,
+        ),
+        _case(
+            "ops_pad_symmetric",
+            (4, 3),
+            lambda x: ops.pad(x, ((0, 0), (2, 1), (0, 0)), mode="symmetric"),
+            ALL,
+        ),
+        _case("ops_array_split", (5, 4), lambda x: ops.array_split(x, 2, axis=1)[0], ALL),
+        _case("ops_hsplit", (4, 3), lambda x: ops.hsplit(x, 2)[1], ALL),
+        _case("ops_unstack_last", (3, 4), lambda x: ops.unstack(x, axis=-1)[1], BOTH),
+    ]
+
+
+def _sorting_cases():
+    return [
+        _case("ops_sort", (3, 4), lambda x: ops.sort(x), ALL),
+        _case("ops_sort_tokens", (3, 4), lambda x: ops.sort(x, axis=1), BOTH),
+        _case("ops_norm", (3, 4), lambda x: ops.norm(x, axis=-1, keepdims=True), EUCLID),
+        _case("ops_norm_tokens", (3, 4), lambda x: ops.norm(x, axis=1), ("l2",)),
+        _case("ops_norm_all", (3, 4), lambda x: ops.norm(x, axis=(1, 2), keepdims=True), ("l2",)),
+        _case("ops_norm_flat", (3, 4), lambda x: ops.norm(x, axis=2), ("l2",)),
+        _case("ops_std", (3, 4), lambda x: ops.std(x, axis=-1, keepdims=True), EUCLID),
+        _case("ops_std_tokens", (3, 4), lambda x: ops.std(x, axis=1), ("l2",)),
+        _case("ops_std_all", (3, 4), lambda x: ops.std(x, axis=(1, 2), keepdims=True), ("l2",)),
+        _case("ops_var", (3, 4), lambda x: ops.var(ops.tanh(x), axis=-1)),
+        _case(
+            "ops_moments",
+            (3, 4),
+            lambda x: ops.concatenate(ops.moments(ops.tanh(x), axes=(1,), keepdims=True), axis=1),
+        ),
+        _case("ops_einsum_moved", (2, 3, 4), lambda x: ops.einsum("bijd->bjid", x), ALL),
+        _case("ops_einsum_swapped", (3, 4), lambda x: ops.einsum("bij->bji", x), ALL),
+        _case("ops_einsum_summed", (2, 3, 4), lambda x: ops.einsum("bijd->bjd", x), ALL),
+        _case("ops_einsum_last_summed", (2, 3, 4), lambda x: ops.einsum("...d->...", x), BOTH),
+    ]
+
+
+def _convolution_operation_cases():
+    rng = np.random.default_rng(0)
+    wide, deep = rng.normal(size=(3, 2, 2, 4)), rng.normal(size=(3, 2, 2, 2))
+    up = keras.ops.convert_to_tensor(rng.normal(size=(3, 2, 4, 2)))
+    image, mixing = (5, 4, 2), rng.normal(size=(1, 1, 4, 3))
+    return [
+        _case("ops_conv", image, lambda x: ops.conv(x, wide, padding="same"), ("linf",)),
+        _case("ops_conv_strides", image, lambda x: ops.conv(x, wide, strides=2)),
+        _case("ops_depthwise", image, lambda x: ops.depthwise_conv(x, deep)),
+        _case("ops_separable", image, lambda x: ops.separable_conv(x, deep, mixing)),
+        _case(
+            "ops_conv_transpose",
+            image,
+            lambda x: ops.conv_transpose(x, up, strides=2, data_format="channels_last"),
+        ),
+        _case("ops_max_pool", image, lambda x: ops.max_pool(x, 2), BOTH),
+        _case("ops_max_pool_strides", image, lambda x: ops.max_pool(x, 3, strides=1)),
+        _case("ops_average_pool", (4, 4, 2), lambda x: ops.average_pool(x, 2), ALL),
+        _case(
+            "ops_average_pool_same",
+            image,
+            lambda x: ops.average_pool(x, (3, 2), strides=1, padding="same"),
+        ),
     ]
 
 
