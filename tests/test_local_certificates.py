@@ -38,6 +38,7 @@ LOST = {
     "cosine_attention_causal",
     "l2_attention_capped",
     "max_pool3d",
+    "ops_conv_transpose",
     "spectral_dense",
 }
 

@@ -154,28 +154,32 @@ def take_step(operation, given: Any, call: LayerCall) -> LipschitzMap:
     if operation.axis is None or operation.axis % state.rank == 0:
         return unbounded(BATCH)
     axis = operation.axis % state.rank
-    whole = None not in state.shape and not any(state.dynamic)
-    if indices.ndim != 1 and whole and (state.entries or 0) <= _MOST_ENTRIES:
-        return copies(call, lambda x: operation.call(x, indices), "entries by constant indices")
-    length = state.shape[axis - 1]
-    if length is None or state.dynamic[axis - 1] or indices.ndim != 1:
-        return unbounded(SIZE_VARIES)
-    if indices.size == 0 or indices.min() < -length or indices.max() >= length:
-        return unbounded("it takes no entries, or some that do not exist")
-    often = int(np.bincount(indices.astype(np.int64) % length).max())
     last = axis == state.rank - 1
-    repeats = call.norm == "l2" or (call.norm == "token" and last)
-    before = state.range
-    token_range = before
+    known = None not in state.shape and not any(state.dynamic)
+    if known and (indices.ndim > 1 or (last and indices.ndim == 0)):
+        return copies(call, lambda x: operation.call(x, indices), "entries by constant indices")
+    if indices.ndim > 1 or (last and indices.ndim == 0) or indices.size == 0:
+        return unbounded(SIZE_VARIES)
+    length, before = state.shape[axis - 1], state.range
+    if length is None or state.dynamic[axis - 1]:
+        if indices.min() < 0 <= indices.max():
+            return unbounded(SIZE_VARIES)
+        # Beyond the end, some backends read zeros.
+        places, before = np.abs(indices), before.about_origin()
+    elif indices.min() < -length or indices.max() >= length:
+        return unbounded("it takes entries that do not exist")
+    else:
+        places = indices % length
+    often = int(np.unique(places, return_counts=True)[1].max())
     if last:
-        token_range = TokenRange(
-            SAFETY * math.sqrt(often) * before.outer_radius, None, before.largest
-        )
+        radius = SAFETY * math.sqrt(often) * before.outer_radius
+        before = TokenRange(radius, None, before.largest)
+    repeats = often > 1 and (call.norm == "l2" or (call.norm == "token" and last))
     return (LipschitzMap if last else TokenMixing)(
         constant=SAFETY * math.sqrt(often) if repeats else 1.0,
         theorem="entries by constant indices",
         exact=True,
-        range=token_range,
+        range=before,
     )
 
 

@@ -355,6 +355,11 @@ def sort(operation, call):
     )
 
 
+@register_operation("TopK")
+def top_k(operation, call):
+    return unbounded("its indices jump when the input changes: use `keras.ops.sort`")
+
+
 @register_operation("Norm")
 def vector_norm(operation, call):
     axes, refusal = _reduced_axes(operation, call)
