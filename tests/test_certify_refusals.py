@@ -146,8 +146,8 @@ REFUSED = {
     ),
     "softmax of the batch": (lambda: model(layers.Softmax(axis=0)), "batch"),
     "mean of the batch": (lambda: model(lambda x: x - ops.mean(x, axis=0, keepdims=True)), "batch"),
-    "bilinear enlargement of any image": (
-        lambda: model(layers.UpSampling2D(interpolation="bilinear"), (None, None, 2)),
+    "bicubic resize of any image": (
+        lambda: model(layers.Resizing(3, 4, interpolation="bicubic"), (None, None, 2)),
         "size",
     ),
     "int8 kernel": (lambda: model(quantized), "quantized"),

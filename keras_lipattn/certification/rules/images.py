@@ -122,8 +122,10 @@ def _separable(kind: str, size, options: tuple, call: LayerCall, first: bool) ->
         return unbounded("it rounds to integers, which jump")
     axes = _axes(first)
     sizes = [state.shape[axis - 1] for axis in axes]
-    if None in (*sizes, *size) or any(state.dynamic[axis - 1] for axis in axes):
+    if None in size:
         return unbounded(SIZE_VARIES)
+    if None in sizes or any(state.dynamic[axis - 1] for axis in axes):
+        return _of_any_image(kind, size, dict(options), call, first)
     known = _matrices(kind, tuple(int(n) for n in size), options, *sizes)
     if known is None:
         return unbounded("the image is too large to follow, or rows and columns are not apart")
@@ -137,6 +139,32 @@ def _separable(kind: str, size, options: tuple, call: LayerCall, first: bool) ->
         offset=float(np.abs(offset).max(initial=0.0)),
     )
     return _with_center(step, rows, columns, offset, copied, call, first)
+
+
+def _of_any_image(kind: str, size, options: dict, call: LayerCall, first: bool) -> LipschitzMap:
+    """A resize of images of unknown sizes: each pixel of the output is an average, or constant."""
+    if kind != "resize" or options["interpolation"] not in ("nearest", "bilinear"):
+        return unbounded(SIZE_VARIES)
+    offset = abs(options.get("fill_value", 0.0))
+    columns = math.sqrt(size[1])
+    # The square of a 2-norm is at most the largest row sum times the largest column sum.
+    tokens = _MARGIN * (columns if first else 1.0)
+    constants = {"l2": _MARGIN * math.sqrt(size[0]) * columns, "token": tokens, "linf": _MARGIN}
+    before, width = call.state.range, call.shape[-1]
+    token_range = None
+    if before.bounded and width is not None:
+        token_range = TokenRange(
+            tokens * before.outer_radius + math.sqrt(width) * offset,
+            None,
+            _MARGIN * before.largest + offset,
+        )
+    center = CenterValue(reason="backends interpolate in float32")
+    return LipschitzMap(
+        constant=constants[call.norm],
+        theorem="averages of pixels, for images of any size",
+        range=token_range,
+        center=center,
+    )
 
 
 def _with_center(step, rows, columns, offset, copied: bool, call: LayerCall, first: bool):

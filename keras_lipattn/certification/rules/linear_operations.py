@@ -102,9 +102,9 @@ def copies(call: LayerCall, run: Callable, theorem: str = "entries move") -> Lip
 
 def _copied(sources: np.ndarray, call: LayerCall, theorem: str) -> LipschitzMap:
     """The map of an output whose entry `i` is entry `sources[i] - 1` of an example, or 0."""
-    old = call.state.shape[-1] if call.state.shape else 1
-    new = call.shape[-1] if call.shape else 1
-    tokens = sources.reshape(-1, new or 1)
+    old = (call.state.shape[-1] if call.state.shape else 1) or 1
+    new = (call.shape[-1] if call.shape else 1) or 1
+    tokens = sources.reshape(-1, new)
     kept = tokens > 0
     if not kept.any():
         return LipschitzMap(constant=0.0, theorem=theorem, exact=True, range=TokenRange(0.0))
@@ -113,7 +113,7 @@ def _copied(sources: np.ndarray, call: LayerCall, theorem: str) -> LipschitzMap:
     first = tokens[:, :1]
     alike = (tokens == first + np.arange(new)) & ((first - 1) % old == 0)
     whole = old == new and bool((alike | ~kept.any(axis=1, keepdims=True)).all())
-    meeting = 1 if whole else _meeting(tokens, kept, old or 1)
+    meeting = 1 if whole else _meeting(tokens, kept, old)
     constants = {"l2": math.sqrt(often), "token": math.sqrt(meeting), "linf": 1.0}
     token_range = before
     if not (whole and kept.all()):
