@@ -144,9 +144,9 @@ REFUSED = {
     ),
     "softmax of the batch": (lambda: model(layers.Softmax(axis=0)), "batch"),
     "mean of the batch": (lambda: model(lambda x: x - ops.mean(x, axis=0, keepdims=True)), "batch"),
-    "bilinear enlargement": (
-        lambda: model(layers.UpSampling2D(interpolation="bilinear"), (3, 3, 2)),
-        "bilinear",
+    "bicubic resize of any image": (
+        lambda: model(layers.Resizing(3, 4, interpolation="bicubic"), (None, None, 2)),
+        "size",
     ),
     "int8 kernel": (lambda: model(quantized), "quantized"),
     "lambda": (lambda: model(layers.Lambda(lambda x: tf.cumsum(x))), "Lambda"),
@@ -156,9 +156,9 @@ REFUSED = {
         lambda: model(lambda x: ops.full_like(x, ops.mean(x, axis=-1, keepdims=True))),
         "fills a tensor",
     ),
-    "picked entries": (
-        lambda: model(lambda x: ops.take(x, np.array([0, 0, 1]), axis=1)),
-        "more than once",
+    "picked examples": (
+        lambda: model(lambda x: ops.take(x, np.array([0, 0, 1]), axis=0)),
+        "batch",
     ),
 }
 

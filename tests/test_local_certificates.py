@@ -38,8 +38,13 @@ LOST = {
     "cosine_attention_causal",
     "l2_attention_capped",
     "max_pool3d",
+    "ops_conv_transpose",
     "spectral_dense",
 }
+
+
+# Keras computes in float32 here: a low-rank update, a wrapped layer, images between their pixels.
+ROUGH = ("dense_lora", "spectral_normalization", "resizing", "ops_resize", "crop_small", "bilinear")
 
 
 def values_near(model, x, radius, norm="l2", **options):
@@ -80,8 +85,7 @@ def test_rules_hold_near_an_input_and_values_are_those_of_the_model(name):
     else:
         assert not certificate.threat_model.lost
         assert near is not None
-        # Keras merges a low-rank update in float32; the wrapped layer is one of float32.
-        precision = 1e-6 if name in ("dense_lora", "spectral_normalization") else 1e-9
+        precision = 1e-6 if any(rough in name for rough in ROUGH) else 1e-9
         np.testing.assert_allclose(near.value, expected, rtol=precision, atol=precision)
         assert near.rounding_error <= 1e-6 * (1.0 + np.linalg.norm(expected) + certificate.total)
     if certificate.total == globally:

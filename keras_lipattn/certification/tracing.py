@@ -522,7 +522,9 @@ def _recorded_operations(model: keras.Model) -> dict[int, Any]:
 def _called_in_training(model: keras.Model) -> set[int]:
     """Layers that a graph calls with `training=True`, by `id`.
 
-    `model(x)` runs them as in training, `model(x, training=False)` does not.
+    `model(x)` runs them as in training, `model(x, training=False)` does not. Layers for image
+    augmentation have `training=True` as a default, which graphs keep: they are run as `predict`
+    and exported models run them.
     """
     graphs = [
         function_of(layer) for layer in model._flatten_layers() if isinstance(layer, keras.Model)
@@ -532,8 +534,17 @@ def _called_in_training(model: keras.Model) -> set[int]:
         for graph in graphs
         if graph is not None
         for node in nodes_in_order(graph)
-        if node.arguments.kwargs.get("training") or any(one is True for one in node.arguments.args)
+        if isinstance(node.operation, keras.layers.Layer)
+        and not _augments(node.operation)
+        and (
+            node.arguments.kwargs.get("training") or any(one is True for one in node.arguments.args)
+        )
     }
+
+
+def _augments(layer: keras.layers.Layer) -> bool:
+    default = layer._call_signature.parameters.get("training")
+    return default is not None and default.default is True
 
 
 def _copies_a_number(operation, inputs, outputs) -> bool:

@@ -67,6 +67,10 @@ def layer_cases() -> list[LayerCase]:
         *_reshaping_cases(),
         *_merging_cases(),
         *_operation_cases(),
+        *_image_cases(),
+        *_copy_cases(),
+        *_sorting_cases(),
+        *_convolution_operation_cases(),
         *_own_cases(),
     ]
 
@@ -395,6 +399,193 @@ def _operation_cases():
         _case("ops_repeat", (3, 4), lambda x: ops.repeat(x, 3, axis=1), ALL),
         _case("ops_tile", (3, 4), lambda x: ops.tile(x, (1, 1, 2)), ALL),
         _case("ops_stop_gradient_free", (3, 4), lambda x: ops.cast(x, "float64"), ALL),
+    ]
+
+
+def _image_cases():
+    def resizing(*size, **options):
+        return _layer(layers.Resizing, *size, **options)
+
+    class Patches(layers.Layer):
+        def call(self, images):
+            patches = ops.image.extract_patches(images, 2)
+            return ops.reshape(patches, (-1, 4, 8))
+
+    color = (5, 6, 3)
+    return [
+        *(
+            _case(f"augmentation_{name}", (4, 4, 3), _layer(getattr(layers, name), *args), ALL)
+            for name, args in (
+                ("RandomBrightness", (0.5,)),
+                ("RandomColorDegeneration", (0.5,)),
+                ("RandomColorJitter", ()),
+                ("RandomContrast", (0.5,)),
+                ("RandomCrop", (4, 4)),
+                ("RandomErasing", ()),
+                ("RandomFlip", ()),
+                ("RandomGrayscale", ()),
+                ("RandomHue", (0.5,)),
+                ("RandomInvert", ()),
+                ("RandomPosterization", (4,)),
+                ("RandomRotation", (0.5,)),
+                ("RandomSaturation", (0.5,)),
+                ("RandomSharpness", (0.5,)),
+                ("RandomShear", (0.5, 0.5)),
+                ("RandomTranslation", (0.5, 0.5)),
+                ("RandomZoom", (0.5,)),
+            )
+        ),
+        _case("resizing", color, resizing(3, 4), ALL),
+        _case("resizing_up", color, resizing(9, 7), ALL),
+        _case("resizing_nearest", color, resizing(7, 4, interpolation="nearest"), ALL),
+        _case("resizing_bicubic", color, resizing(7, 4, interpolation="bicubic"), ALL),
+        # TensorFlow has their gradients in float32 alone.
+        _case(
+            "resizing_lanczos",
+            color,
+            resizing(3, 8, interpolation="lanczos3"),
+            ALL,
+            dtype="float32",
+        ),
+        _case("resizing_antialias", color, resizing(2, 4, antialias=True), ALL, dtype="float32"),
+        _case("resizing_crop", color, resizing(4, 3, crop_to_aspect_ratio=True), ALL),
+        _case("resizing_pad", color, resizing(4, 3, pad_to_aspect_ratio=True, fill_value=2.0), ALL),
+        _case("resizing_first", (3, 5, 6), resizing(3, 8, data_format="channels_first"), ALL),
+        _case("center_crop", color, _layer(layers.CenterCrop, 2, 3), ALL),
+        _case("center_crop_small", color, _layer(layers.CenterCrop, 7, 4), ALL),
+        _case(
+            "center_crop_first",
+            (3, 5, 6),
+            _layer(layers.CenterCrop, 2, 3, data_format="channels_first"),
+            BOTH,
+        ),
+        _case(
+            "up_sampling_bilinear",
+            (3, 2, 2),
+            _layer(layers.UpSampling2D, (2, 3), interpolation="bilinear"),
+            ALL,
+        ),
+        _case("ops_resize", color, lambda x: ops.cast(ops.image.resize(x, (3, 8)), x.dtype), ALL),
+        _case("ops_grayscale", color, lambda x: ops.image.rgb_to_grayscale(x), ALL),
+        _case(
+            "ops_grayscale_first",
+            (3, 5, 4),
+            lambda x: ops.image.rgb_to_grayscale(x, data_format="channels_first"),
+            ALL,
+        ),
+        _case(
+            "ops_pad_images",
+            color,
+            lambda x: ops.image.pad_images(x, 1, 2, target_height=8, target_width=9),
+            ALL,
+        ),
+        _case(
+            "ops_crop_images",
+            color,
+            lambda x: ops.image.crop_images(x, 1, 1, target_height=3, target_width=4),
+            ALL,
+        ),
+        _case("ops_patches", (4, 4, 2), lambda x: ops.image.extract_patches(x, 2), ALL),
+        _case(
+            "ops_patches_overlap",
+            (5, 5, 2),
+            lambda x: ops.image.extract_patches(x, 3, strides=1, padding="same"),
+            ALL,
+        ),
+        _case("patches_layer", (4, 4, 2), lambda x: Patches()(x), ALL),
+        _case("ops_unfold", (2, 4, 5), lambda x: ops.nn.unfold(x, 2, stride=1), BOTH),
+        _case("ops_depth_to_space", (2, 3, 8), lambda x: ops.nn.depth_to_space(x, 2), ALL),
+        _case("ops_space_to_depth", (4, 4, 2), lambda x: ops.nn.space_to_depth(x, 2), ALL),
+    ]
+
+
+def _copy_cases():
+    along = np.array([[[0, 0, 1, 2], [3, 3, 3, 0], [1, 1, 2, 2]]])
+    return [
+        _case("ops_take", (3, 4), lambda x: ops.take(x, [0, 2, 2], axis=1), ALL),
+        _case("ops_take_last", (3, 4), lambda x: ops.take(x, [0, -1, 3, 3], axis=-1), ALL),
+        _case("ops_take_one", (3, 4), lambda x: ops.take(x, 1, axis=-1), ALL),
+        _case("ops_take_table", (3, 4), lambda x: ops.take(x, [[0, 1], [1, 2]], axis=2), ALL),
+        _case("ops_take_along", (3, 4), lambda x: ops.take_along_axis(x, along, axis=2), ALL),
+        _case("ops_tril", (3, 4), lambda x: ops.tril(x, 1), ALL),
+        _case("ops_triu", (3, 4), lambda x: ops.triu(x), ALL),
+        _case("ops_rot90", (3, 4, 2), lambda x: ops.rot90(x, axes=(1, 2)), ALL),
+        _case("ops_diagonal", (3, 4), lambda x: ops.diagonal(x, axis1=1, axis2=2), ALL),
+        _case("ops_cumsum", (3, 4), lambda x: ops.cumsum(x, axis=1), ALL),
+        _case("ops_cumsum_last", (3, 4), lambda x: ops.cumsum(x, axis=-1), ALL),
+        _case("ops_diff", (5, 4), lambda x: ops.diff(x, 2, axis=1), ALL),
+        _case("ops_diff_last", (3, 4), lambda x: ops.diff(x), ALL),
+        _case(
+            "ops_pad_reflect",
+            (4, 3),
+            lambda x: ops.pad(x, ((0, 0), (2, 1), (1, 1)), mode="reflect"),
+            ALL,
+        ),
+        _case(
+            "ops_pad_symmetric",
+            (4, 3),
+            lambda x: ops.pad(x, ((0, 0), (2, 1), (0, 0)), mode="symmetric"),
+            ALL,
+        ),
+        _case("ops_array_split", (5, 4), lambda x: ops.array_split(x, 2, axis=1)[0], ALL),
+        _case("ops_hsplit", (4, 3), lambda x: ops.hsplit(x, 2)[1], ALL),
+        _case("ops_unstack_last", (3, 4), lambda x: ops.unstack(x, axis=-1)[1], BOTH),
+    ]
+
+
+def _sorting_cases():
+    return [
+        _case("ops_sort", (3, 4), lambda x: ops.sort(x), ALL),
+        _case("ops_sort_tokens", (3, 4), lambda x: ops.sort(x, axis=1), BOTH),
+        _case("ops_norm", (3, 4), lambda x: ops.norm(x, axis=-1, keepdims=True), EUCLID),
+        _case("ops_norm_tokens", (3, 4), lambda x: ops.norm(x, axis=1), ("l2",)),
+        _case("ops_norm_all", (3, 4), lambda x: ops.norm(x, axis=(1, 2), keepdims=True), ("l2",)),
+        _case("ops_norm_flat", (3, 4), lambda x: ops.norm(x, axis=2), ("l2",)),
+        _case("ops_std", (3, 4), lambda x: ops.std(x, axis=-1, keepdims=True), EUCLID),
+        _case("ops_std_tokens", (3, 4), lambda x: ops.std(x, axis=1), ("l2",)),
+        _case("ops_std_all", (3, 4), lambda x: ops.std(x, axis=(1, 2), keepdims=True), ("l2",)),
+        _case("ops_var", (3, 4), lambda x: ops.var(ops.tanh(x), axis=-1)),
+        _case(
+            "ops_moments",
+            (3, 4),
+            lambda x: ops.concatenate(ops.moments(ops.tanh(x), axes=(1,), keepdims=True), axis=1),
+        ),
+        _case("ops_einsum_moved", (2, 3, 4), lambda x: ops.einsum("bijd->bjid", x), ALL),
+        _case("ops_einsum_swapped", (3, 4), lambda x: ops.einsum("bij->bji", x), ALL),
+        _case("ops_einsum_summed", (2, 3, 4), lambda x: ops.einsum("bijd->bjd", x), ALL),
+        _case("ops_einsum_last_summed", (2, 3, 4), lambda x: ops.einsum("...d->...", x), BOTH),
+    ]
+
+
+def _convolution_operation_cases():
+    rng = np.random.default_rng(0)
+    wide, deep = rng.normal(size=(3, 2, 2, 4)), rng.normal(size=(3, 2, 2, 2))
+    up = keras.ops.convert_to_tensor(rng.normal(size=(3, 2, 4, 2)))
+
+    class Enlarged(layers.Layer):
+        # In a graph Keras mixes up the arguments of this operation.
+        def call(self, x):
+            return ops.conv_transpose(x, up, strides=2)
+
+    image, mixing = (5, 4, 2), rng.normal(size=(1, 1, 4, 3))
+    return [
+        _case("ops_conv", image, lambda x: ops.conv(x, wide, padding="same"), ("linf",)),
+        _case("ops_conv_strides", image, lambda x: ops.conv(x, wide, strides=2)),
+        _case("ops_depthwise", image, lambda x: ops.depthwise_conv(x, deep)),
+        _case("ops_separable", image, lambda x: ops.separable_conv(x, deep, mixing)),
+        _case(
+            "ops_conv_transpose",
+            image,
+            lambda x: Enlarged()(x),
+        ),
+        _case("ops_max_pool", image, lambda x: ops.max_pool(x, 2), BOTH),
+        _case("ops_max_pool_strides", image, lambda x: ops.max_pool(x, 3, strides=1)),
+        _case("ops_average_pool", (4, 4, 2), lambda x: ops.average_pool(x, 2), ALL),
+        _case(
+            "ops_average_pool_same",
+            image,
+            lambda x: ops.average_pool(x, (3, 2), strides=1, padding="same"),
+        ),
     ]
 
 

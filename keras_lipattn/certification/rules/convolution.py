@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import types
 
 import keras
 import numpy as np
@@ -10,9 +11,10 @@ import numpy as np
 from keras_lipattn.bounds import layer_constants
 from keras_lipattn.certification.layer_call import LayerCall
 from keras_lipattn.certification.maps import LipschitzMap, TokenMixing, chain, unbounded
-from keras_lipattn.certification.registry import register_rule
+from keras_lipattn.certification.registry import register_operation, register_rule
 from keras_lipattn.certification.rules.activations import convert, with_activation
 from keras_lipattn.certification.rules.linear import NOT_FINITE, matrix_step, quantized
+from keras_lipattn.certification.tensor_state import TensorState
 from keras_lipattn.certification.token_range import TokenRange
 from keras_lipattn.certification.weights import bias_of, kernel_of
 from keras_lipattn.linalg import SAFETY, operator_norm
@@ -44,7 +46,11 @@ def depthwise(layer, call):
 def separable(layer, call):
     first = kernel_of(layer, "depthwise_kernel")
     second = kernel_of(layer, "pointwise_kernel")
-    bias = bias_of(layer)
+    step = _separable(layer, first, second, bias_of(layer), call)
+    return with_activation(step, layer, call, call.shape[-1])
+
+
+def _separable(layer, first, second, bias, call: LayerCall) -> LipschitzMap:
     wide, groups = _depthwise(first)
     apart = chain(
         _convolution(layer, wide, None, groups, call),
@@ -54,8 +60,36 @@ def separable(layer, call):
     channels, multiplier = first.shape[-2:]
     mixing = second.reshape(channels, multiplier, -1)
     together = _convolution(layer, np.einsum("...cm,cmf->...cf", first, mixing), bias, 1, call)
-    step = together if together.constant < apart.constant else apart
-    return with_activation(step, layer, call, call.shape[-1])
+    return together if together.constant < apart.constant else apart
+
+
+@register_operation("Conv", "DepthwiseConv", "SeparableConv", "ConvTranspose")
+def convolution_operation(operation, call):
+    image = call.argument("inputs")
+    kernels = [value for name, value in call.arguments.items() if name.endswith("kernel")]
+    if not isinstance(image, TensorState) or image.is_fixed or len(call.perturbed) > 1:
+        return unbounded("its kernel changes with the input")
+    known = [call.operand(kernel).values for kernel in kernels]
+    if any(values is None for values in known):
+        return unbounded("its kernel is not a constant of the model")
+    first = known[0]
+    like = types.SimpleNamespace(
+        strides=operation.strides,
+        dilation_rate=operation.dilation_rate,
+        data_format=operation.data_format or keras.config.image_data_format(),
+    )
+    name = type(operation).__name__
+    if name == "SeparableConv":
+        return _separable(like, first, known[1], None, call)
+    if name == "ConvTranspose":
+        return _transposed(like, first, None, call)
+    if name == "DepthwiseConv":
+        kernel, groups = _depthwise(first)
+        return _convolution(like, kernel, None, groups, call)
+    channels = image.shape[0 if _channels_first(like) else -1]
+    if channels is None:
+        return unbounded("its number of channels is not known")
+    return _convolution(like, first, None, channels // first.shape[-2], call)
 
 
 @register_rule(
@@ -63,9 +97,13 @@ def separable(layer, call):
 )
 def transposed(layer, call):
     kernel, bias = kernel_of(layer), bias_of(layer)
+    return with_activation(_transposed(layer, kernel, bias, call), layer, call, call.shape[-1])
+
+
+def _transposed(layer, kernel, bias, call: LayerCall) -> LipschitzMap:
     if not np.isfinite(kernel).all() or (bias is not None and not np.isfinite(bias).all()):
         return unbounded(NOT_FINITE)
-    rank = layer.rank
+    rank = kernel.ndim - 2
     strides, dilation = _each(layer.strides, rank), _each(layer.dilation_rate, rank)
     first = _channels_first(layer)
     if call.norm == "l2" or first:
@@ -94,7 +132,7 @@ def transposed(layer, call):
         )
         moved = moved if bias is None else moved.plus(TokenRange.of_values(bias))
         step = dataclasses.replace(step, range=moved)
-    return with_activation(step, layer, call, call.shape[-1])
+    return step
 
 
 def _meeting_offsets(kernel: np.ndarray, strides, dilation, norm: str) -> float:

@@ -5,6 +5,7 @@ import keras
 from keras_lipattn.certification.maps import Elementwise, LipschitzMap, chain, unbounded
 from keras_lipattn.certification.registry import register_operation, register_rule
 from keras_lipattn.certification.rules.linear import matrix_step, quantized
+from keras_lipattn.certification.rules.linear_operations import take_step
 from keras_lipattn.certification.tensor_state import Kind, TensorState
 from keras_lipattn.certification.weights import cast_to_compute_dtype, kernel_of
 
@@ -20,8 +21,10 @@ def embedding(layer, call):
 @register_operation("Take")
 def take(operation, call):
     table, indices = call.argument("x"), call.argument("indices")
+    if isinstance(table, TensorState) and not table.is_fixed:
+        return take_step(operation, indices, call)
     if isinstance(table, TensorState) or not isinstance(indices, TensorState):
-        return unbounded("it picks entries by an array, perhaps some more than once")
+        return unbounded("its table is no constant of the model")
     if not indices.is_fixed and indices.kind is not Kind.INTEGER:
         return unbounded(_JUMPS)
     return LipschitzMap(constant=1.0, theorem=_THEOREM, exact=True, resets_input=True)

@@ -73,7 +73,7 @@ def einsum_step(
     operands, result = equation.split("->")
     inputs, weights = operands.split(",")
     rank = call.state.rank
-    inputs, result = _spell_out(inputs, result, rank)
+    inputs, result = spell_out(inputs, result, rank)
     letters = set(inputs) | set(weights) | set(result)
     plain = (
         all(len(set(word)) == len(word) for word in (inputs, weights, result))
@@ -126,7 +126,7 @@ def einsum_step(
     return LipschitzMap(constant=matrix * price, theorem="2-norm, converted")
 
 
-def _spell_out(inputs: str, result: str, rank: int) -> tuple[str, str]:
+def spell_out(inputs: str, result: str, rank: int) -> tuple[str, str]:
     """Replaces "..." by letters which the equation does not use."""
     if "..." not in inputs:
         return inputs, result

@@ -18,7 +18,8 @@ from keras_lipattn.certification.maps import (
 )
 from keras_lipattn.certification.registry import register_operation
 from keras_lipattn.certification.rules.activations import convert, slope
-from keras_lipattn.certification.rules.linear import NOT_FINITE, einsum_step, matrix_step
+from keras_lipattn.certification.rules.linear import NOT_FINITE, einsum_step, matrix_step, spell_out
+from keras_lipattn.certification.rules.linear_operations import copies
 from keras_lipattn.certification.rules.merging import product_step
 from keras_lipattn.certification.rules.pooling import entries_range
 from keras_lipattn.certification.rules.reshaping import tokens_move
@@ -111,6 +112,8 @@ def _mix_tokens(kernel: np.ndarray, call: LayerCall) -> LipschitzMap:
 def einsum(operation, call):
     operands = [call.operand(leaf) for leaf in keras.tree.flatten(call.argument("operands"))]
     equation = operation.subscripts.replace(" ", "")
+    if len(operands) == 1 and "->" in equation:
+        return _rearranged(equation, call)
     if len(operands) != 2 or "->" not in equation:
         return unbounded(f"the equation {equation!r} is not a linear map")
     if operands[0].values is not None:
@@ -123,6 +126,31 @@ def einsum(operation, call):
     if not np.isfinite(kernel).all():
         return unbounded(NOT_FINITE)
     return einsum_step(equation, kernel, None, call)
+
+
+def _rearranged(equation: str, call: LayerCall) -> LipschitzMap:
+    """An equation of one tensor: sums over some axes, and a permutation of the others."""
+    state = call.state
+    inputs, result = spell_out(*equation.split("->"), state.rank)
+    if len(set(inputs)) < len(inputs) or len(set(result)) < len(result):
+        return unbounded(f"the equation {equation!r} takes a diagonal")
+    if inputs[0] != result[:1]:
+        return unbounded(BATCH)
+    sizes = dict(zip(inputs[1:], state.shape, strict=True))
+    summed = product(tuple(size for letter, size in sizes.items() if letter not in result))
+    if summed is None:
+        return unbounded("how many entries it adds is not known")
+    constants = {"l2": SAFETY * math.sqrt(summed), "linf": float(summed)}
+    if inputs[-1] == result[-1]:
+        constants["token"] = float(summed)
+    else:
+        constants["token"] = SAFETY * constants["l2"] * convert("l2", "token", state)
+    if math.isinf(constants[call.norm]):
+        return unbounded("its number of tokens is not known")
+    token_range = entries_range(call, summed)
+    if inputs[-1] == result[-1]:
+        token_range = state.range.about_origin().scaled(SAFETY * summed)
+    return LipschitzMap(constant=constants[call.norm], theorem="sum of entries", range=token_range)
 
 
 @register_operation("Slice")
@@ -146,7 +174,7 @@ def get_item(operation, call):
         for k in keys
     )
     if not basic:
-        return unbounded("it picks entries by an array, perhaps some more than once")
+        return _picked(operation, call)
     rank = call.state.rank
     used = sum(k is not None and k is not Ellipsis for k in keys)
     if Ellipsis in keys:
@@ -174,18 +202,36 @@ def get_item(operation, call):
     )
 
 
+def _picked(operation, call: LayerCall) -> LipschitzMap:
+    """Entries picked by arrays."""
+    key = call.argument("key")
+    if any(isinstance(leaf, TensorState) for leaf in keras.tree.flatten(key)):
+        return unbounded("it picks entries by a tensor of the model")
+    return copies(call, lambda x: operation.call(x, key), "entries by constant indices")
+
+
 def _about_origin(call: LayerCall) -> TokenRange:
     return call.state.range.about_origin()
 
 
-@register_operation("Split", "Unstack")
+@register_operation("Split", "ArraySplit", "Hsplit", "Vsplit", "Dsplit", "Unstack")
 def split(operation, call):
+    name = type(operation).__name__
     rank = call.state.rank
-    axis = operation.axis % rank
+    given = {"Hsplit": 1, "Vsplit": 0, "Dsplit": 2}
+    axis = (given[name] if name in given else operation.axis) % rank
     if axis == 0:
         return unbounded(BATCH)
-    if axis == rank - 1 and type(operation).__name__ == "Unstack":
-        return unbounded("no rule for unstacking the last axis")
+    if axis == rank - 1 and name == "Unstack":
+        # Entries of different tokens share one.
+        merged = call.shape[-1] if call.shape else 1
+        if call.norm == "token" and merged is None:
+            return unbounded("its number of tokens is not known")
+        return LipschitzMap(
+            constant=layer_constants.regroup_constant(call.norm, merged or 1),
+            theorem="entries are dropped",
+            range=entries_range(call),
+        )
     if axis == rank - 1:
         return LipschitzMap(
             constant=1.0, theorem="entries are dropped", exact=True, range=_about_origin(call)
@@ -211,8 +257,10 @@ def pad(operation, call):
     widths = [tuple(np.broadcast_to(width, 2)) for width in operation.pad_width]
     if len(widths) == 1:
         widths = widths * rank
-    if operation.mode != "constant" or len(widths) != rank or widths[0] != (0, 0):
-        return unbounded("it repeats entries, or pads the batch axis")
+    if len(widths) != rank or widths[0] != (0, 0):
+        return unbounded("it pads the batch axis")
+    if operation.mode != "constant":
+        return copies(call, operation.call, "each entry repeated")
     value = call.argument("constant_values")
     if isinstance(value, TensorState):
         return unbounded("it pads with a tensor of the model")
@@ -288,6 +336,98 @@ def mean_or_sum(operation, call):
     return TokenMixing(constant=constant, theorem=theorem, exact=exact, range=token_range)
 
 
+@register_operation("Sort")
+def sort(operation, call):
+    axes, refusal = _reduced_axes(operation, call)
+    if refusal is not None:
+        return refusal
+    state = call.state
+    (axis,) = axes
+    constant, token_range = 1.0, _about_origin(call)
+    if axis != state.rank - 1:
+        token_range = entries_range(call)
+        sizes = [size for size in (state.shape[axis - 1], state.width) if size is not None]
+        if call.norm == "token":
+            if not sizes:
+                return unbounded("neither the axis nor its channels are known")
+            constant = SAFETY * math.sqrt(min(sizes))
+    return LipschitzMap(
+        constant=constant, theorem="sorting moves no entry further", range=token_range
+    )
+
+
+@register_operation("TopK")
+def top_k(operation, call):
+    return unbounded("its indices jump when the input changes: use `keras.ops.sort`")
+
+
+@register_operation("Norm")
+def vector_norm(operation, call):
+    axes, refusal = _reduced_axes(operation, call)
+    if refusal is not None:
+        return refusal
+    if operation.ord not in ((None, 2) if len(axes) == 1 else (None, "fro")):
+        return unbounded(f"no rule for its order {operation.ord!r}")
+    return _euclidean(call, axes, operation.keepdims, 1.0, "norm of a vector")
+
+
+@register_operation("Std", "Var", "Moments")
+def deviation(operation, call):
+    axes, refusal = _reduced_axes(operation, call)
+    if refusal is not None:
+        return refusal
+    if getattr(operation, "synchronized", False):
+        return unbounded("it takes moments over the examples of several replicas")
+    state = call.state
+    sizes = [1 if state.dynamic[a - 1] else state.shape[a - 1] or 1 for a in axes]
+    # The deviation from the mean, over the root of the number of entries.
+    step = _euclidean(
+        call, axes, operation.keepdims, 1.0 / math.sqrt(math.prod(sizes)), "standard deviation"
+    )
+    name = type(operation).__name__
+    if name == "Std" or math.isinf(step.constant):
+        return step
+    largest = state.range.largest
+    if not math.isfinite(largest):
+        return unbounded(
+            "a variance has no constant on inputs that are not bounded; `input_radius` bounds them"
+        )
+    # Its gradient is twice the deviation, which is at most the largest entry; a mean has slope 1.
+    slope_there = max(2.0 * largest, 1.0 if name == "Moments" else 0.0)
+    width = call.shape[-1] if call.shape else 1
+    token_range = None
+    if width is not None:
+        top = max(largest**2, largest if name == "Moments" else 0.0)
+        token_range = TokenRange.of_entries(-top, top, width)
+    return LipschitzMap(
+        constant=SAFETY * slope_there * step.constant, theorem="variance", range=token_range
+    )
+
+
+def _euclidean(call: LayerCall, axes: set, keepdims: bool, factor: float, theorem: str):
+    """`factor` times a function of slope 1 in the Euclidean norm of the entries of some axes."""
+    state = call.state
+    last = state.rank - 1
+    size = product(tuple(state.shape[a - 1] for a in axes))
+    if size is None:
+        return unbounded("how many entries it adds is not known")
+    tokens = product(tuple(state.shape[a - 1] for a in axes if a != last)) or 1
+    if call.norm == "token" and last in axes and not keepdims:
+        constant = convert("l2", "token", state)
+        if math.isinf(constant):
+            return unbounded("its number of tokens is not known")
+    else:
+        constant = {"l2": 1.0, "token": math.sqrt(tokens), "linf": math.sqrt(size)}[call.norm]
+    token_range = None
+    width = call.shape[-1] if call.shape else 1
+    if state.range.bounded and width is not None:
+        largest = factor * math.sqrt(size) * state.range.largest
+        if last in axes:
+            largest = min(largest, factor * math.sqrt(tokens) * state.range.outer_radius)
+        token_range = TokenRange.of_entries(0.0, SAFETY * largest, width)
+    return LipschitzMap(constant=SAFETY * factor * constant, theorem=theorem, range=token_range)
+
+
 @register_operation("Max", "Min", "Amax", "Amin", "Logsumexp")
 def extremum(operation, call):
     axes, refusal = _reduced_axes(operation, call)
@@ -321,7 +461,7 @@ def extremum(operation, call):
 
 def _reduced_axes(operation, call: LayerCall):
     rank = call.state.rank
-    axes = operation.axis
+    axes = operation.axes if hasattr(operation, "axes") else operation.axis
     if axes is None:
         return set(), unbounded(BATCH)
     axes = {int(a) % rank for a in (axes if isinstance(axes, list | tuple) else [axes])}

@@ -1,6 +1,7 @@
 """Pooling (docs/theory.md, section 8)."""
 
 import math
+import types
 
 import keras
 import numpy as np
@@ -8,7 +9,7 @@ import numpy as np
 from keras_lipattn.bounds import layer_constants
 from keras_lipattn.certification.layer_call import LayerCall
 from keras_lipattn.certification.maps import LipschitzMap, TokenMixing, unbounded
-from keras_lipattn.certification.registry import register_rule
+from keras_lipattn.certification.registry import register_operation, register_rule
 from keras_lipattn.certification.rules.activations import convert
 from keras_lipattn.certification.token_range import TokenRange
 from keras_lipattn.linalg import SAFETY
@@ -110,6 +111,23 @@ def global_max_pooling(layer, call):
     return _max_step(1.0, call.state.tokens, call, first, exact=True)
 
 
+@register_operation("AveragePool", "MaxPool")
+def pooling_operation(operation, call):
+    rank = call.state.rank - 2
+    pool, strides = (
+        (int(value),) * rank if np.ndim(value) == 0 else tuple(int(v) for v in value)
+        for value in (operation.pool_size, operation.strides or operation.pool_size)
+    )
+    like = types.SimpleNamespace(
+        pool_size=pool,
+        strides=strides,
+        padding=operation.padding,
+        data_format=operation.data_format or keras.config.image_data_format(),
+    )
+    rule = max_pooling if type(operation).__name__ == "MaxPool" else average_pooling
+    return rule(like, call)
+
+
 def _linear_pooling(
     constant: float, call: LayerCall, first: bool, exact: bool, theorem: str = _MEAN
 ):
@@ -143,9 +161,9 @@ def _max_step(
     )
 
 
-def entries_range(call: LayerCall) -> TokenRange | None:
-    """Where the output is when its entries are among those of the input."""
-    largest = call.state.range.largest
+def entries_range(call: LayerCall, factor: float = 1.0) -> TokenRange | None:
+    """Where the output is when its entries are at most `factor` times those of the input."""
+    largest = factor * call.state.range.largest
     width = call.shape[-1] if call.shape and not call.dynamic[-1] else None
     if not call.shape:
         width = 1

@@ -137,11 +137,8 @@ def up_sampling_1d(layer, call):
     return repeated(call, int(layer.size))
 
 
-@register_rule(keras.layers.UpSampling2D, keras.layers.UpSampling3D)
-def up_sampling(layer, call):
-    interpolation = getattr(layer, "interpolation", "nearest")
-    if interpolation != "nearest":
-        return unbounded(f"no rule for its interpolation {interpolation!r}")
+@register_rule(keras.layers.UpSampling3D)
+def up_sampling_3d(layer, call):
     if layer.data_format == "channels_first":
         return spatial_last(repeated(call, math.prod(layer.size)), call)
     return repeated(call, math.prod(layer.size))
