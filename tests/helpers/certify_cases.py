@@ -67,6 +67,7 @@ def layer_cases() -> list[LayerCase]:
         *_reshaping_cases(),
         *_merging_cases(),
         *_operation_cases(),
+        *_product_cases(),
         *_own_cases(),
     ]
 
@@ -395,6 +396,57 @@ def _operation_cases():
         _case("ops_repeat", (3, 4), lambda x: ops.repeat(x, 3, axis=1), ALL),
         _case("ops_tile", (3, 4), lambda x: ops.tile(x, (1, 1, 2)), ALL),
         _case("ops_stop_gradient_free", (3, 4), lambda x: ops.cast(x, "float64"), ALL),
+    ]
+
+
+def _two(join, width=4):
+    """`join` of two bounded tensors of the same input."""
+    return lambda x: join(
+        layers.Dense(width, activation="tanh")(x), layers.Dense(width, activation="sigmoid")(x)
+    )
+
+
+def _pooled_by_attention(x):
+    """The pooling of compact convolutional transformers."""
+    tokens = layers.LayerNormalization(epsilon=1.0)(x)
+    weights = ops.softmax(layers.Dense(1)(tokens), axis=1)
+    return ops.squeeze(ops.matmul(ops.transpose(weights, (0, 2, 1)), tokens), -2)
+
+
+def _attend_by_hand(x):
+    tokens = layers.LayerNormalization(epsilon=1.0)(x)
+    scores = ops.einsum("bqd,bkd->bqk", layers.Dense(3)(tokens), layers.Dense(3)(tokens))
+    return ops.einsum("bqk,bkd->bqd", ops.softmax(scores), layers.Dense(2)(tokens))
+
+
+def _product_cases():
+    def heads(x):
+        return ops.reshape(x, (-1, 3, 2, 2))
+
+    return [
+        _case("product_matmul", (4, 4), _two(lambda a, b: ops.matmul(a, ops.swapaxes(b, 1, 2)))),
+        _case("product_square", (3, 3), _bounded(lambda x: ops.matmul(x, x))),
+        _case(
+            "product_repeated",
+            (3, 4),
+            _two(lambda a, b: ops.matmul(ops.expand_dims(a, 1), ops.reshape(b, (-1, 3, 4, 1)))),
+        ),
+        _case("product_einsum", (3, 4), _two(lambda a, b: ops.einsum("btd,bte->bde", a, b))),
+        _case(
+            "product_heads",
+            (3, 4),
+            _two(lambda a, b: ops.einsum("bqhd,bkhd->bhqk", heads(a), heads(b))),
+        ),
+        _case("product_outer", (4,), _two(lambda a, b: ops.einsum("bd,be->bde", a, b))),
+        _case("product_dot", (4,), _two(lambda a, b: layers.Dot(1)([a, b]))),
+        _case("product_dot_axes", (3, 4), _two(lambda a, b: layers.Dot((2, 2))([a, b]))),
+        _case("product_dot_tokens", (3, 4), _two(lambda a, b: layers.Dot(1)([a, b]))),
+        _case("product_with_constant", (3, 4), lambda x: ops.dot(x, np.eye(4, 3) * 2.0), ALL),
+        _case(
+            "product_tensordot", (3, 4), lambda x: ops.tensordot(x, np.eye(4, 3), axes=1), ALL
+        ),
+        _case("attention_pooling", (4, 3), _pooled_by_attention),
+        _case("attention_by_hand", (3, 4), _attend_by_hand),
     ]
 
 

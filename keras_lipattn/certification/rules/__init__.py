@@ -12,6 +12,7 @@ from keras_lipattn.certification.rules import (
     operations,
     other_layers,
     pooling,
+    products,
     reshaping,
     wrappers,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "operations",
     "other_layers",
     "pooling",
+    "products",
     "reshaping",
     "wrappers",
 ]

@@ -141,8 +141,8 @@ def _along(name: str, call: LayerCall, state: TensorState, axis: Any) -> Lipschi
     if name != "log_softmax" and state.width is not None:
         token_range = TokenRange.of_entries(0.0, 1.0, state.width)
         if last_only:
-            # Probabilities: within distance 1 of their mean.
-            token_range = TokenRange(1.0, np.full(state.width, 1.0 / state.width), 1.0)
+            # Probabilities have norm 1 at most.
+            token_range = TokenRange(1.0, None, 1.0)
     theorem = "norm of diag(p) - p p^T" if name == "softmax" else f"norm of the Jacobian of {name}"
     return LipschitzMap(
         constant=constant, theorem=theorem, exact=name == "softmax" and last_only, range=token_range

@@ -255,11 +255,6 @@ def concatenation(
     )
 
 
-@register_rule(keras.layers.Dot)
-def dot(layer, call):
-    return unbounded("it multiplies two tensors of the model, which is not bounded")
-
-
 def _spread_radius(state: TensorState, call: LayerCall) -> float:
     """Radius of a ball around the origin for the tokens of an operand, repeated to the output."""
     width = call.shape[-1] if call.shape else None

@@ -21,12 +21,11 @@ from keras_lipattn.certification.rules.activations import convert, slope
 from keras_lipattn.certification.rules.linear import NOT_FINITE, einsum_step, matrix_step
 from keras_lipattn.certification.rules.merging import product_step
 from keras_lipattn.certification.rules.pooling import entries_range
+from keras_lipattn.certification.rules.products import einsum_product, matrix_product
 from keras_lipattn.certification.rules.reshaping import tokens_move
 from keras_lipattn.certification.tensor_state import TensorState, product
 from keras_lipattn.certification.token_range import TokenRange
 from keras_lipattn.linalg import SAFETY
-
-UNBOUNDED_PRODUCT = "it multiplies two tensors of the model, which is not bounded"
 
 
 @register_operation("Negative")
@@ -89,7 +88,7 @@ def matmul(operation, call):
         return unbounded("it multiplies with a batch of matrices")
     if left.values is not None and left.values.ndim == 2 and right.rank == 3:
         return _mix_tokens(left.values, call)
-    return unbounded(UNBOUNDED_PRODUCT)
+    return matrix_product([left, right], call)
 
 
 def _mix_tokens(kernel: np.ndarray, call: LayerCall) -> LipschitzMap:
@@ -106,6 +105,17 @@ def _mix_tokens(kernel: np.ndarray, call: LayerCall) -> LipschitzMap:
     )
 
 
+@register_operation("Dot", "Tensordot")
+def dot_operation(operation, call):
+    left, right = call.operand(call.argument("x1")), call.operand(call.argument("x2"))
+    axes = getattr(operation, "axes", 1)
+    pairs = [np.ravel(a).tolist() for a in axes] if isinstance(axes, list | tuple) else []
+    plain = axes == 1 or pairs in ([[-1], [0]], [[left.rank - 1], [0]])
+    if right.values is None or right.values.ndim != 2 or left.rank < 2 or not plain:
+        return unbounded("only products of the last axis with a constant matrix have a rule")
+    return matrix_step(right.values, None, call.norm)
+
+
 @register_operation("Einsum")
 def einsum(operation, call):
     operands = [call.operand(leaf) for leaf in keras.tree.flatten(call.argument("operands"))]
@@ -118,7 +128,7 @@ def einsum(operation, call):
         operands, equation = operands[::-1], f"{second},{first}->{result}"
     kernel = operands[1].values
     if kernel is None:
-        return unbounded(UNBOUNDED_PRODUCT)
+        return einsum_product(equation, operands, call)
     if not np.isfinite(kernel).all():
         return unbounded(NOT_FINITE)
     return einsum_step(equation, kernel, None, call)
