@@ -68,6 +68,7 @@ def layer_cases() -> list[LayerCase]:
         *_merging_cases(),
         *_operation_cases(),
         *_product_cases(),
+        *_attention_cases(),
         *_own_cases(),
     ]
 
@@ -442,12 +443,91 @@ def _product_cases():
         _case("product_dot_axes", (3, 4), _two(lambda a, b: layers.Dot((2, 2))([a, b]))),
         _case("product_dot_tokens", (3, 4), _two(lambda a, b: layers.Dot(1)([a, b]))),
         _case("product_with_constant", (3, 4), lambda x: ops.dot(x, np.eye(4, 3) * 2.0), ALL),
-        _case(
-            "product_tensordot", (3, 4), lambda x: ops.tensordot(x, np.eye(4, 3), axes=1), ALL
-        ),
+        _case("product_tensordot", (3, 4), lambda x: ops.tensordot(x, np.eye(4, 3), axes=1), ALL),
         _case("attention_pooling", (4, 3), _pooled_by_attention),
         _case("attention_by_hand", (3, 4), _attend_by_hand),
     ]
+
+
+def _attention_cases():
+    """Attention on bounded tokens, between tensors of different lengths and widths."""
+
+    def context(x):
+        return layers.Dense(5, activation="tanh")(x)[:, :3]
+
+    def fixed(x):
+        return ops.zeros_like(x) + np.random.default_rng(3).normal(size=(1, 4, 1))
+
+    return [
+        _case("cross_attention", (4, 3), lambda x: _cross(x, context(x))),
+        _case(
+            "cross_attention_causal", (4, 3), lambda x: _cross(x, context(x), use_causal_mask=True)
+        ),
+        _case("cross_attention_key", (4, 3), lambda x: _cross(x, context(x), key=_tanh(x)[:, :3])),
+        _case("cross_attention_masked", (4, 3), _cross_masked(context)),
+        _case("cross_attention_of_constant", (4, 3), lambda x: _cross(_tanh(x), fixed(x))),
+        _case("cross_attention_by_constant", (4, 3), lambda x: _cross(fixed(x), _tanh(x))),
+        _case(
+            "group_query_attention",
+            (4, 3),
+            lambda x: layers.GroupQueryAttention(2, 4, 2)(_tanh(x), _tanh(x)),
+        ),
+        _case(
+            "group_query_attention_cross",
+            (4, 3),
+            lambda x: layers.GroupQueryAttention(2, 2, 1)(_tanh(x), 2.0 * _tanh(x)[:, 1:]),
+        ),
+        _case("attention", (4, 3), _bounded(lambda x: layers.Attention()([x, x]))),
+        _case(
+            "attention_scaled",
+            (4, 3),
+            lambda x: layers.Attention(use_scale=True)(
+                [_tanh(x), layers.Dense(3, activation="sigmoid")(x)[:, 1:]]
+            ),
+        ),
+        _case(
+            "attention_concat",
+            (4, 3),
+            lambda x: layers.Attention(score_mode="concat", use_scale=True)([x, _tanh(x)]),
+        ),
+        _case(
+            "attention_of_three",
+            (4, 3),
+            lambda x: layers.Attention()([_tanh(x), layers.Dense(5)(_tanh(x)), _tanh(x)]),
+        ),
+        _case(
+            "attention_causal",
+            (4, 3),
+            _bounded(lambda x: layers.Attention()([x, x], use_causal_mask=True)),
+        ),
+        _case("additive_attention", (4, 3), lambda x: layers.AdditiveAttention()([x, _tanh(x)])),
+        _case("additive_attention_self", (4, 3), _bounded(lambda x: _additive(x))),
+        _case("ops_attention", (4, 2, 3), _bounded(lambda x: ops.dot_product_attention(x, x, x))),
+        _case(
+            "ops_attention_masked",
+            (4, 2, 3),
+            lambda x: ops.dot_product_attention(
+                _tanh(x), _tanh(2.0 * x), _tanh(x), mask=np.tri(4, k=-1, dtype=bool)[None, None]
+            ),
+        ),
+    ]
+
+
+def _tanh(x):
+    return layers.Activation("tanh")(x)
+
+
+def _additive(x):
+    return layers.AdditiveAttention()([x, x])
+
+
+def _cross(x, context, **kwargs):
+    return layers.MultiHeadAttention(2, 3, 2)(_tanh(x), context, **kwargs)
+
+
+def _cross_masked(context):
+    mask = np.array([[1, 1, 0], [0, 0, 0], [1, 0, 1], [0, 1, 1]], bool)[None]
+    return lambda x: _cross(x, context(x), attention_mask=mask)
 
 
 def _own_cases():

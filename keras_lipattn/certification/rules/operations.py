@@ -76,7 +76,12 @@ def square(operation, call):
 
 @register_operation("ZerosLike", "OnesLike", "FullLike", "EmptyLike")
 def filled(operation, call):
-    return LipschitzMap(constant=0.0, theorem="constant", exact=True)
+    entry = {"ZerosLike": 0.0, "OnesLike": 1.0}.get(type(operation).__name__)
+    width = call.shape[-1] if call.shape else 1
+    token_range = None
+    if entry is not None and width is not None:
+        token_range = TokenRange.of_entries(entry, entry, width)
+    return LipschitzMap(constant=0.0, theorem="constant", exact=True, range=token_range)
 
 
 @register_operation("Matmul")
