@@ -8,12 +8,13 @@ from typing import Any
 import keras
 
 from keras_lipattn.certification.batch_axis import MOVES_BATCH, BatchComparison, Layout
+from keras_lipattn.certification.fixed_entries import interval_after
 from keras_lipattn.certification.gain import Gain
 from keras_lipattn.certification.layer_call import LayerCall, is_mask
 from keras_lipattn.certification.local_pass import LocalPass
 from keras_lipattn.certification.maps import LipschitzMap, unbounded
 from keras_lipattn.certification.registry import find_rule
-from keras_lipattn.certification.tensor_state import Kind, TensorState
+from keras_lipattn.certification.tensor_state import Interval, Kind, TensorState
 from keras_lipattn.certification.token_range import TokenRange
 from keras_lipattn.certification.tracing import KerasTensor, Trace, TracedCall
 from keras_lipattn.layers._as_run import is_finite_as_run
@@ -57,15 +58,6 @@ _MOVES = frozenset(
 )
 # Operations whose output depends on the shape of the input alone.
 _FILLED = frozenset({"EmptyLike", "FullLike", "OnesLike", "ZerosLike"})
-# Operations on fixed tensors which tell the largest entry of their output.
-_LARGEST = {
-    "Add": math.fsum,
-    "Subtract": math.fsum,
-    "Multiply": math.prod,
-    "Maximum": max,
-    "Minimum": max,
-    **dict.fromkeys(_MOVES, max),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,6 +217,19 @@ class Propagation:
         nothing = Gain.none(self.options.norm)
         return TensorState(gain=nothing, published=nothing, kind=kind, **fields, **layout.fields())
 
+    def _unchanged(self, layout: Layout, kind: Kind, interval: Interval) -> TensorState:
+        """A tensor that stays as it is, with entries in an interval."""
+        low, high = interval
+        token_range = TokenRange(largest=max(-low, high))
+        width = layout.shape[-1] if layout.shape else 1
+        if (
+            math.isfinite(token_range.largest)
+            and width is not None
+            and not any(layout.dynamic[-1:])
+        ):
+            token_range = TokenRange.of_entries(low, high, width)
+        return self._fixed(layout, kind=kind, range=token_range, interval=interval)
+
     # Calls ------------------------------------------------------------------------------------
 
     def _apply(self, index: int, call: TracedCall) -> list[TensorState]:
@@ -233,16 +238,16 @@ class Propagation:
         given = [self.state_of(tensor) for tensor in call.tensors]
         layouts = [self._layout(tensor) for tensor in call.outputs]
         perturbed = [state for state in given if not state.is_fixed]
-        name = type(call.operation).__name__
         from_integers = any(state.kind in (Kind.FROM_INTEGERS, Kind.INTEGER) for state in given)
         if not perturbed and not (from_integers and _looks_up(call.operation)):
-            largest = math.inf
-            if name in _LARGEST:
-                sizes = [_largest(self._operand(leaf)) for leaf in call_operands(call)]
-                largest = _LARGEST[name](sizes) if sizes else math.inf
             kind = Kind.FROM_INTEGERS if from_integers else Kind.FIXED
+            operands = [self._operand(leaf) for leaf in call_operands(call)]
             outputs = [
-                self._fixed(layout, kind=kind, range=TokenRange(largest=largest))
+                self._unchanged(
+                    layout,
+                    kind,
+                    interval_after(call.operation, arguments, operands, layout.dtype),
+                )
                 for layout in layouts
             ]
             return self._enclosed(index, None, given, outputs)
@@ -475,13 +480,6 @@ def _looks_up(operation: Any) -> bool:
     if isinstance(operation, keras.layers.Layer):
         return isinstance(operation, keras.layers.Embedding)
     return type(operation).__name__ == "Take"
-
-
-def _largest(operand: Any) -> float:
-    if isinstance(operand, TensorState):
-        return 1.0 if operand.dtype == "bool" else operand.range.largest
-    value = keras.ops.convert_to_numpy(operand)
-    return float(abs(value).max(initial=0.0)) if value.dtype.kind in "fiub" else math.inf
 
 
 def _is_integer(dtype: str) -> bool:

@@ -5,6 +5,7 @@ import math
 import keras
 import numpy as np
 
+from keras_lipattn.certification.fixed_entries import interval_of
 from keras_lipattn.certification.layer_call import LayerCall
 from keras_lipattn.certification.maps import (
     Combination,
@@ -136,6 +137,10 @@ def product_step(operands: list[TensorState], call: LayerCall) -> LipschitzMap:
     token_range = None
     if call.shape and call.shape[-1] is not None and math.isfinite(size):
         token_range = TokenRange.of_entries(-size, size, call.shape[-1])
+        for index, state in enumerate(operands):
+            others = math.prod(value for i, value in enumerate(largest) if i != index)
+            radius = SAFETY * others * _spread_radius(state, call)
+            token_range = token_range.smaller(TokenRange(radius, None, size))
     return LipschitzMap(
         constant=SAFETY * joint,
         theorem="product rule on bounded factors",
@@ -165,6 +170,16 @@ def divide(operation, call):
     if right.is_fixed and right.values is not None:
         with np.errstate(divide="ignore", invalid="ignore"):
             return _scaled(1.0 / right.values, left, call)
+    low, high = interval_of(right)
+    least = max(low, -high)
+    if right.is_fixed and least > 0.0 and left.shape == call.shape:
+        token_range = left.range.about_origin().scaled(SAFETY / least)
+        return LipschitzMap(
+            constant=SAFETY / least,
+            theorem="divided by a tensor away from 0",
+            operands=(left,),
+            range=token_range,
+        )
     return unbounded("it divides by a tensor which may come close to 0")
 
 
