@@ -144,6 +144,10 @@ REFUSED = {
         ),
         "scores",
     ),
+    "gate of another tensor": (
+        lambda: model(lambda x: x * ops.sigmoid(x + 1.0)),
+        "not bounded",
+    ),
     "product of examples": (
         lambda: model(lambda x: ops.einsum("btd,ctd->btc", tanh(x), tanh(x))),
         "batch axis",

@@ -57,6 +57,7 @@ class LipschitzMap:
         resets_input: whether the output is itself the certified input, as after an embedding.
         assumes_fixed_mask: whether the constant only holds for a mask that does not change.
         center: the output at the center of a local certificate.
+        function_of: see `TensorState`.
 
     Raises:
         ValueError: if `constant` is `inf` and there is no `reason`.
@@ -75,6 +76,7 @@ class LipschitzMap:
     resets_input: bool = False
     assumes_fixed_mask: bool = False
     center: CenterValue | None = None
+    function_of: tuple[str, TensorState] | None = None
 
     def __post_init__(self):
         constant = float(self.constant)
@@ -121,7 +123,8 @@ class LipschitzMap:
             unbounded = Gain.unbounded(norm, [state.gain for state in perturbed])
             return TensorState(gain=unbounded, published=unbounded, **layout)
         output = self._advance(operands, norm, layout)
-        return output.replace(costs=_costs(output.gain, perturbed, row))
+        costs = _costs(output.gain, perturbed, row)
+        return output.replace(costs=costs, function_of=self.function_of)
 
     def _advance(self, operands: list[TensorState], norm: str, layout: dict) -> TensorState:
         """The state of the output of a map with a finite constant, but for its costs."""

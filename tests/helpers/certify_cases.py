@@ -378,6 +378,16 @@ def _operation_cases():
         _case("ops_sin", (3, 4), lambda x: ops.sin(x), ALL, points=(0.0,)),
         _case("ops_cos", (3, 4), lambda x: ops.cos(x), ALL, points=(1.5708,)),
         _case("ops_erf", (3, 4), lambda x: ops.erf(x), ALL, points=(0.0,)),
+        _case("silu_by_hand", (3, 4), lambda x: x * ops.sigmoid(x), ALL, points=(2.39936,)),
+        _case(
+            "silu_scaled", (3, 4), lambda x: ops.sigmoid(-1.702 * x) * x, ALL, points=(-1.40973,)
+        ),
+        _case(
+            "hard_silu_by_hand", (3, 4), lambda x: x * ops.hard_sigmoid(x), ALL, points=(2.999999,)
+        ),
+        _case(
+            "mish_by_hand", (3, 4), lambda x: x * ops.tanh(ops.softplus(x)), ALL, points=(1.49068,)
+        ),
         _case("ops_square", (3, 4), lambda x: ops.square(ops.tanh(x))),
         _case("ops_reshape", (3, 4), lambda x: ops.reshape(x, (-1, 12)), ALL),
         _case("ops_transpose", (3, 4), lambda x: ops.transpose(x, (0, 2, 1)), ALL),

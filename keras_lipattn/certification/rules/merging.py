@@ -1,15 +1,18 @@
 """Sums, products, maxima and concatenations (docs/theory.md, section 8)."""
 
+import dataclasses
 import math
 
 import keras
 import numpy as np
 
+from keras_lipattn.bounds import layer_constants
 from keras_lipattn.certification.fixed_entries import interval_of
 from keras_lipattn.certification.layer_call import LayerCall
 from keras_lipattn.certification.maps import (
     Combination,
     Concatenation,
+    Elementwise,
     LipschitzMap,
     unbounded,
 )
@@ -120,6 +123,10 @@ def product_step(operands: list[TensorState], call: LayerCall) -> LipschitzMap:
         for value in values:
             scale = scale * value
         return _scaled(scale, perturbed[0], call)
+    if len(operands) == 2 and not call.keras_masks:
+        known = _self_gated(*operands, call) or _self_gated(*operands[::-1], call)
+        if known is not None:
+            return known
     # Under a mask the layer puts 1 in place of what is masked.
     least = 1.0 if call.keras_masks else 0.0
     largest = [max(_largest(state), least) for state in operands]
@@ -150,11 +157,39 @@ def product_step(operands: list[TensorState], call: LayerCall) -> LipschitzMap:
     )
 
 
+# What `x f(x)` is called.
+_SELF_GATED = {"sigmoid": "silu", "hard_sigmoid": "hard_silu", "tanh": "mish"}
+
+
+def _self_gated(x: TensorState, gate: TensorState, call: LayerCall) -> LipschitzMap | None:
+    """The map of `x sigmoid(b x)` and its kin, `None` where the gate is something else."""
+    if gate.function_of is None or gate.function_of[0] not in _SELF_GATED:
+        return None
+    name, inner = gate.function_of
+    # Sigmoids of any multiple: the derivative of `x s(b x)` is that of `x s(x)`, at `b x`.
+    wanted = "softplus" if name == "tanh" else "scaled"
+    if inner.function_of is not None and inner.function_of[0] == wanted:
+        inner = inner.function_of[1]
+    elif name == "tanh":
+        return None
+    if inner is not x or x.shape != call.shape:
+        return None
+    constant = layer_constants.activation_constant(_SELF_GATED[name], call.norm)
+    return Elementwise(
+        constant=constant,
+        theorem="largest slope",
+        exact=True,
+        operands=(x,),
+        value_at_zero=0.0,
+    )
+
+
 def _scaled(scale: np.ndarray, state: TensorState, call: LayerCall) -> LipschitzMap:
     if not np.isfinite(scale).all():
         return unbounded(NOT_FINITE)
     if state.shape == call.shape:
-        return scaling_step(scale, call, theorem="largest factor")
+        step = scaling_step(scale, call, theorem="largest factor")
+        return dataclasses.replace(step, function_of=("scaled", state))
     repeats = _broadcast(state, call)
     if math.isinf(repeats):
         return unbounded(_REPEATS)
