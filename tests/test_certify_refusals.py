@@ -148,6 +148,34 @@ REFUSED = {
         lambda: model(lambda x: x * ops.sigmoid(x + 1.0)),
         "not bounded",
     ),
+    "jump between branches": (
+        lambda: model(lambda x: ops.where(x > 0, x, 0.5)),
+        "jumps",
+    ),
+    "jump between constants": (
+        lambda: model(lambda x: ops.where(x > 0, 1.0, 0.0)),
+        "jump",
+    ),
+    "jump away from 0": (
+        lambda: model(lambda x: ops.where(x > 1.0, x, 0.5 * x)),
+        "jump",
+    ),
+    "branches of another tensor": (
+        lambda: model(lambda x: ops.where(x > 0, x + 1.0, 0.5 * x)),
+        "jumps",
+    ),
+    "sign as a number": (
+        lambda: model(lambda x: ops.where(x > 0, x, 0.5 * x) + ops.cast(x > 0, "float32")),
+        "jump",
+    ),
+    "one condition for two": (
+        lambda: model(lambda x: (lambda c: ops.where(c, x, 0.0) + ops.where(c, 1.0, 0.0))(x > 0)),
+        "jump",
+    ),
+    "negated condition": (
+        lambda: model(lambda x: ops.where(ops.logical_not(x > 0), x, 0.0)),
+        "jump",
+    ),
     "product of examples": (
         lambda: model(lambda x: ops.einsum("btd,ctd->btc", tanh(x), tanh(x))),
         "batch axis",

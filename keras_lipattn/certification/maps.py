@@ -76,7 +76,7 @@ class LipschitzMap:
     resets_input: bool = False
     assumes_fixed_mask: bool = False
     center: CenterValue | None = None
-    function_of: tuple[str, TensorState] | None = None
+    function_of: tuple[str, TensorState, float] | None = None
 
     def __post_init__(self):
         constant = float(self.constant)

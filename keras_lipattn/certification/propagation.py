@@ -56,6 +56,7 @@ _MOVES = frozenset(
         "Transpose",
     }
 )
+_COMPARISONS = frozenset({"Greater", "GreaterEqual", "Less", "LessEqual"})
 # Operations whose output depends on the shape of the input alone.
 _FILLED = frozenset({"EmptyLike", "FullLike", "OnesLike", "ZerosLike"})
 
@@ -330,8 +331,50 @@ class Propagation:
             self.assumed_masks.append(call.path)
             outputs = [self._fixed(layout) for layout in layouts]
         else:
-            return self._record(call, unbounded(_INTEGERS_JUMP), given, layouts, index)
+            outputs = self._sign(call, arguments, layouts)
+            if outputs is None:
+                return self._record(call, unbounded(_INTEGERS_JUMP), given, layouts, index)
         return self._enclosed(index, None, given, outputs)
+
+    def _sign(self, call, arguments, layouts) -> list[TensorState] | None:
+        """A comparison with 0 that only decides between branches, `None` for anything else.
+
+        Nothing is known about how it changes: the rule of `where` has to see that both branches
+        meet where it jumps.
+        """
+        pair = [arguments.get("x1"), arguments.get("x2")]
+        tensors = [one for one in pair if isinstance(one, TensorState) and not one.is_fixed]
+        others = [one for one in pair if not any(one is state for state in tensors)]
+        if type(call.operation).__name__ not in _COMPARISONS or len(tensors) != 1:
+            return None
+        zero = others[0].values if isinstance(others[0], TensorState) else others[0]
+        (output,) = call.outputs
+        if zero is None or keras.ops.convert_to_numpy(zero).any() or not self._decides(output):
+            return None
+        nothing = Gain.unbounded(self.options.norm, [tensors[0].gain])
+        return [
+            TensorState(
+                gain=nothing,
+                published=nothing,
+                function_of=("sign", tensors[0], 1.0),
+                **layout.fields(),
+            )
+            for layout in layouts
+        ]
+
+    def _decides(self, tensor: KerasTensor) -> bool:
+        """Whether a tensor is nothing but the condition of `where`."""
+        if any(self._resolve(output) is tensor for output in self.trace.outputs):
+            return False
+        for call in self.trace.calls:
+            used = sum(self._resolve(one) is tensor for one in (*call.tensors, *call.keras_masks))
+            condition = call.arguments.get("condition")
+            decides = type(call.operation).__name__ == "Where" and isinstance(
+                condition, KerasTensor
+            )
+            if used and not (used == 1 and decides and self._resolve(condition) is tensor):
+                return False
+        return True
 
     def _moved(self, index, call, arguments, perturbed, layouts) -> list[TensorState] | None:
         """Integers of one input that were moved around, `None` if anything else happened."""

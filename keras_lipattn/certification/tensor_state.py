@@ -57,8 +57,9 @@ class TensorState:
         routes: pairs of an earlier tensor and a linear map from it to this one, the last linear
             layer first.
         interval: for a tensor that stays as it is, two numbers between which its entries are.
-        function_of: a name and the tensor it was applied to: an activation, or `"scaled"` for
-            factors that are constants of the model.
+        function_of: what it is of which other tensor, where a later call may ask: the name of an
+            activation, `"scaled"` for factors that are constants of the model, `"sign"` for a
+            comparison with 0; the tensor; and the largest factor.
         values: its values where they are constants of the model.
         costs: for each row of the certificate its part of the logarithm of `gain`.
         enclosure: where it is near the input of a local certificate, `None` if not known.
@@ -77,7 +78,7 @@ class TensorState:
     linear: LinearMap = None
     routes: "tuple[tuple[TensorState, LinearMap], ...]" = ()
     interval: Interval = ANYTHING
-    function_of: "tuple[str, TensorState] | None" = None
+    function_of: "tuple[str, TensorState, float] | None" = None
     values: np.ndarray | None = None
     costs: Mapping[int, float] = dataclasses.field(default_factory=dict)
     enclosure: Enclosure | None = None

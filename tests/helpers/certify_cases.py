@@ -388,6 +388,15 @@ def _operation_cases():
         _case(
             "mish_by_hand", (3, 4), lambda x: x * ops.tanh(ops.softplus(x)), ALL, points=(1.49068,)
         ),
+        _case("leaky_by_hand", (3, 4), lambda x: ops.where(x > 0, x, 0.2 * x), ALL, points=(1.0,)),
+        _case(
+            "steep_by_hand",
+            (3, 4),
+            lambda x: ops.where(ops.less_equal(x, 0.0), -3.0 * x, x * table),
+            ALL,
+            points=(-1.0,),
+        ),
+        _case("relu_by_hand", (3, 4), lambda x: ops.where(0.0 < x, x, 0.0), ALL, points=(1.0,)),
         _case("ops_square", (3, 4), lambda x: ops.square(ops.tanh(x))),
         _case("ops_reshape", (3, 4), lambda x: ops.reshape(x, (-1, 12)), ALL),
         _case("ops_transpose", (3, 4), lambda x: ops.transpose(x, (0, 2, 1)), ALL),

@@ -59,7 +59,7 @@ def named(name: str, call: LayerCall, state: TensorState, *, axis: Any = -1) -> 
     if name in _ALONG_AN_AXIS:
         return _along(name, call, state, axis)
     constant = layer_constants.activation_constant(name, call.norm)
-    return dataclasses.replace(slope(constant, state, name=name), function_of=(name, state))
+    return dataclasses.replace(slope(constant, state, name=name), function_of=(name, state, 1.0))
 
 
 def slope(constant: float, state: TensorState, *, name: str = "") -> LipschitzMap:

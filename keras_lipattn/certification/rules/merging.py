@@ -165,7 +165,7 @@ def _self_gated(x: TensorState, gate: TensorState, call: LayerCall) -> Lipschitz
     """The map of `x sigmoid(b x)` and its kin, `None` where the gate is something else."""
     if gate.function_of is None or gate.function_of[0] not in _SELF_GATED:
         return None
-    name, inner = gate.function_of
+    name, inner, _ = gate.function_of
     # Sigmoids of any multiple: the derivative of `x s(b x)` is that of `x s(x)`, at `b x`.
     wanted = "softplus" if name == "tanh" else "scaled"
     if inner.function_of is not None and inner.function_of[0] == wanted:
@@ -189,7 +189,7 @@ def _scaled(scale: np.ndarray, state: TensorState, call: LayerCall) -> Lipschitz
         return unbounded(NOT_FINITE)
     if state.shape == call.shape:
         step = scaling_step(scale, call, theorem="largest factor")
-        return dataclasses.replace(step, function_of=("scaled", state))
+        return dataclasses.replace(step, function_of=("scaled", state, step.constant))
     repeats = _broadcast(state, call)
     if math.isinf(repeats):
         return unbounded(_REPEATS)
@@ -231,12 +231,42 @@ def maximum_operation(operation, call):
 @register_operation("Where")
 def where(operation, call):
     condition = call.argument("condition")
+    joined = _joined_at_zero(condition, call)
+    if joined is not None:
+        return joined
     if isinstance(condition, TensorState) and not condition.is_fixed:
         return unbounded("its condition changes with the input, and the output jumps with it")
     branches = [call.argument("x1"), call.argument("x2")]
     if any(branch is None for branch in branches):
         return unbounded("it has no branches to choose from")
     return _selection(operands_of(call, "x1", "x2"), call, "choice of entries")
+
+
+def _joined_at_zero(condition, call: LayerCall) -> LipschitzMap | None:
+    """The map of `where(x > 0, a x, b x)`, which is continuous, `None` for anything else."""
+    if not isinstance(condition, TensorState) or condition.function_of is None:
+        return None
+    name, x, _ = condition.function_of
+    if name != "sign" or x.shape != call.shape:
+        return None
+    slopes = []
+    for branch in operands_of(call, "x1", "x2"):
+        known = branch.function_of
+        if branch is x:
+            slopes.append(1.0)
+        elif known is not None and known[0] == "scaled" and known[1] is x:
+            slopes.append(known[2])
+        elif branch.values is not None and not branch.values.any():
+            slopes.append(0.0)
+        else:
+            return None
+    return Elementwise(
+        constant=max(slopes),
+        theorem="largest slope",
+        exact=True,
+        operands=(x,),
+        value_at_zero=0.0,
+    )
 
 
 def _selection(operands: list[TensorState], call: LayerCall, theorem: str) -> LipschitzMap:
