@@ -413,6 +413,12 @@ def _operation_cases():
         _case("ops_flip", (3, 4), lambda x: ops.flip(x, axis=1), ALL),
         _case("ops_roll", (3, 4), lambda x: ops.roll(x, 1, axis=2), ALL),
         _case("ops_pad", (3, 4), lambda x: ops.pad(x, ((0, 0), (1, 0), (0, 0))), ALL),
+        _case(
+            "ops_pad_constant",
+            (3, 4),
+            lambda x: ops.pad(x, ((0, 0), (1, 0), (0, 2)), constant_values=3.0),
+            ALL,
+        ),
         _case("ops_repeat", (3, 4), lambda x: ops.repeat(x, 3, axis=1), ALL),
         _case("ops_tile", (3, 4), lambda x: ops.tile(x, (1, 1, 2)), ALL),
         _case("ops_stop_gradient_free", (3, 4), lambda x: ops.cast(x, "float64"), ALL),

@@ -193,9 +193,11 @@ def _scaled(scale: np.ndarray, state: TensorState, call: LayerCall) -> Lipschitz
     repeats = _broadcast(state, call)
     if math.isinf(repeats):
         return unbounded(_REPEATS)
+    largest = SAFETY * float(np.abs(scale).max(initial=0.0))
     return LipschitzMap(
-        constant=SAFETY * float(np.abs(scale).max(initial=0.0)) * repeats,
+        constant=largest * repeats,
         theorem="largest factor, repeated",
+        range=TokenRange.up_to(largest * state.range.largest, call.width),
     )
 
 

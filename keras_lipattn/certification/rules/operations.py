@@ -231,7 +231,13 @@ def pad(operation, call):
     if isinstance(value, TensorState):
         return unbounded("it pads with a tensor of the model")
     if value not in (None, 0, 0.0):
-        return LipschitzMap(constant=1.0, theorem="constants are added", exact=True)
+        largest = max(abs(float(value)), call.state.range.largest)
+        return LipschitzMap(
+            constant=1.0,
+            theorem="constants are added",
+            exact=True,
+            range=TokenRange.up_to(largest, call.width),
+        )
     return (TokenMixing if widths[-1] == (0, 0) else LipschitzMap)(
         constant=1.0, theorem="zeros are added", exact=True, range=_about_origin(call)
     )
@@ -297,7 +303,12 @@ def mean_or_sum(operation, call):
     exact = rank - 1 not in axes and not any(state.dynamic)
     constant *= SAFETY
     if rank - 1 in axes:
-        return LipschitzMap(constant=constant, theorem=theorem, exact=exact)
+        return LipschitzMap(
+            constant=constant,
+            theorem=theorem,
+            exact=exact,
+            range=TokenRange.up_to(state.range.largest * (1 if mean else most), call.width),
+        )
     token_range = state.range if mean else state.range.about_origin().scaled(SAFETY * most)
     return TokenMixing(constant=constant, theorem=theorem, exact=exact, range=token_range)
 
@@ -311,7 +322,11 @@ def extremum(operation, call):
     theorem = "maximum of entries"
     if type(operation).__name__ == "Logsumexp":
         theorem = "gradient of norm 1"
+        count = product(tuple(state.shape[a - 1] for a in axes))
         token_range = None
+        if count is not None:
+            largest = state.range.largest + math.log(max(count, 1))
+            token_range = TokenRange.up_to(largest, call.width)
     elif getattr(operation, "initial", None) is not None:
         token_range = None
     else:
