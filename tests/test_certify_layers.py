@@ -1,5 +1,6 @@
 """Every rule is an upper bound of what its layer does, and attained where it says so."""
 
+import numpy as np
 import pytest
 from helpers.certify_cases import (
     jacobian_norm,
@@ -11,7 +12,10 @@ from helpers.certify_cases import (
 )
 
 from keras_lipattn.certification import certify
+from keras_lipattn.certification.propagation import Options, Propagation
+from keras_lipattn.certification.traced_model import TracedModel
 
+RADIUS = 2.0
 CASES = {case.name: case for case in layer_cases()}
 
 
@@ -38,3 +42,28 @@ def test_rule_dominates_the_jacobian_and_is_attained_where_exact(name):
             assert found >= 0.99 * certificate.total, (norm, found, certificate.total)
     # Not one bit of the layer changed on the way.
     assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_are_where_the_range_says(name, norm):
+    case = CASES[name]
+    model = model_of(case)
+    options = {**dict(input_radius=RADIUS), **dict(case.options)}
+    traced = TracedModel(model, None, None)
+    propagation = Propagation(traced.trace, traced.comparison, Options(norm=norm, **options))
+    (state,) = propagation.run(traced.names)
+    rng = np.random.default_rng(0)
+    points = rng.normal(size=(60, *case.shape))
+    points[::3] = np.sign(points[::3])
+    # All tokens alike, where averages go farthest.
+    if points.ndim > 2:
+        points[1::3] = points[1::3, ..., :1, :]
+    points *= RADIUS / np.linalg.norm(points, axis=-1, keepdims=True)
+    outputs = np.asarray(model(points.astype(case.dtype), training=False), np.float64)
+    tokens = outputs if outputs.ndim > 1 else outputs[:, None]
+    center = 0.0 if state.range.center is None else state.range.center
+    rounding = 1.0 + (1e-9 if case.dtype == "float64" else 1e-5)
+    assert np.linalg.norm(tokens - center, axis=-1).max() <= state.range.radius * rounding + 1e-9
+    assert np.abs(outputs).max() <= state.range.largest * rounding + 1e-9
+    assert state.range.bounded

@@ -25,6 +25,10 @@ def attend(x, layer=None, **kwargs):
     return (layer or layers.MultiHeadAttention(2, 2))(x, x, **kwargs)
 
 
+def tanh(x):
+    return layers.Activation("tanh")(x)
+
+
 class ByTensorFlow(layers.Layer):
     def call(self, x):
         return tf.cumsum(x, axis=1)
@@ -112,7 +116,7 @@ REFUSED = {
     ),
     "cross attention": (
         lambda: model(lambda x: layers.MultiHeadAttention(2, 2)(x, layers.Dense(4)(x))),
-        "self-attention",
+        "tokens are unbounded",
     ),
     "attention scores": (
         lambda: model(
@@ -122,12 +126,73 @@ REFUSED = {
     ),
     "grouped queries": (
         lambda: model(lambda x: layers.GroupQueryAttention(2, 4, 2)(x, x)),
-        "no bound here",
+        "tokens are unbounded",
     ),
-    "dot-product attention": (lambda: model(lambda x: layers.Attention()([x, x])), "no bound here"),
+    "dot-product attention": (
+        lambda: model(lambda x: layers.Attention()([x, x])),
+        "tokens are unbounded",
+    ),
     "additive attention": (
         lambda: model(lambda x: layers.AdditiveAttention()([x, x])),
-        "no bound here",
+        "tokens are unbounded",
+    ),
+    "scores of attention": (
+        lambda: model(
+            lambda x: layers.Attention()([tanh(x), tanh(x)], return_attention_scores=True)
+        ),
+        "scores",
+    ),
+    "gate of another tensor": (
+        lambda: model(lambda x: x * ops.sigmoid(x + 1.0)),
+        "not bounded",
+    ),
+    "jump between branches": (
+        lambda: model(lambda x: ops.where(x > 0, x, 0.5)),
+        "jumps",
+    ),
+    "jump between constants": (
+        lambda: model(lambda x: ops.where(x > 0, 1.0, 0.0)),
+        "jump",
+    ),
+    "jump away from 0": (
+        lambda: model(lambda x: ops.where(x > 1.0, x, 0.5 * x)),
+        "jump",
+    ),
+    "branches of another tensor": (
+        lambda: model(lambda x: ops.where(x > 0, x + 1.0, 0.5 * x)),
+        "jumps",
+    ),
+    "sign as a number": (
+        lambda: model(lambda x: ops.where(x > 0, x, 0.5 * x) + ops.cast(x > 0, "float32")),
+        "jump",
+    ),
+    "one condition for two": (
+        lambda: model(lambda x: (lambda c: ops.where(c, x, 0.0) + ops.where(c, 1.0, 0.0))(x > 0)),
+        "jump",
+    ),
+    "negated condition": (
+        lambda: model(lambda x: ops.where(ops.logical_not(x > 0), x, 0.0)),
+        "jump",
+    ),
+    "product of examples": (
+        lambda: model(lambda x: ops.einsum("btd,ctd->btc", tanh(x), tanh(x))),
+        "batch axis",
+    ),
+    "sum over examples": (
+        lambda: model(lambda x: ops.einsum("btd,btd->td", tanh(x), tanh(x))),
+        "batch",
+    ),
+    "sum before a product": (
+        lambda: model(lambda x: ops.einsum("btd,bsd->bd", tanh(x), tanh(x))),
+        "before the product",
+    ),
+    "products of all examples": (
+        lambda: model(lambda x: ops.dot(tanh(x), tanh(x)), (4, 4)),
+        "batch",
+    ),
+    "normalized dot": (
+        lambda: model(lambda x: layers.Dot(2, normalize=True)([tanh(x), tanh(x)])),
+        "close to 0",
     ),
     "lstm": (lambda: model(layers.LSTM(3)), "recurrent"),
     "gru": (lambda: model(layers.GRU(3)), "recurrent"),

@@ -76,6 +76,13 @@ class LayerCall:
         return len(self.shape) + (self.fold > 0)
 
     @property
+    def width(self) -> int | None:
+        """Size of the last axis of the output, 1 without any, `None` when it is not known."""
+        if not self.shape:
+            return 1
+        return None if self.dynamic[-1] else self.shape[-1]
+
+    @property
     def training(self) -> bool:
         """Whether the layer is called in training mode."""
         return bool(self.argument("training"))

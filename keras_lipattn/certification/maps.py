@@ -16,6 +16,7 @@ from keras_lipattn.certification.gain import Gain
 from keras_lipattn.certification.linear_map import LinearMap
 from keras_lipattn.certification.tensor_state import Kind, TensorState
 from keras_lipattn.certification.token_range import TokenRange
+from keras_lipattn.linalg import SAFETY
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -56,6 +57,7 @@ class LipschitzMap:
         resets_input: whether the output is itself the certified input, as after an embedding.
         assumes_fixed_mask: whether the constant only holds for a mask that does not change.
         center: the output at the center of a local certificate.
+        function_of: see `TensorState`.
 
     Raises:
         ValueError: if `constant` is `inf` and there is no `reason`.
@@ -74,6 +76,7 @@ class LipschitzMap:
     resets_input: bool = False
     assumes_fixed_mask: bool = False
     center: CenterValue | None = None
+    function_of: tuple[str, TensorState, float] | None = None
 
     def __post_init__(self):
         constant = float(self.constant)
@@ -120,7 +123,8 @@ class LipschitzMap:
             unbounded = Gain.unbounded(norm, [state.gain for state in perturbed])
             return TensorState(gain=unbounded, published=unbounded, **layout)
         output = self._advance(operands, norm, layout)
-        return output.replace(costs=_costs(output.gain, perturbed, row))
+        costs = _costs(output.gain, perturbed, row)
+        return output.replace(costs=costs, function_of=self.function_of)
 
     def _advance(self, operands: list[TensorState], norm: str, layout: dict) -> TensorState:
         """The state of the output of a map with a finite constant, but for its costs."""
@@ -218,9 +222,8 @@ class Combination(LipschitzMap):
         width = layout["shape"][-1] if layout["shape"] else None
         total = None
         for coefficient, state in terms:
-            known = state.values is not None or state.width == width
             term = affine_range(
-                state.range if known else TokenRange(),
+                _repeated_range(state, width),
                 _as_linear(coefficient, width),
                 None,
                 _largest(coefficient),
@@ -438,6 +441,16 @@ def affine_range(token_range: TokenRange, matrix, bias, constant: float) -> Toke
     maps = token_range.maps if matrix is None else (*token_range.maps, matrix)
     source = token_range.source if token_range.maps else token_range.radius
     return dataclasses.replace(shifted, maps=maps, source=source)
+
+
+def _repeated_range(state: TensorState, width: int | None) -> TokenRange:
+    """Where the tokens of an operand are once they have `width` entries."""
+    if state.values is not None or state.width == width:
+        return state.range
+    if state.width != 1 or width is None:
+        return TokenRange()
+    largest = state.range.largest
+    return TokenRange(SAFETY * math.sqrt(width) * largest, None, largest)
 
 
 def _as_linear(coefficient, width: int | None):

@@ -8,13 +8,14 @@ from typing import Any
 import keras
 
 from keras_lipattn.certification.batch_axis import MOVES_BATCH, BatchComparison, Layout
+from keras_lipattn.certification.fixed_entries import interval_after
 from keras_lipattn.certification.gain import Gain
 from keras_lipattn.certification.layer_call import LayerCall, is_mask
 from keras_lipattn.certification.local_pass import LocalPass
 from keras_lipattn.certification.maps import LipschitzMap, unbounded
 from keras_lipattn.certification.registry import find_rule
 from keras_lipattn.certification.replacements import REPLACEMENTS
-from keras_lipattn.certification.tensor_state import Kind, TensorState
+from keras_lipattn.certification.tensor_state import Interval, Kind, TensorState
 from keras_lipattn.certification.token_range import TokenRange
 from keras_lipattn.certification.tracing import KerasTensor, Trace, TracedCall
 from keras_lipattn.layers._as_run import is_finite_as_run
@@ -45,16 +46,13 @@ _MOVES = frozenset(
         "Transpose",
     }
 )
+_COMPARISONS = frozenset({"Greater", "GreaterEqual", "Less", "LessEqual"})
 # Operations whose output depends on the shape of the input alone.
-_FILLED = frozenset({"EmptyLike", "FullLike", "OnesLike", "ZerosLike"})
-# Operations on fixed tensors which tell the largest entry of their output.
-_LARGEST = {
-    "Add": math.fsum,
-    "Subtract": math.fsum,
-    "Multiply": math.prod,
-    "Maximum": max,
-    "Minimum": max,
-    **dict.fromkeys(_MOVES, max),
+_FILLED = {
+    "EmptyLike": (-math.inf, math.inf),
+    "FullLike": (-math.inf, math.inf),
+    "OnesLike": (1.0, 1.0),
+    "ZerosLike": (0.0, 0.0),
 }
 
 
@@ -222,6 +220,19 @@ class Propagation:
         nothing = Gain.none(self.options.norm)
         return TensorState(gain=nothing, published=nothing, kind=kind, **fields, **layout.fields())
 
+    def _unchanged(self, layout: Layout, kind: Kind, interval: Interval) -> TensorState:
+        """A tensor that stays as it is, with entries in an interval."""
+        low, high = interval
+        token_range = TokenRange(largest=max(-low, high))
+        width = layout.shape[-1] if layout.shape else 1
+        if (
+            math.isfinite(token_range.largest)
+            and width is not None
+            and not any(layout.dynamic[-1:])
+        ):
+            token_range = TokenRange.of_entries(low, high, width)
+        return self._fixed(layout, kind=kind, range=token_range, interval=interval)
+
     # Calls ------------------------------------------------------------------------------------
 
     def _apply(self, index: int, call: TracedCall) -> list[TensorState]:
@@ -230,16 +241,16 @@ class Propagation:
         given = [self.state_of(tensor) for tensor in call.tensors]
         layouts = [self._layout(tensor) for tensor in call.outputs]
         perturbed = [state for state in given if not state.is_fixed]
-        name = type(call.operation).__name__
         from_integers = any(state.kind in (Kind.FROM_INTEGERS, Kind.INTEGER) for state in given)
         if not perturbed and not (from_integers and _looks_up(call.operation)):
-            largest = math.inf
-            if name in _LARGEST:
-                sizes = [_largest(self._operand(leaf)) for leaf in call_operands(call)]
-                largest = _LARGEST[name](sizes) if sizes else math.inf
             kind = Kind.FROM_INTEGERS if from_integers else Kind.FIXED
+            operands = [self._operand(leaf) for leaf in call_operands(call)]
             outputs = [
-                self._fixed(layout, kind=kind, range=TokenRange(largest=largest))
+                self._unchanged(
+                    layout,
+                    kind,
+                    interval_after(call.operation, arguments, operands, layout.dtype),
+                )
                 for layout in layouts
             ]
             return self._enclosed(index, None, given, outputs)
@@ -248,10 +259,10 @@ class Propagation:
             refusal = MOVES_BATCH
         if refusal:
             return self._record(call, unbounded(refusal), given, layouts, index)
+        name = type(call.operation).__name__
         if name in _FILLED and len(perturbed) == 1 and arguments["x"] is perturbed[0]:
-            sizes = {"ZerosLike": 0.0, "OnesLike": 1.0}
-            filled = TokenRange(largest=sizes.get(name, math.inf))
-            outputs = [self._fixed(layout, range=filled) for layout in layouts]
+            interval = _FILLED[name]
+            outputs = [self._unchanged(layout, Kind.FIXED, interval) for layout in layouts]
             return self._enclosed(index, None, given, outputs)
         masks = [
             leaf
@@ -326,8 +337,50 @@ class Propagation:
             self.assumed_masks.append(call.path)
             outputs = [self._fixed(layout) for layout in layouts]
         else:
-            return self._record(call, unbounded(_INTEGERS_JUMP), given, layouts, index)
+            outputs = self._sign(call, arguments, layouts)
+            if outputs is None:
+                return self._record(call, unbounded(_INTEGERS_JUMP), given, layouts, index)
         return self._enclosed(index, None, given, outputs)
+
+    def _sign(self, call, arguments, layouts) -> list[TensorState] | None:
+        """A comparison with 0 that only decides between branches, `None` for anything else.
+
+        Nothing is known about how it changes: the rule of `where` has to see that both branches
+        meet where it jumps.
+        """
+        pair = [arguments.get("x1"), arguments.get("x2")]
+        tensors = [one for one in pair if isinstance(one, TensorState) and not one.is_fixed]
+        others = [one for one in pair if not any(one is state for state in tensors)]
+        if type(call.operation).__name__ not in _COMPARISONS or len(tensors) != 1:
+            return None
+        zero = others[0].values if isinstance(others[0], TensorState) else others[0]
+        (output,) = call.outputs
+        if zero is None or keras.ops.convert_to_numpy(zero).any() or not self._decides(output):
+            return None
+        nothing = Gain.unbounded(self.options.norm, [tensors[0].gain])
+        return [
+            TensorState(
+                gain=nothing,
+                published=nothing,
+                function_of=("sign", tensors[0], 1.0),
+                **layout.fields(),
+            )
+            for layout in layouts
+        ]
+
+    def _decides(self, tensor: KerasTensor) -> bool:
+        """Whether a tensor is nothing but the condition of `where`."""
+        if any(self._resolve(output) is tensor for output in self.trace.outputs):
+            return False
+        for call in self.trace.calls:
+            used = sum(self._resolve(one) is tensor for one in (*call.tensors, *call.keras_masks))
+            condition = call.arguments.get("condition")
+            decides = type(call.operation).__name__ == "Where" and isinstance(
+                condition, KerasTensor
+            )
+            if used and not (used == 1 and decides and self._resolve(condition) is tensor):
+                return False
+        return True
 
     def _moved(self, index, call, arguments, perturbed, layouts) -> list[TensorState] | None:
         """Integers of one input that were moved around, `None` if anything else happened."""
@@ -558,13 +611,6 @@ def _looks_up(operation: Any) -> bool:
     if isinstance(operation, keras.layers.Layer):
         return isinstance(operation, keras.layers.Embedding)
     return type(operation).__name__ == "Take"
-
-
-def _largest(operand: Any) -> float:
-    if isinstance(operand, TensorState):
-        return 1.0 if operand.dtype == "bool" else operand.range.largest
-    value = keras.ops.convert_to_numpy(operand)
-    return float(abs(value).max(initial=0.0)) if value.dtype.kind in "fiub" else math.inf
 
 
 def _is_integer(dtype: str) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -10,6 +11,10 @@ from keras_lipattn.certification.enclosure import Enclosure
 from keras_lipattn.certification.gain import Gain
 from keras_lipattn.certification.linear_map import LinearMap
 from keras_lipattn.certification.token_range import TokenRange
+
+# Lowest and highest entry.
+Interval = tuple[float, float]
+ANYTHING: Interval = (-math.inf, math.inf)
 
 
 class Kind(enum.Enum):
@@ -51,6 +56,10 @@ class TensorState:
         linear: that map.
         routes: pairs of an earlier tensor and a linear map from it to this one, the last linear
             layer first.
+        interval: for a tensor that stays as it is, two numbers between which its entries are.
+        function_of: what it is of which other tensor, where a later call may ask: the name of an
+            activation, `"scaled"` for factors that are constants of the model, `"sign"` for a
+            comparison with 0; the tensor; and the largest factor.
         values: its values where they are constants of the model.
         costs: for each row of the certificate its part of the logarithm of `gain`.
         enclosure: where it is near the input of a local certificate, `None` if not known.
@@ -68,6 +77,8 @@ class TensorState:
     anchor: "TensorState | None" = None
     linear: LinearMap = None
     routes: "tuple[tuple[TensorState, LinearMap], ...]" = ()
+    interval: Interval = ANYTHING
+    function_of: "tuple[str, TensorState, float] | None" = None
     values: np.ndarray | None = None
     costs: Mapping[int, float] = dataclasses.field(default_factory=dict)
     enclosure: Enclosure | None = None

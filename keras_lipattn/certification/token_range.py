@@ -67,6 +67,13 @@ class TokenRange:
         center = np.full(width, middle) if middle else None
         return cls(math.sqrt(width) * 0.5 * (high - low), center, max(abs(low), abs(high)))
 
+    @classmethod
+    def up_to(cls, largest: float, width: int | None) -> "TokenRange | None":
+        """All tokens of `width` entries of at most this size, `None` where that is not known."""
+        if width is None or not math.isfinite(largest):
+            return None
+        return cls.of_entries(-SAFETY * largest, SAFETY * largest, width)
+
     def about_origin(self) -> "TokenRange":
         """The same tokens in a ball around the origin, for maps which move the center."""
         return TokenRange(self.outer_radius, None, self.largest)

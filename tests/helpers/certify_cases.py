@@ -71,6 +71,8 @@ def layer_cases() -> list[LayerCase]:
         *_copy_cases(),
         *_sorting_cases(),
         *_convolution_operation_cases(),
+        *_product_cases(),
+        *_attention_cases(),
         *_own_cases(),
     ]
 
@@ -380,6 +382,25 @@ def _operation_cases():
         _case("ops_sin", (3, 4), lambda x: ops.sin(x), ALL, points=(0.0,)),
         _case("ops_cos", (3, 4), lambda x: ops.cos(x), ALL, points=(1.5708,)),
         _case("ops_erf", (3, 4), lambda x: ops.erf(x), ALL, points=(0.0,)),
+        _case("silu_by_hand", (3, 4), lambda x: x * ops.sigmoid(x), ALL, points=(2.39936,)),
+        _case(
+            "silu_scaled", (3, 4), lambda x: ops.sigmoid(-1.702 * x) * x, ALL, points=(-1.40973,)
+        ),
+        _case(
+            "hard_silu_by_hand", (3, 4), lambda x: x * ops.hard_sigmoid(x), ALL, points=(2.999999,)
+        ),
+        _case(
+            "mish_by_hand", (3, 4), lambda x: x * ops.tanh(ops.softplus(x)), ALL, points=(1.49068,)
+        ),
+        _case("leaky_by_hand", (3, 4), lambda x: ops.where(x > 0, x, 0.2 * x), ALL, points=(1.0,)),
+        _case(
+            "steep_by_hand",
+            (3, 4),
+            lambda x: ops.where(ops.less_equal(x, 0.0), -3.0 * x, x * table),
+            ALL,
+            points=(-1.0,),
+        ),
+        _case("relu_by_hand", (3, 4), lambda x: ops.where(0.0 < x, x, 0.0), ALL, points=(1.0,)),
         _case("ops_square", (3, 4), lambda x: ops.square(ops.tanh(x))),
         _case("ops_reshape", (3, 4), lambda x: ops.reshape(x, (-1, 12)), ALL),
         _case("ops_transpose", (3, 4), lambda x: ops.transpose(x, (0, 2, 1)), ALL),
@@ -396,6 +417,12 @@ def _operation_cases():
         _case("ops_flip", (3, 4), lambda x: ops.flip(x, axis=1), ALL),
         _case("ops_roll", (3, 4), lambda x: ops.roll(x, 1, axis=2), ALL),
         _case("ops_pad", (3, 4), lambda x: ops.pad(x, ((0, 0), (1, 0), (0, 0))), ALL),
+        _case(
+            "ops_pad_constant",
+            (3, 4),
+            lambda x: ops.pad(x, ((0, 0), (1, 0), (0, 2)), constant_values=3.0),
+            ALL,
+        ),
         _case("ops_repeat", (3, 4), lambda x: ops.repeat(x, 3, axis=1), ALL),
         _case("ops_tile", (3, 4), lambda x: ops.tile(x, (1, 1, 2)), ALL),
         _case("ops_stop_gradient_free", (3, 4), lambda x: ops.cast(x, "float64"), ALL),
@@ -587,6 +614,136 @@ def _convolution_operation_cases():
             lambda x: ops.average_pool(x, (3, 2), strides=1, padding="same"),
         ),
     ]
+
+
+def _two(join, width=4):
+    """`join` of two bounded tensors of the same input."""
+    return lambda x: join(
+        layers.Dense(width, activation="tanh")(x), layers.Dense(width, activation="sigmoid")(x)
+    )
+
+
+def _pooled_by_attention(x):
+    """The pooling of compact convolutional transformers."""
+    tokens = layers.LayerNormalization(epsilon=1.0)(x)
+    weights = ops.softmax(layers.Dense(1)(tokens), axis=1)
+    return ops.squeeze(ops.matmul(ops.transpose(weights, (0, 2, 1)), tokens), -2)
+
+
+def _attend_by_hand(x):
+    tokens = layers.LayerNormalization(epsilon=1.0)(x)
+    scores = ops.einsum("bqd,bkd->bqk", layers.Dense(3)(tokens), layers.Dense(3)(tokens))
+    return ops.einsum("bqk,bkd->bqd", ops.softmax(scores), layers.Dense(2)(tokens))
+
+
+def _product_cases():
+    def heads(x):
+        return ops.reshape(x, (-1, 3, 2, 2))
+
+    return [
+        _case("product_matmul", (4, 4), _two(lambda a, b: ops.matmul(a, ops.swapaxes(b, 1, 2)))),
+        _case("product_square", (3, 3), _bounded(lambda x: ops.matmul(x, x))),
+        _case(
+            "product_repeated",
+            (3, 4),
+            _two(lambda a, b: ops.matmul(ops.expand_dims(a, 1), ops.reshape(b, (-1, 3, 4, 1)))),
+        ),
+        _case("product_einsum", (3, 4), _two(lambda a, b: ops.einsum("btd,bte->bde", a, b))),
+        _case(
+            "product_heads",
+            (3, 4),
+            _two(lambda a, b: ops.einsum("bqhd,bkhd->bhqk", heads(a), heads(b))),
+        ),
+        _case("product_outer", (4,), _two(lambda a, b: ops.einsum("bd,be->bde", a, b))),
+        _case("product_dot", (4,), _two(lambda a, b: layers.Dot(1)([a, b]))),
+        _case("product_dot_axes", (3, 4), _two(lambda a, b: layers.Dot((2, 2))([a, b]))),
+        _case("product_dot_tokens", (3, 4), _two(lambda a, b: layers.Dot(1)([a, b]))),
+        _case("product_with_constant", (3, 4), lambda x: ops.dot(x, np.eye(4, 3) * 2.0), ALL),
+        _case("product_tensordot", (3, 4), lambda x: ops.tensordot(x, np.eye(4, 3), axes=1), ALL),
+        _case("attention_pooling", (4, 3), _pooled_by_attention),
+        _case("attention_by_hand", (3, 4), _attend_by_hand),
+    ]
+
+
+def _attention_cases():
+    """Attention on bounded tokens, between tensors of different lengths and widths."""
+
+    def context(x):
+        return layers.Dense(5, activation="tanh")(x)[:, :3]
+
+    def fixed(x):
+        return ops.zeros_like(x) + np.random.default_rng(3).normal(size=(1, 4, 1))
+
+    return [
+        _case("cross_attention", (4, 3), lambda x: _cross(x, context(x))),
+        _case(
+            "cross_attention_causal", (4, 3), lambda x: _cross(x, context(x), use_causal_mask=True)
+        ),
+        _case("cross_attention_key", (4, 3), lambda x: _cross(x, context(x), key=_tanh(x)[:, :3])),
+        _case("cross_attention_masked", (4, 3), _cross_masked(context)),
+        _case("cross_attention_of_constant", (4, 3), lambda x: _cross(_tanh(x), fixed(x))),
+        _case("cross_attention_by_constant", (4, 3), lambda x: _cross(fixed(x), _tanh(x))),
+        _case(
+            "group_query_attention",
+            (4, 3),
+            lambda x: layers.GroupQueryAttention(2, 4, 2)(_tanh(x), _tanh(x)),
+        ),
+        _case(
+            "group_query_attention_cross",
+            (4, 3),
+            lambda x: layers.GroupQueryAttention(2, 2, 1)(_tanh(x), 2.0 * _tanh(x)[:, 1:]),
+        ),
+        _case("attention", (4, 3), _bounded(lambda x: layers.Attention()([x, x]))),
+        _case(
+            "attention_scaled",
+            (4, 3),
+            lambda x: layers.Attention(use_scale=True)(
+                [_tanh(x), layers.Dense(3, activation="sigmoid")(x)[:, 1:]]
+            ),
+        ),
+        _case(
+            "attention_concat",
+            (4, 3),
+            lambda x: layers.Attention(score_mode="concat", use_scale=True)([x, _tanh(x)]),
+        ),
+        _case(
+            "attention_of_three",
+            (4, 3),
+            lambda x: layers.Attention()([_tanh(x), layers.Dense(5)(_tanh(x)), _tanh(x)]),
+        ),
+        _case(
+            "attention_causal",
+            (4, 3),
+            _bounded(lambda x: layers.Attention()([x, x], use_causal_mask=True)),
+        ),
+        _case("additive_attention", (4, 3), lambda x: layers.AdditiveAttention()([x, _tanh(x)])),
+        _case("additive_attention_self", (4, 3), _bounded(lambda x: _additive(x))),
+        _case("ops_attention", (4, 2, 3), _bounded(lambda x: ops.dot_product_attention(x, x, x))),
+        _case(
+            "ops_attention_masked",
+            (4, 2, 3),
+            lambda x: ops.dot_product_attention(
+                _tanh(x), _tanh(2.0 * x), _tanh(x), mask=np.tri(4, k=-1, dtype=bool)[None, None]
+            ),
+        ),
+    ]
+
+
+def _tanh(x):
+    return layers.Activation("tanh")(x)
+
+
+def _additive(x):
+    return layers.AdditiveAttention()([x, x])
+
+
+def _cross(x, context, **kwargs):
+    return layers.MultiHeadAttention(2, 3, 2)(_tanh(x), context, **kwargs)
+
+
+def _cross_masked(context):
+    mask = np.array([[1, 1, 0], [0, 0, 0], [1, 0, 1], [0, 1, 1]], bool)[None]
+    return lambda x: _cross(x, context(x), attention_mask=mask)
 
 
 def _own_cases():

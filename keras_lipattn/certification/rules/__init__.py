@@ -14,6 +14,7 @@ from keras_lipattn.certification.rules import (
     operations,
     other_layers,
     pooling,
+    products,
     reshaping,
     wrappers,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "operations",
     "other_layers",
     "pooling",
+    "products",
     "reshaping",
     "wrappers",
 ]

@@ -59,7 +59,7 @@ def named(name: str, call: LayerCall, state: TensorState, *, axis: Any = -1) -> 
     if name in _ALONG_AN_AXIS:
         return _along(name, call, state, axis)
     constant = layer_constants.activation_constant(name, call.norm)
-    return slope(constant, state, name=name)
+    return dataclasses.replace(slope(constant, state, name=name), function_of=(name, state, 1.0))
 
 
 def slope(constant: float, state: TensorState, *, name: str = "") -> LipschitzMap:
@@ -147,11 +147,14 @@ def _along(name: str, call: LayerCall, state: TensorState, axis: Any) -> Lipschi
             constant=constant, reason=f"the number of tokens is not known for {name}"
         )
     token_range = None
-    if name != "log_softmax" and state.width is not None:
+    if name == "log_softmax":
+        # Between -2 max|x| - log(width) and 0.
+        token_range = TokenRange.up_to(2.0 * state.range.largest + math.log(width), state.width)
+    elif state.width is not None:
         token_range = TokenRange.of_entries(0.0, 1.0, state.width)
         if last_only:
-            # Probabilities: within distance 1 of their mean.
-            token_range = TokenRange(1.0, np.full(state.width, 1.0 / state.width), 1.0)
+            # Probabilities have norm 1 at most.
+            token_range = TokenRange(1.0, None, 1.0)
     theorem = "norm of diag(p) - p p^T" if name == "softmax" else f"norm of the Jacobian of {name}"
     return LipschitzMap(
         constant=constant, theorem=theorem, exact=name == "softmax" and last_only, range=token_range

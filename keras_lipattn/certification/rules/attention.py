@@ -1,5 +1,6 @@
 """Ordinary attention: Lipschitz only where its tokens are bounded (docs/theory.md, section 7)."""
 
+import dataclasses
 import math
 
 import keras
@@ -7,6 +8,13 @@ import numpy as np
 
 from keras_lipattn.bounds.compact import combine_heads, dot_product_constants
 from keras_lipattn.bounds.compact_layer import dot_product_layer_constant
+from keras_lipattn.bounds.cross_attention import (
+    CrossConstants,
+    additive_attention_constants,
+    cross_attention_constants,
+)
+from keras_lipattn.certification.batch_axis import MOVES_BATCH as BATCH
+from keras_lipattn.certification.layer_call import LayerCall
 from keras_lipattn.certification.maps import LipschitzMap, unbounded
 from keras_lipattn.certification.registry import register_operation, register_rule
 from keras_lipattn.certification.rules.linear import NOT_FINITE, quantized
@@ -15,20 +23,26 @@ from keras_lipattn.certification.rules.lipschitz_layers import (
     attention_mask_class,
     tokens_of_attention,
 )
+from keras_lipattn.certification.rules.merging import operands_of
 from keras_lipattn.certification.rules.other_layers import RUNS_AS_IN_TRAINING
+from keras_lipattn.certification.tensor_state import TensorState
 from keras_lipattn.certification.token_range import TokenRange
-from keras_lipattn.certification.weights import bias_of, kernel_of
+from keras_lipattn.certification.weights import bias_of, cast_to_compute_dtype, kernel_of
 from keras_lipattn.linalg import SAFETY, operator_norm
+
+_TOKENS = (
+    "dot-product attention is not Lipschitz where its tokens are unbounded; a normalization before "
+    "it or `input_radius` bounds them"
+)
+_SCORES = "it also returns its attention scores, for which no bound is known"
 
 
 @register_rule(keras.layers.MultiHeadAttention)
 def multi_head_attention(layer, call):
-    if len(tokens_of_attention(call)) != 1:
-        return unbounded("only self-attention has a rule")
     if layer._use_gate:
         return unbounded("its gate multiplies two functions of the input")
     if call.argument("return_attention_scores"):
-        return unbounded("it also returns its attention scores, for which no bound is known")
+        return unbounded(_SCORES)
     if call.training and layer._dropout > 0.0:
         return unbounded(f"{RUNS_AS_IN_TRAINING}: it draws random numbers")
     parts = [layer._query_dense, layer._key_dense, layer._value_dense, layer._output_dense]
@@ -36,10 +50,12 @@ def multi_head_attention(layer, call):
         refusal = quantized(part)
         if refusal is not None:
             return refusal
+    if len(tokens_of_attention(call)) != 1:
+        return _of_three(layer._inverse_sqrt_key_dim, parts, call)
     mask = attention_mask_class(call)
     before = call.state.range
     if not before.bounded:
-        return unbounded("dot-product attention is not Lipschitz where its tokens are unbounded")
+        return unbounded(_TOKENS)
     window = layer._sliding_window
     masks = [call.argument(f"{name}_mask") for name in ("query", "value", "key")]
     padded = bool(call.keras_masks) or call.mask is not None
@@ -111,7 +127,15 @@ def multi_head_attention(layer, call):
         theorem=f"{theorem}, tokens in a ball of radius {before.radius:.4g}",
         reason="its constants overflow" if math.isinf(constant) else "",
         published=published,
-        range=_values(value, output, parts, sizes, before, zero_rows=empty_rows and not fused),
+        range=_values(
+            value,
+            output,
+            bias_of(parts[2]),
+            bias_of(parts[3]),
+            sizes,
+            before,
+            zero_rows=empty_rows and not fused,
+        ),
         # Query, value and key are one tensor.
         operands=(call.state,),
     )
@@ -134,14 +158,15 @@ def _has_empty_row(mask, window: int | None) -> bool:
     return not mask.any(axis=-1).all()
 
 
-def _values(value, output, parts, sizes, before: TokenRange, *, zero_rows: bool) -> TokenRange:
+def _values(
+    value, output, inner, outer, sizes, before: TokenRange, *, zero_rows: bool
+) -> TokenRange:
     """Averages of tokens stay in the ball; each head maps them linearly.
 
     With `zero_rows` a head may give zero instead.
     """
     width = output.shape[-1]
     center = np.zeros(value.shape[1]) if before.center is None else before.center
-    inner, outer = bias_of(parts[2]), bias_of(parts[3])
     moved = TokenRange(0.0) if outer is None else TokenRange(0.0, outer.reshape(-1))
     for head, size in enumerate(sizes):
         image = center @ value[head] + (0.0 if inner is None else inner[head])
@@ -163,13 +188,193 @@ def _published(reduced, sizes, before: TokenRange, tokens: int, layer) -> float:
     return SAFETY * total
 
 
-@register_rule(
-    keras.layers.AdditiveAttention, keras.layers.Attention, keras.layers.GroupQueryAttention
-)
-def other_attention(layer, call):
-    return unbounded("this kind of attention has no bound here")
+@register_rule(keras.layers.GroupQueryAttention)
+def group_query_attention(layer, call):
+    if layer.use_gate:
+        return unbounded("its gate multiplies two functions of the input")
+    if call.argument("return_attention_scores"):
+        return unbounded(_SCORES)
+    if call.training and layer.dropout > 0.0:
+        return unbounded(f"{RUNS_AS_IN_TRAINING}: it draws random numbers")
+    parts = [layer._query_dense, layer._key_dense, layer._value_dense, layer._output_dense]
+    for part in parts:
+        refusal = quantized(part)
+        if refusal is not None:
+            return refusal
+    return _of_three(layer._inverse_sqrt_head_dim, parts, call, repeats=layer.num_repeats)
+
+
+def _of_three(scale: float, parts, call: LayerCall, *, repeats: int = 1) -> LipschitzMap:
+    """Attention of several heads on a query, a key and a value that may be different tensors."""
+    tensors = [call.argument(name) for name in ("query", "key", "value")]
+    query, key, value = tensors[0], tensors[2] if tensors[1] is None else tensors[1], tensors[2]
+    states = [call.operand(tensor) for tensor in (query, key, value)]
+    if any(len(state.shape) + (state.fold > 0) != 3 for state in states) or call.rank != 3:
+        return unbounded("attention between different tensors has a rule for one axis of tokens")
+    # (heads, features, size): the heads of the kernels come first.
+    kernels = [np.moveaxis(kernel_of(part), 1, 0) for part in parts[:3]]
+    # Heads that share keys and values.
+    kernels[1:] = [np.repeat(kernel, repeats, axis=0) for kernel in kernels[1:]]
+    output = kernel_of(parts[3])
+    output = output.reshape(*output.shape[:2], -1)
+    if not all(np.isfinite(kernel).all() for kernel in (*kernels, output)):
+        return unbounded(NOT_FINITE)
+    balls = [_ball(state) for state in states]
+    constants = cross_attention_constants(
+        kernels[0],
+        kernels[1],
+        query_radius=balls[0].radius,
+        key_radius=balls[1].radius,
+        value_radius=balls[2].radius,
+        scale=scale,
+        query_center=balls[0].center,
+        query_bias=bias_of(parts[0]),
+    )
+    # V = Q R with orthonormal columns Q: the norm of V O is that of R O.
+    mixed = np.stack(
+        [np.linalg.qr(v, mode="r") @ o for v, o in zip(kernels[2], output, strict=True)]
+    )
+    token_range = None
+    if balls[2].bounded:
+        inner = bias_of(parts[2])
+        inner = None if inner is None else np.repeat(inner, repeats, axis=0)
+        outer = bias_of(parts[3])
+        sizes = operator_norm(mixed)
+        # A query that sees no key gets zeros, or an average, by the way Keras goes.
+        token_range = _values(kernels[2], output, inner, outer, sizes, balls[2], zero_rows=True)
+    return _averages(
+        CrossConstants(*(combine_heads(mixed, part) for part in constants)),
+        states,
+        call,
+        token_range,
+    )
+
+
+def _averages(
+    constants: CrossConstants,
+    states: list[TensorState],
+    call: LayerCall,
+    token_range: TokenRange | None,
+    theorem: str = "Theorem 7.7, tokens in balls",
+) -> LipschitzMap:
+    """Averages of values by the softmax of scores of queries and keys."""
+    query, key, value = states
+    perturbed = [state for state in states if not state.is_fixed]
+    if any(state.fold != call.fold for state in perturbed) or not all(
+        state.fold in (0, call.fold) and (state.fold or state.shape[0] == 1) for state in states
+    ):
+        return unbounded(BATCH)
+    operands, gains = [query, key, value], [constants.query, constants.key, constants.value]
+    if key is value:
+        operands, gains = [query, value], [constants.query, constants.shared]
+    queries = 1.0
+    if call.norm == "l2":
+        # Every key is seen by all queries at most.
+        length = call.shape[-2]
+        if length is None:
+            return unbounded("its number of queries is not known: pass `sequence_length`")
+        queries = math.sqrt(length)
+    for index, state in enumerate(operands):
+        gains[index] = SAFETY * gains[index] * (queries if index else 1.0)
+        if call.norm == "linf":
+            # |x| <= sqrt(D) max|x| on the way in, and max|y| <= |y| on the way out.
+            gains[index] *= SAFETY * math.sqrt(state.width) if state.width else math.inf
+        if state.is_fixed:
+            gains[index] = 0.0
+    if not np.isfinite(gains).all():
+        return unbounded(_TOKENS)
+    joint = math.hypot(*gains) if call.norm == "l2" else math.fsum(gains)
+    return LipschitzMap(
+        constant=SAFETY * joint,
+        theorem=theorem,
+        operands=tuple(operands),
+        per_input=tuple(gains),
+        range=token_range,
+    )
+
+
+def _ball(state: TensorState) -> TokenRange:
+    """A ball that contains the tokens of a tensor."""
+    known = state.range
+    if known.bounded or state.width is None or not math.isfinite(known.largest):
+        return known
+    return TokenRange(SAFETY * math.sqrt(state.width) * known.largest, None, known.largest)
+
+
+@register_rule(keras.layers.Attention, keras.layers.AdditiveAttention)
+def plain_attention(layer, call):
+    if call.argument("return_attention_scores"):
+        return unbounded(_SCORES)
+    if call.training and layer.dropout > 0.0:
+        return unbounded(f"{RUNS_AS_IN_TRAINING}: it draws random numbers")
+    states = operands_of(call, "inputs")
+    query, value = states[:2]
+    key = states[2] if len(states) > 2 else value
+    width = query.width
+    if width is None or call.rank < 3 or any(state.rank != call.rank for state in states):
+        return unbounded("the sizes of its tensors are not known, or not alike")
+    if any(state.shape[-len(query.shape) : -2] != query.shape[:-2] for state in (key, value)):
+        return unbounded("it repeats a tensor along an axis")
+    radius = _ball(value).radius
+    scale = getattr(layer, "scale", None)
+    scale = np.ones(()) if scale is None else cast_to_compute_dtype(scale, layer.compute_dtype)
+    additive = isinstance(layer, keras.layers.AdditiveAttention)
+    if not additive and layer.score_mode == "concat":
+        scale = scale * cast_to_compute_dtype(layer.concat_score_weight, layer.compute_dtype)
+    if not np.isfinite(scale).all():
+        return unbounded(NOT_FINITE)
+    if additive or layer.score_mode == "concat":
+        constants = additive_attention_constants(
+            np.broadcast_to(scale, (width,)), value_radius=radius
+        )
+        theorem = "Theorem 7.7, values in a ball"
+    else:
+        constants = _dot_products([query, key, value], float(scale))
+        theorem = "Theorem 7.7, tokens in balls"
+    return _averages(constants, [query, key, value], call, _averaged(value), theorem)
+
+
+def _dot_products(states: list[TensorState], scale: float) -> CrossConstants:
+    """The constants for the logits `scale x . y`."""
+    query, key, value = map(_ball, states)
+    width = states[0].width or 1
+    identity = np.eye(width)[None]
+    center = None if query.center is None else np.broadcast_to(query.center, (width,))
+    constants = cross_attention_constants(
+        identity,
+        identity,
+        query_radius=query.radius,
+        key_radius=key.radius,
+        value_radius=value.radius,
+        scale=scale,
+        query_center=center,
+    )
+    return CrossConstants(*(float(part[0]) for part in constants))
+
+
+def _averaged(value: TensorState) -> TokenRange | None:
+    """Where averages of tokens can be, or zeros where a mask leaves nothing."""
+    ball = _ball(value)
+    if not ball.bounded or value.width is None:
+        return None
+    return TokenRange(ball.radius, ball.center, ball.largest).including(np.zeros(value.width))
 
 
 @register_operation("DotProductAttention")
 def dot_product_attention(operation, call):
-    return unbounded("dot-product attention on free tensors is not Lipschitz")
+    if operation.attn_logits_soft_cap is not None:
+        return unbounded("no rule for attention with a soft cap of its logits")
+    scale, bias = call.argument("scale"), call.argument("bias")
+    if isinstance(scale, TensorState) or (isinstance(bias, TensorState) and not bias.is_fixed):
+        return unbounded("its scale or its bias changes with the input")
+    states = operands_of(call, "query", "key", "value")
+    query, key, value = states
+    if query.width is None or any(state.rank != 4 for state in states):
+        return unbounded("the sizes of its tensors are not known, or not alike")
+    if not query.shape[-2] == key.shape[-2] == value.shape[-2]:
+        return unbounded("some of its heads share keys and values")
+    scale = 1.0 / math.sqrt(query.width) if scale is None else float(call.constant(scale))
+    constants = _dot_products(states, scale)
+    # Axes are (batch, tokens, heads, features): every head has its own tokens.
+    swapped = dataclasses.replace(call, shape=(call.shape[1], call.shape[0], call.shape[2]))
+    return _averages(constants, states, swapped, _averaged(value))

@@ -10,6 +10,7 @@ from keras_lipattn.certification.linear_map import matrix_norm
 from keras_lipattn.certification.maps import Affine, LipschitzMap, unbounded
 from keras_lipattn.certification.registry import register_rule
 from keras_lipattn.certification.rules.activations import convert, with_activation
+from keras_lipattn.certification.token_range import TokenRange
 from keras_lipattn.certification.weights import bias_of, kernel_of
 from keras_lipattn.linalg import SAFETY
 
@@ -106,24 +107,36 @@ def einsum_step(
         and inputs[:-1] == result[:-1]
     ):
         return matrix_step(blocks[0], bias, call.norm)
+    largest_sum = SAFETY * float(np.abs(blocks).sum(axis=1).max(initial=0.0))
+    offset = 0.0 if bias is None else float(np.abs(bias).max(initial=0.0))
+    token_range = TokenRange.up_to(largest_sum * call.state.range.largest + offset, call.width)
     if call.norm == "linf":
-        constant = SAFETY * float(np.abs(blocks).sum(axis=1).max())
-        return LipschitzMap(constant=constant, theorem="largest sum over an output", exact=True)
+        return LipschitzMap(
+            constant=largest_sum,
+            theorem="largest sum over an output",
+            exact=True,
+            range=token_range,
+        )
     matrix = max(matrix_norm(block, "l2") for block in blocks)
     if call.norm == "l2":
         return LipschitzMap(
-            constant=matrix, theorem="norm of the block-diagonal matrix", exact=True
+            constant=matrix,
+            theorem="norm of the block-diagonal matrix",
+            exact=True,
+            range=token_range,
         )
     # A token of the output that takes its entries from one token of the input.
     if summed == [inputs[-1]] and not shared and result == inputs[:-1] + "".join(made):
         last = sizes[result[-1]]
         heads = blocks[0].reshape(blocks.shape[1], -1, last)
         constant = max(matrix_norm(heads[:, i], "l2") for i in range(heads.shape[1]))
-        return LipschitzMap(constant=constant, theorem="largest norm of a block", exact=True)
+        return LipschitzMap(
+            constant=constant, theorem="largest norm of a block", exact=True, range=token_range
+        )
     price = convert("l2", "token", call.state)
     if math.isinf(price):
         return unbounded("its number of tokens is not known")
-    return LipschitzMap(constant=matrix * price, theorem="2-norm, converted")
+    return LipschitzMap(constant=matrix * price, theorem="2-norm, converted", range=token_range)
 
 
 def spell_out(inputs: str, result: str, rank: int) -> tuple[str, str]:

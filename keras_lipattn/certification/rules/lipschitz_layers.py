@@ -9,7 +9,7 @@ import numpy as np
 
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
 from keras_lipattn.certification.layer_call import LayerCall
-from keras_lipattn.certification.linear_map import centered_diagonal_norm
+from keras_lipattn.certification.linear_map import centered_diagonal_norm, matrix_norm
 from keras_lipattn.certification.maps import Affine, CenterValue, LipschitzMap, unbounded
 from keras_lipattn.certification.registry import register_own_bound, register_rule
 from keras_lipattn.certification.rules.activations import with_activation
@@ -33,6 +33,7 @@ from keras_lipattn.layers import (
     SpectralDense,
 )
 from keras_lipattn.layers.lipschitz_layer import LipschitzLayer
+from keras_lipattn.linalg import SAFETY, operator_norm
 
 
 @register_own_bound
@@ -89,9 +90,40 @@ def self_attention(layer, call):
         operands=(call.state,),
         # Without a length in the graph the layer took its own.
         max_tokens=_longest(layer, tokens, call.state),
+        range=_attended(layer, call),
     )
     # Theorem 6 is for attention by distance.
     return near_input(layer, call, step, mask) if isinstance(layer, L2MultiHeadAttention) else step
+
+
+def _attended(layer, call: LayerCall) -> TokenRange | None:
+    """Where the output is: heads map averages of tokens, of length 1 for cosines, linearly.
+
+    Caps make it no larger. Padded tokens give zeros.
+    """
+    if layer._condensed is not None or layer.compute_dtype not in ("float32", "float64"):
+        return None
+    if isinstance(layer, L2MultiHeadAttention):
+        kernels = layer._host_kernels()
+        kernels[0] = kernels[0] * layer.key_dim**-0.25
+        query, value, output = layer._by_head(kernels, np)
+        heads = query @ (np.swapaxes(query, 1, 2) @ value @ output)
+        reach = call.state.range.outer_radius
+    else:
+        heads = layer._host_kernels()[3]
+        heads = heads.reshape(*heads.shape[:2], -1)
+        reach = 1.0
+    if not math.isfinite(reach) or not np.isfinite(heads).all():
+        return None
+    radius = SAFETY * float(np.sum(operator_norm(heads))) * reach
+    bias = layer.output_bias
+    shift = np.zeros(heads.shape[2])
+    if bias is not None:
+        shift = np.ravel(cast_to_compute_dtype(bias, layer.compute_dtype))
+    if call.width != len(shift):
+        # A token of the output has several axes.
+        return TokenRange.up_to(radius + float(np.abs(shift).max()), call.width)
+    return TokenRange(radius, shift).including(np.zeros(len(shift)))
 
 
 def _weighted(layer, call: LayerCall, mask) -> LipschitzMap:
@@ -204,7 +236,7 @@ def spectral_dense(layer, call):
             theorem=step.theorem,
             reason=step.reason,
             exact=step.exact,
-            range=_shrunk(step, bias_of(layer), call),
+            range=_shrunk(step, kernel, bias_of(layer), call),
         )
     return _near_input(layer, call, kernel, with_activation(step, layer, call, layer.units))
 
@@ -229,12 +261,16 @@ def _near_input(
     return dataclasses.replace(step, center=CenterValue(value=value, rounding_error=error))
 
 
-def _shrunk(step: LipschitzMap, bias: np.ndarray | None, call: LayerCall) -> TokenRange | None:
+def _shrunk(
+    step: LipschitzMap, kernel: np.ndarray, bias: np.ndarray | None, call: LayerCall
+) -> TokenRange | None:
     """Where `x @ (t kernel) + bias` can be for any `t` in `[0, 1]`."""
     before = call.state.range
-    if not before.bounded or call.norm == "linf" or math.isinf(step.constant):
+    if not before.bounded or math.isinf(step.constant):
         return None
-    moved = TokenRange(step.constant * before.outer_radius)
+    # The radius is Euclidean whatever the norm of the certificate.
+    size = matrix_norm(kernel, "l2")
+    moved = TokenRange(size * before.outer_radius)
     return moved if bias is None else moved.plus(TokenRange.of_values(bias))
 
 

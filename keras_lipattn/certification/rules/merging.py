@@ -1,14 +1,18 @@
 """Sums, products, maxima and concatenations (docs/theory.md, section 8)."""
 
+import dataclasses
 import math
 
 import keras
 import numpy as np
 
+from keras_lipattn.bounds import layer_constants
+from keras_lipattn.certification.fixed_entries import interval_of
 from keras_lipattn.certification.layer_call import LayerCall
 from keras_lipattn.certification.maps import (
     Combination,
     Concatenation,
+    Elementwise,
     LipschitzMap,
     unbounded,
 )
@@ -119,6 +123,10 @@ def product_step(operands: list[TensorState], call: LayerCall) -> LipschitzMap:
         for value in values:
             scale = scale * value
         return _scaled(scale, perturbed[0], call)
+    if len(operands) == 2 and not call.keras_masks:
+        known = _self_gated(*operands, call) or _self_gated(*operands[::-1], call)
+        if known is not None:
+            return known
     # Under a mask the layer puts 1 in place of what is masked.
     least = 1.0 if call.keras_masks else 0.0
     largest = [max(_largest(state), least) for state in operands]
@@ -136,6 +144,10 @@ def product_step(operands: list[TensorState], call: LayerCall) -> LipschitzMap:
     token_range = None
     if call.shape and call.shape[-1] is not None and math.isfinite(size):
         token_range = TokenRange.of_entries(-size, size, call.shape[-1])
+        for index, state in enumerate(operands):
+            others = math.prod(value for i, value in enumerate(largest) if i != index)
+            radius = SAFETY * others * _spread_radius(state, call)
+            token_range = token_range.smaller(TokenRange(radius, None, size))
     return LipschitzMap(
         constant=SAFETY * joint,
         theorem="product rule on bounded factors",
@@ -145,17 +157,47 @@ def product_step(operands: list[TensorState], call: LayerCall) -> LipschitzMap:
     )
 
 
+# What `x f(x)` is called.
+_SELF_GATED = {"sigmoid": "silu", "hard_sigmoid": "hard_silu", "tanh": "mish"}
+
+
+def _self_gated(x: TensorState, gate: TensorState, call: LayerCall) -> LipschitzMap | None:
+    """The map of `x sigmoid(b x)` and its kin, `None` where the gate is something else."""
+    if gate.function_of is None or gate.function_of[0] not in _SELF_GATED:
+        return None
+    name, inner, _ = gate.function_of
+    # Sigmoids of any multiple: the derivative of `x s(b x)` is that of `x s(x)`, at `b x`.
+    wanted = "softplus" if name == "tanh" else "scaled"
+    if inner.function_of is not None and inner.function_of[0] == wanted:
+        inner = inner.function_of[1]
+    elif name == "tanh":
+        return None
+    if inner is not x or x.shape != call.shape:
+        return None
+    constant = layer_constants.activation_constant(_SELF_GATED[name], call.norm)
+    return Elementwise(
+        constant=constant,
+        theorem="largest slope",
+        exact=True,
+        operands=(x,),
+        value_at_zero=0.0,
+    )
+
+
 def _scaled(scale: np.ndarray, state: TensorState, call: LayerCall) -> LipschitzMap:
     if not np.isfinite(scale).all():
         return unbounded(NOT_FINITE)
     if state.shape == call.shape:
-        return scaling_step(scale, call, theorem="largest factor")
+        step = scaling_step(scale, call, theorem="largest factor")
+        return dataclasses.replace(step, function_of=("scaled", state, step.constant))
     repeats = _broadcast(state, call)
     if math.isinf(repeats):
         return unbounded(_REPEATS)
+    largest = SAFETY * float(np.abs(scale).max(initial=0.0))
     return LipschitzMap(
-        constant=SAFETY * float(np.abs(scale).max(initial=0.0)) * repeats,
+        constant=largest * repeats,
         theorem="largest factor, repeated",
+        range=TokenRange.up_to(largest * state.range.largest, call.width),
     )
 
 
@@ -165,6 +207,16 @@ def divide(operation, call):
     if right.is_fixed and right.values is not None:
         with np.errstate(divide="ignore", invalid="ignore"):
             return _scaled(1.0 / right.values, left, call)
+    low, high = interval_of(right)
+    least = max(low, -high)
+    if right.is_fixed and least > 0.0 and left.shape == call.shape:
+        token_range = left.range.about_origin().scaled(SAFETY / least)
+        return LipschitzMap(
+            constant=SAFETY / least,
+            theorem="divided by a tensor away from 0",
+            operands=(left,),
+            range=token_range,
+        )
     return unbounded("it divides by a tensor which may come close to 0")
 
 
@@ -181,12 +233,42 @@ def maximum_operation(operation, call):
 @register_operation("Where")
 def where(operation, call):
     condition = call.argument("condition")
+    joined = _joined_at_zero(condition, call)
+    if joined is not None:
+        return joined
     if isinstance(condition, TensorState) and not condition.is_fixed:
         return unbounded("its condition changes with the input, and the output jumps with it")
     branches = [call.argument("x1"), call.argument("x2")]
     if any(branch is None for branch in branches):
         return unbounded("it has no branches to choose from")
     return _selection(operands_of(call, "x1", "x2"), call, "choice of entries")
+
+
+def _joined_at_zero(condition, call: LayerCall) -> LipschitzMap | None:
+    """The map of `where(x > 0, a x, b x)`, which is continuous, `None` for anything else."""
+    if not isinstance(condition, TensorState) or condition.function_of is None:
+        return None
+    name, x, _ = condition.function_of
+    if name != "sign" or x.shape != call.shape:
+        return None
+    slopes = []
+    for branch in operands_of(call, "x1", "x2"):
+        known = branch.function_of
+        if branch is x:
+            slopes.append(1.0)
+        elif known is not None and known[0] == "scaled" and known[1] is x:
+            slopes.append(known[2])
+        elif branch.values is not None and not branch.values.any():
+            slopes.append(0.0)
+        else:
+            return None
+    return Elementwise(
+        constant=max(slopes),
+        theorem="largest slope",
+        exact=True,
+        operands=(x,),
+        value_at_zero=0.0,
+    )
 
 
 def _selection(operands: list[TensorState], call: LayerCall, theorem: str) -> LipschitzMap:
@@ -253,11 +335,6 @@ def concatenation(
         entrywise=last,
         range=token_range,
     )
-
-
-@register_rule(keras.layers.Dot)
-def dot(layer, call):
-    return unbounded("it multiplies two tensors of the model, which is not bounded")
 
 
 def _spread_radius(state: TensorState, call: LayerCall) -> float:

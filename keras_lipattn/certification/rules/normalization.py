@@ -86,7 +86,7 @@ def _normalize(
     name = "centered and divided" if centered else "divided"
     if axes != {rank - 1}:
         gamma = np.broadcast_to(gamma, (width,)) if gamma.size in (1, width) else gamma
-        return _over_other_axes(gamma, epsilon, width, call, centered=centered)
+        return _over_other_axes(gamma, beta, epsilon, width, call, centered=centered)
     gamma = np.broadcast_to(gamma, (width,))
     root = 1.0 / _smallest_divisor(epsilon, state, centered=centered)
     divide = LipschitzMap(
@@ -137,22 +137,35 @@ def _smallest_divisor(epsilon: float, state: TensorState, *, centered: bool) -> 
 
 
 def _over_other_axes(
-    gamma, epsilon: float, width: int, call: LayerCall, *, centered: bool
+    gamma, beta, epsilon: float, width: int, call: LayerCall, *, centered: bool
 ) -> LipschitzMap:
     """Normalization over axes other than the last one: an upper bound in the 2-norm."""
     constant = SAFETY * float(np.abs(gamma).max()) / math.sqrt(epsilon)
     if centered and width == 1:
         constant = 0.0
+    token_range = _normalized_range(gamma, beta, width, call)
     if call.norm == "linf":
         # Every output depends on `width` entries, with a gradient of at most this 2-norm.
-        return LipschitzMap(constant=constant * math.sqrt(width), theorem="2-norm, converted")
+        return LipschitzMap(
+            constant=constant * math.sqrt(width), theorem="2-norm, converted", range=token_range
+        )
     price = convert("l2", call.norm, call.state)
     if math.isinf(price):
         return unbounded("its number of tokens is not known")
     return LipschitzMap(
         constant=constant * price,
         theorem="max |gamma| / sqrt(epsilon)" if price == 1.0 else "2-norm, converted",
+        range=token_range,
     )
+
+
+def _normalized_range(gamma, beta, width: int | None, call: LayerCall) -> TokenRange | None:
+    """Where `gamma n + beta` is for vectors `n` of `width` entries and mean square 1 at most."""
+    if width is None:
+        return None
+    offset = 0.0 if beta is None else float(np.abs(beta).max(initial=0.0))
+    largest = SAFETY * math.sqrt(width) * float(np.abs(gamma).max(initial=0.0)) + offset
+    return TokenRange.up_to(largest, call.width)
 
 
 @register_rule(keras.layers.GroupNormalization)
@@ -160,13 +173,19 @@ def group_normalization(layer, call):
     if not layer.epsilon > 0.0:
         return unbounded("its epsilon is not positive")
     gamma = np.ones(1) if layer.gamma is None else cast_to_compute_dtype(layer.gamma, None)
-    if not np.isfinite(gamma).all():
+    beta = None if layer.beta is None else cast_to_compute_dtype(layer.beta, None)
+    if not np.isfinite(gamma).all() or (beta is not None and not np.isfinite(beta).all()):
         return unbounded(NOT_FINITE)
     constant = SAFETY * float(np.abs(gamma).max()) / math.sqrt(layer.epsilon)
     price = convert("l2", call.norm, call.state)
     if math.isinf(price):
         return unbounded("its number of tokens is not known")
-    return LipschitzMap(constant=constant * price, theorem="max |gamma| / sqrt(epsilon)")
+    # No group has more entries than an example.
+    return LipschitzMap(
+        constant=constant * price,
+        theorem="max |gamma| / sqrt(epsilon)",
+        range=_normalized_range(gamma, beta, call.state.entries, call),
+    )
 
 
 @register_rule(keras.layers.BatchNormalization)
@@ -234,7 +253,7 @@ def _unit(axis, epsilon: float, call: LayerCall) -> LipschitzMap:
         constant *= convert("l2", call.norm, state)
     if math.isinf(constant):
         return unbounded("its number of tokens is not known")
-    token_range = TokenRange(1.0, None, 1.0) if last else None
+    token_range = TokenRange(1.0, None, 1.0) if last else TokenRange.up_to(1.0, state.width)
     exact = last and call.norm != "linf"
     return LipschitzMap(constant=constant, theorem="1 / epsilon", exact=exact, range=token_range)
 

@@ -22,12 +22,11 @@ from keras_lipattn.certification.rules.linear import NOT_FINITE, einsum_step, ma
 from keras_lipattn.certification.rules.linear_operations import copies
 from keras_lipattn.certification.rules.merging import product_step
 from keras_lipattn.certification.rules.pooling import entries_range
+from keras_lipattn.certification.rules.products import einsum_product, matrix_product
 from keras_lipattn.certification.rules.reshaping import tokens_move
 from keras_lipattn.certification.tensor_state import TensorState, product
 from keras_lipattn.certification.token_range import TokenRange
 from keras_lipattn.linalg import SAFETY
-
-UNBOUNDED_PRODUCT = "it multiplies two tensors of the model, which is not bounded"
 
 
 @register_operation("Negative")
@@ -91,7 +90,7 @@ def matmul(operation, call):
         return unbounded("it multiplies with a batch of matrices")
     if left.values is not None and left.values.ndim == 2 and right.rank == 3:
         return _mix_tokens(left.values, call)
-    return unbounded(UNBOUNDED_PRODUCT)
+    return matrix_product([left, right], call)
 
 
 def _mix_tokens(kernel: np.ndarray, call: LayerCall) -> LipschitzMap:
@@ -108,6 +107,17 @@ def _mix_tokens(kernel: np.ndarray, call: LayerCall) -> LipschitzMap:
     )
 
 
+@register_operation("Dot", "Tensordot")
+def dot_operation(operation, call):
+    left, right = call.operand(call.argument("x1")), call.operand(call.argument("x2"))
+    axes = getattr(operation, "axes", 1)
+    pairs = [np.ravel(a).tolist() for a in axes] if isinstance(axes, list | tuple) else []
+    plain = axes == 1 or pairs in ([[-1], [0]], [[left.rank - 1], [0]])
+    if right.values is None or right.values.ndim != 2 or left.rank < 2 or not plain:
+        return unbounded("only products of the last axis with a constant matrix have a rule")
+    return matrix_step(right.values, None, call.norm)
+
+
 @register_operation("Einsum")
 def einsum(operation, call):
     operands = [call.operand(leaf) for leaf in keras.tree.flatten(call.argument("operands"))]
@@ -122,7 +132,7 @@ def einsum(operation, call):
         operands, equation = operands[::-1], f"{second},{first}->{result}"
     kernel = operands[1].values
     if kernel is None:
-        return unbounded(UNBOUNDED_PRODUCT)
+        return einsum_product(equation, operands, call)
     if not np.isfinite(kernel).all():
         return unbounded(NOT_FINITE)
     return einsum_step(equation, kernel, None, call)
@@ -265,7 +275,13 @@ def pad(operation, call):
     if isinstance(value, TensorState):
         return unbounded("it pads with a tensor of the model")
     if value not in (None, 0, 0.0):
-        return LipschitzMap(constant=1.0, theorem="constants are added", exact=True)
+        largest = max(abs(float(value)), call.state.range.largest)
+        return LipschitzMap(
+            constant=1.0,
+            theorem="constants are added",
+            exact=True,
+            range=TokenRange.up_to(largest, call.width),
+        )
     return (TokenMixing if widths[-1] == (0, 0) else LipschitzMap)(
         constant=1.0, theorem="zeros are added", exact=True, range=_about_origin(call)
     )
@@ -331,7 +347,12 @@ def mean_or_sum(operation, call):
     exact = rank - 1 not in axes and not any(state.dynamic)
     constant *= SAFETY
     if rank - 1 in axes:
-        return LipschitzMap(constant=constant, theorem=theorem, exact=exact)
+        return LipschitzMap(
+            constant=constant,
+            theorem=theorem,
+            exact=exact,
+            range=TokenRange.up_to(state.range.largest * (1 if mean else most), call.width),
+        )
     token_range = state.range if mean else state.range.about_origin().scaled(SAFETY * most)
     return TokenMixing(constant=constant, theorem=theorem, exact=exact, range=token_range)
 
@@ -437,7 +458,11 @@ def extremum(operation, call):
     theorem = "maximum of entries"
     if type(operation).__name__ == "Logsumexp":
         theorem = "gradient of norm 1"
+        count = product(tuple(state.shape[a - 1] for a in axes))
         token_range = None
+        if count is not None:
+            largest = state.range.largest + math.log(max(count, 1))
+            token_range = TokenRange.up_to(largest, call.width)
     elif getattr(operation, "initial", None) is not None:
         token_range = None
     else:

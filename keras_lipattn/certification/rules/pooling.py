@@ -163,13 +163,7 @@ def _max_step(
 
 def entries_range(call: LayerCall, factor: float = 1.0) -> TokenRange | None:
     """Where the output is when its entries are at most `factor` times those of the input."""
-    largest = factor * call.state.range.largest
-    width = call.shape[-1] if call.shape and not call.dynamic[-1] else None
-    if not call.shape:
-        width = 1
-    if width is None or not math.isfinite(largest):
-        return None
-    return TokenRange.of_entries(-largest, largest, width)
+    return TokenRange.up_to(factor * call.state.range.largest, call.width)
 
 
 def _converted(constant: float, call: LayerCall) -> LipschitzMap:

@@ -1,0 +1,172 @@
+"""Between which numbers the entries of a tensor lie that does not change, such as a mask."""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_lipattn.certification.tensor_state import ANYTHING, Interval, TensorState
+
+# Operations which only move, repeat or drop entries, or average them.
+_KEEPS = frozenset(
+    {
+        "Amax",
+        "Amin",
+        "BroadcastTo",
+        "Cast",
+        "Concatenate",
+        "ConvertToTensor",
+        "Copy",
+        "ExpandDims",
+        "Flatten",
+        "Flip",
+        "GetItem",
+        "Identity",
+        "Max",
+        "Mean",
+        "Min",
+        "Moveaxis",
+        "Permute",
+        "Repeat",
+        "Reshape",
+        "Roll",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "Stack",
+        "StopGradient",
+        "Swapaxes",
+        "Tile",
+        "Transpose",
+        "Unstack",
+        "Where",
+    }
+)
+_LAYERS = frozenset(
+    {
+        keras.layers.Concatenate,
+        keras.layers.Flatten,
+        keras.layers.Identity,
+        keras.layers.Permute,
+        keras.layers.Reshape,
+    }
+)
+_LARGEST_HALF = 65504.0
+_WITHIN = {
+    "OnesLike": (1.0, 1.0),
+    "Sigmoid": (0.0, 1.0),
+    "Softmax": (0.0, 1.0),
+    "Tanh": (-1.0, 1.0),
+    "ZerosLike": (0.0, 0.0),
+}
+
+
+def interval_of(operand: Any) -> Interval:
+    """What the entries of a state, a number or an array lie between."""
+    if isinstance(operand, TensorState):
+        if operand.dtype == "bool":
+            return 0.0, 1.0
+        if operand.values is None:
+            return operand.interval
+        operand = operand.values
+    values = np.asarray(keras.ops.convert_to_numpy(operand))
+    if values.dtype.kind not in "fiub" or not values.size or not np.isfinite(values).all():
+        return ANYTHING
+    return float(values.min()), float(values.max())
+
+
+def interval_after(
+    operation: Any,
+    arguments: Mapping[str, Any],
+    operands: Sequence[Any],
+    dtype: str,
+) -> Interval:
+    """The same for the output of an operation on tensors that do not change.
+
+    Args:
+        operation: an operation or a layer.
+        arguments: its arguments by name, with a `TensorState` for every tensor.
+        operands: all tensors and numbers among them.
+        dtype: of the output.
+
+    Returns:
+        Two numbers, `ANYTHING` where nothing is known.
+    """
+    if dtype == "bool":
+        return 0.0, 1.0
+    cls = type(operation)
+    is_layer = isinstance(operation, keras.layers.Layer)
+    known = cls in _LAYERS if is_layer else cls.__module__.startswith("keras.src.ops.")
+    if not known:
+        return ANYTHING
+    if "x1" in arguments and "x2" in arguments:
+        operands = [arguments["x1"], arguments["x2"]]
+    intervals = [interval_of(one) for one in operands]
+    low, high = _after(cls.__name__, operation, arguments, intervals)
+    if not math.isfinite(high - low):
+        return ANYTHING
+    if dtype.startswith(("int", "uint")):
+        # Casts round towards 0, and numbers that are too large wrap around.
+        low, high = math.floor(min(low, 0.0)), math.ceil(max(high, 0.0))
+        limits = np.iinfo(dtype)
+        return (low, high) if limits.min <= low <= high <= limits.max else ANYTHING
+    too_large = dtype == "float16" and max(-low, high) > _LARGEST_HALF
+    return ANYTHING if too_large else (low, high)
+
+
+def _after(name: str, operation, arguments, intervals: list[Interval]) -> Interval:
+    if name in _WITHIN:
+        return _WITHIN[name]
+    if not intervals or getattr(operation, "initial", None) is not None:
+        return ANYTHING
+    if name in _KEEPS:
+        return min(low for low, _ in intervals), max(high for _, high in intervals)
+    if name in ("Tril", "Triu"):
+        return min(intervals[0][0], 0.0), max(intervals[0][1], 0.0)
+    if name == "Negative":
+        return -intervals[0][1], -intervals[0][0]
+    if name in ("Absolute", "Abs"):
+        low, high = intervals[0]
+        return max(low, -high, 0.0), max(high, -low)
+    if name == "Sum":
+        return _sum(operation, arguments, intervals[0])
+    if len(intervals) != 2:
+        return ANYTHING
+    (a, b), (c, d) = intervals
+    if name == "Maximum":
+        return max(a, c), max(b, d)
+    if name == "Minimum":
+        return min(a, c), min(b, d)
+    if name == "Add":
+        return a + c, b + d
+    if name == "Subtract":
+        return a - d, b - c
+    if name == "Multiply":
+        return _corners(intervals, lambda x, y: x * y)
+    if name in ("Divide", "TrueDivide") and (c > 0.0 or d < 0.0):
+        return _corners(intervals, lambda x, y: x / y)
+    return ANYTHING
+
+
+def _corners(intervals: list[Interval], function) -> Interval:
+    values = [function(x, y) for x, y in itertools.product(*intervals)]
+    return (math.nan, math.nan) if any(map(math.isnan, values)) else (min(values), max(values))
+
+
+def _sum(operation, arguments, interval: Interval) -> Interval:
+    """A sum over axes that hold at least one entry and a known number of them at most."""
+    state = arguments.get("x")
+    axes = operation.axis
+    if axes is None or not isinstance(state, TensorState) or not state.fold:
+        return ANYTHING
+    axes = {int(a) % state.rank for a in (axes if isinstance(axes, list | tuple) else [axes])}
+    sizes = [state.shape[a - 1] for a in axes]
+    if 0 in axes or None in sizes:
+        return ANYTHING
+    most = math.prod(sizes)
+    fewest = math.prod(1 if state.dynamic[a - 1] else state.shape[a - 1] for a in axes)
+    low, high = interval
+    return low * (most if low < 0.0 else fewest), high * (most if high > 0.0 else fewest)

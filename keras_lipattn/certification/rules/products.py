@@ -1,0 +1,172 @@
+"""Products of two tensors of the model: a constant where both are bounded (docs/theory.md, 8).
+
+For fixed indices of the axes that both tensors and the result share, the result is a matrix product
+`Z = X Y`, and `|Z - Z'| <= |X| |Y - Y'| + |Y'| |X - X'|`, with Frobenius norms everywhere.
+"""
+
+import math
+
+import keras
+
+from keras_lipattn.certification.layer_call import LayerCall
+from keras_lipattn.certification.maps import LipschitzMap, unbounded
+from keras_lipattn.certification.registry import register_rule
+from keras_lipattn.certification.rules.merging import operands_of
+from keras_lipattn.certification.tensor_state import TensorState, product
+from keras_lipattn.certification.token_range import TokenRange
+from keras_lipattn.linalg import SAFETY
+
+NOT_BOUNDED = (
+    "it multiplies two tensors of the model that are not bounded; a saturating activation, a "
+    "normalization or `input_radius` bounds them"
+)
+_BATCH = "it multiplies tensors across the batch axis, or repeats one along it"
+_LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def contraction(
+    first: str, second: str, result: str, operands: list[TensorState], call: LayerCall
+) -> LipschitzMap:
+    """The map of `einsum("first,second->result", *operands)`.
+
+    Args:
+        first: letters of the axes of the first operand, the batch axis included.
+        second: those of the second operand.
+        result: those of the output; a letter that no operand has is an axis of size 1.
+        operands: two tensors, at least one of which changes.
+        call: the call it happens in.
+
+    Returns:
+        A `LipschitzMap`.
+    """
+    words = (first, second)
+    if any(state.fold != call.fold or not state.fold for state in operands) or not (
+        first[:1] == second[:1] == result[:1] != ""
+    ):
+        return unbounded(_BATCH)
+    sizes: dict[str, int | None] = {}
+    for word, state in zip(words, operands, strict=True):
+        for letter, size, varies in zip(word[1:], state.shape, state.dynamic, strict=True):
+            known = sizes.setdefault(letter, size)
+            if known is None or size is None:
+                sizes[letter] = None
+            elif known != size and not varies:
+                return unbounded("it repeats a tensor along an axis")
+            else:
+                sizes[letter] = max(known, size)
+    plain = all(len(set(word)) == len(word) for word in (*words, result)) and all(
+        (letter in first) + (letter in second) + (letter in result) > 1 or size == 1
+        for letter, size in sizes.items()
+    )
+    if not plain:
+        return unbounded("it sums a tensor along an axis before the product")
+    # What is fixed while the Euclidean norm of the rest is taken: see the docstring of the module.
+    fixed = {
+        "l2": set(first) & set(second) & set(result),
+        "token": set(result[:-1]),
+        "linf": set(result),
+    }
+    bounds = [_size(word, state, fixed, sizes) for word, state in zip(words, operands, strict=True)]
+    gains = []
+    for index, (word, state) in enumerate(zip(words, operands, strict=True)):
+        other = bounds[1 - index][call.norm]
+        moved = 1.0
+        if call.norm != "l2":
+            # From the norm of the certificate to the Euclidean norm of the part that varies.
+            moved = _root(word if call.norm == "linf" else word[:-1], fixed[call.norm], sizes)
+        gains.append(0.0 if state.is_fixed else SAFETY * other * moved)
+    if not all(math.isfinite(gain) for gain in gains):
+        return unbounded(NOT_BOUNDED)
+    joint = math.hypot(*gains) if call.norm == "l2" else math.fsum(gains)
+    return LipschitzMap(
+        constant=SAFETY * joint,
+        theorem="product rule on bounded factors",
+        operands=tuple(operands),
+        per_input=tuple(gains),
+        range=_range(bounds),
+    )
+
+
+def _size(word: str, state: TensorState, fixed, sizes) -> dict[str, float]:
+    """Bounds of the Euclidean norm of the entries that vary, for every norm of a certificate."""
+    largest = 1.0 if state.dtype == "bool" else state.range.largest
+    bounds = {}
+    for norm, letters in fixed.items():
+        size = largest * _root(word, letters, sizes)
+        if word[-1] not in letters and len(word) > 1:
+            size = min(size, state.range.outer_radius * _root(word[:-1], letters, sizes))
+        bounds[norm] = SAFETY * size if size < math.inf else math.inf
+    return bounds
+
+
+def _root(word: str, fixed: set[str], sizes: dict[str, int | None]) -> float:
+    """Root of the number of indices of the axes that are not fixed; the first axis is."""
+    count = product(tuple(sizes[letter] for letter in word[1:] if letter not in fixed))
+    return math.inf if count is None else math.sqrt(count)
+
+
+def _range(bounds) -> TokenRange | None:
+    token = bounds[0]["token"] * bounds[1]["token"]
+    entry = bounds[0]["linf"] * bounds[1]["linf"]
+    if not math.isfinite(token):
+        return None
+    return TokenRange(SAFETY * token, None, SAFETY * entry)
+
+
+def matrix_product(operands: list[TensorState], call: LayerCall) -> LipschitzMap:
+    """The map of `matmul`: axes before the last two are those of a batch, or of size 1."""
+    left, right = operands
+    if not (left.rank == right.rank == call.rank >= 3 and left.fold == right.fold):
+        return unbounded(_BATCH)
+    free = iter(_LETTERS)
+    batch = next(free)
+    words = [batch, batch, batch]
+    for ours, theirs in zip(left.shape[:-2], right.shape[:-2], strict=True):
+        shared = next(free)
+        words[0] += shared if ours != 1 or theirs == 1 else next(free)
+        words[1] += shared if theirs != 1 or ours == 1 else next(free)
+        words[2] += shared
+    rows, inner, columns = next(free), next(free), next(free)
+    first, second, result = words
+    return contraction(
+        first + rows + inner, second + inner + columns, result + rows + columns, operands, call
+    )
+
+
+def einsum_product(equation: str, operands: list[TensorState], call: LayerCall) -> LipschitzMap:
+    """The map of an einsum of two tensors of the model."""
+    inputs, result = equation.split("->")
+    words = inputs.split(",")
+    if "..." in equation:
+        counts = {
+            state.rank - len(word.replace("...", ""))
+            for word, state in zip(words, operands, strict=True)
+        }
+        if len(counts) != 1 or not all("..." in word for word in (*words, result)):
+            return unbounded(f"the equation {equation!r} repeats a tensor along an axis")
+        names = "".join(a for a in _LETTERS if a not in equation)[: counts.pop()]
+        words = [word.replace("...", names) for word in words]
+        result = result.replace("...", names)
+    if any(len(word) != state.rank for word, state in zip(words, operands, strict=True)):
+        return unbounded(f"the equation {equation!r} does not fit its tensors")
+    return contraction(*words, result, operands, call)
+
+
+@register_rule(keras.layers.Dot)
+def dot(layer, call):
+    operands = operands_of(call, "inputs")
+    if layer.normalize:
+        return unbounded("it divides by the sizes of its inputs, which may come close to 0")
+    axes = layer.axes if isinstance(layer.axes, list | tuple) else (layer.axes, layer.axes)
+    axes = [axis % state.rank for axis, state in zip(axes, operands, strict=True)]
+    letters = iter(_LETTERS[2:])
+    words, result = [], "a"
+    for axis, state in zip(axes, operands, strict=True):
+        names = ["a", *(next(letters) for _ in state.shape)]
+        names[axis] = "b"
+        words.append("".join(names))
+        result += "".join(name for name in names[1:] if name != "b")
+    if result == "a":
+        # Numbers get an axis of size 1.
+        result += next(letters)
+    return contraction(*words, result, operands, call)
