@@ -2,13 +2,13 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import keras
 import numpy as np
 
-from keras_lipattn.certification.tensor_state import ANYTHING, Interval, TensorState
+from keras_lipattn.certification.tensor_state import ANYTHING, Interval, TensorState, product
 
 # Operations which only move, repeat or drop entries, or average them.
 _KEEPS = frozenset(
@@ -72,24 +72,21 @@ def interval_of(operand: Any) -> Interval:
         if operand.values is None:
             return operand.interval
         operand = operand.values
+    if not (keras.ops.is_tensor(operand) or isinstance(operand, np.ndarray | float | int)):
+        # A variable is cast on the way.
+        return ANYTHING
     values = np.asarray(keras.ops.convert_to_numpy(operand))
     if values.dtype.kind not in "fiub" or not values.size or not np.isfinite(values).all():
         return ANYTHING
     return float(values.min()), float(values.max())
 
 
-def interval_after(
-    operation: Any,
-    arguments: Mapping[str, Any],
-    operands: Sequence[Any],
-    dtype: str,
-) -> Interval:
+def interval_after(operation: Any, arguments: Mapping[str, Any], dtype: str) -> Interval:
     """The same for the output of an operation on tensors that do not change.
 
     Args:
         operation: an operation or a layer.
         arguments: its arguments by name, with a `TensorState` for every tensor.
-        operands: all tensors and numbers among them.
         dtype: of the output.
 
     Returns:
@@ -104,7 +101,9 @@ def interval_after(
         return ANYTHING
     if "x1" in arguments and "x2" in arguments:
         operands = [arguments["x1"], arguments["x2"]]
-    intervals = [interval_of(one) for one in operands]
+    else:
+        operands = keras.tree.flatten(list(arguments.values()))
+    intervals = [interval_of(one) for one in operands if one is not None]
     low, high = _after(cls.__name__, operation, arguments, intervals)
     if not math.isfinite(high - low):
         return ANYTHING
@@ -163,10 +162,9 @@ def _sum(operation, arguments, interval: Interval) -> Interval:
     if axes is None or not isinstance(state, TensorState) or not state.fold:
         return ANYTHING
     axes = {int(a) % state.rank for a in (axes if isinstance(axes, list | tuple) else [axes])}
-    sizes = [state.shape[a - 1] for a in axes]
-    if 0 in axes or None in sizes:
+    most = product(tuple(state.shape[a - 1] for a in axes))
+    if 0 in axes or most is None:
         return ANYTHING
-    most = math.prod(sizes)
-    fewest = math.prod(1 if state.dynamic[a - 1] else state.shape[a - 1] for a in axes)
+    fewest = product(tuple(1 if state.dynamic[a - 1] else state.shape[a - 1] for a in axes)) or 1
     low, high = interval
     return low * (most if low < 0.0 else fewest), high * (most if high > 0.0 else fewest)

@@ -445,9 +445,14 @@ def affine_range(token_range: TokenRange, matrix, bias, constant: float) -> Toke
 
 def _repeated_range(state: TensorState, width: int | None) -> TokenRange:
     """Where the tokens of an operand are once they have `width` entries."""
-    if state.values is not None or state.width == width:
+    if state.width == width:
         return state.range
-    if state.width != 1 or width is None:
+    if width is None:
+        return TokenRange()
+    if state.values is not None and (state.values.ndim == 0 or state.values.shape[-1] == 1):
+        rows = state.values.reshape(-1, 1)
+        return TokenRange.of_values(np.broadcast_to(rows, (len(rows), width)))
+    if state.width != 1:
         return TokenRange()
     largest = state.range.largest
     return TokenRange(SAFETY * math.sqrt(width) * largest, None, largest)

@@ -244,12 +244,11 @@ class Propagation:
         from_integers = any(state.kind in (Kind.FROM_INTEGERS, Kind.INTEGER) for state in given)
         if not perturbed and not (from_integers and _looks_up(call.operation)):
             kind = Kind.FROM_INTEGERS if from_integers else Kind.FIXED
-            operands = [self._operand(leaf) for leaf in call_operands(call)]
             outputs = [
                 self._unchanged(
                     layout,
                     kind,
-                    interval_after(call.operation, arguments, operands, layout.dtype),
+                    interval_after(call.operation, arguments, layout.dtype),
                 )
                 for layout in layouts
             ]
@@ -279,9 +278,6 @@ class Propagation:
         return self._record(call, rule_map, given, layouts, index)
 
     def _fill(self, leaf: Any) -> Any:
-        return self.state_of(leaf) if isinstance(leaf, KerasTensor) else leaf
-
-    def _operand(self, leaf: Any) -> Any:
         return self.state_of(leaf) if isinstance(leaf, KerasTensor) else leaf
 
     def _ask_rule(self, index: int, call: TracedCall, arguments, layout: Layout) -> LipschitzMap:
@@ -511,15 +507,6 @@ class Propagation:
             candidate = f"{path}:call{calls}"
         self._paths.add(candidate)
         return candidate
-
-
-def call_operands(call: TracedCall) -> list[Any]:
-    """Tensors and numbers among the arguments of an operation."""
-    return [
-        leaf
-        for leaf in keras.tree.flatten((call.args, call.kwargs))
-        if isinstance(leaf, KerasTensor | float | int) or keras.ops.is_tensor(leaf)
-    ]
 
 
 def _as_map(answer: Any) -> LipschitzMap:

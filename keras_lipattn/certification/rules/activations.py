@@ -149,7 +149,9 @@ def _along(name: str, call: LayerCall, state: TensorState, axis: Any) -> Lipschi
     token_range = None
     if name == "log_softmax":
         # Between -2 max|x| - log(width) and 0.
-        token_range = TokenRange.up_to(2.0 * state.range.largest + math.log(width), state.width)
+        token_range = TokenRange.up_to(
+            2.0 * state.range.largest + math.log(width or 1), state.width
+        )
     elif state.width is not None:
         token_range = TokenRange.of_entries(0.0, 1.0, state.width)
         if last_only:

@@ -124,7 +124,8 @@ def product_step(operands: list[TensorState], call: LayerCall) -> LipschitzMap:
             scale = scale * value
         return _scaled(scale, perturbed[0], call)
     if len(operands) == 2 and not call.keras_masks:
-        known = _self_gated(*operands, call) or _self_gated(*operands[::-1], call)
+        first, second = operands
+        known = _self_gated(first, second, call) or _self_gated(second, first, call)
         if known is not None:
             return known
     # Under a mask the layer puts 1 in place of what is masked.
@@ -340,7 +341,7 @@ def concatenation(
 def _spread_radius(state: TensorState, call: LayerCall) -> float:
     """Radius of a ball around the origin for the tokens of an operand, repeated to the output."""
     width = call.shape[-1] if call.shape else None
-    if state.values is not None or state.width == width:
+    if state.width == width:
         return state.range.outer_radius
     return math.inf if width is None else SAFETY * math.sqrt(width) * _largest(state)
 

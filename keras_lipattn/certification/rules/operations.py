@@ -1,6 +1,7 @@
 """Nodes of `keras.ops` which belong to no other family."""
 
 import math
+from typing import Any
 
 import keras
 import numpy as np
@@ -467,7 +468,7 @@ def extremum(operation, call):
         token_range = None
     else:
         token_range = entries_range(call)
-    fields = dict(theorem=theorem, range=token_range)
+    fields: dict[str, Any] = dict(theorem=theorem, range=token_range)
     if call.norm != "token":
         return LipschitzMap(constant=1.0, exact=True, **fields)
     if rank - 1 not in axes:

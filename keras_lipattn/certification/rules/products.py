@@ -149,7 +149,7 @@ def einsum_product(equation: str, operands: list[TensorState], call: LayerCall) 
         result = result.replace("...", names)
     if any(len(word) != state.rank for word, state in zip(words, operands, strict=True)):
         return unbounded(f"the equation {equation!r} does not fit its tensors")
-    return contraction(*words, result, operands, call)
+    return contraction(words[0], words[1], result, operands, call)
 
 
 @register_rule(keras.layers.Dot)
@@ -169,4 +169,4 @@ def dot(layer, call):
     if result == "a":
         # Numbers get an axis of size 1.
         result += next(letters)
-    return contraction(*words, result, operands, call)
+    return contraction(words[0], words[1], result, operands, call)
