@@ -238,6 +238,7 @@ REMEDIES = (
     "training=True",
     "quantized",
     "keep the examples of a batch apart",
+    "build the model with fixed sizes",
     "joined along the tokens",
     "leave out `return_attention_scores=True`",
     "only when `training` is true",

@@ -30,10 +30,7 @@ from keras_lipattn.certification.token_range import TokenRange
 from keras_lipattn.certification.weights import bias_of, cast_to_compute_dtype, kernel_of
 from keras_lipattn.linalg import SAFETY, operator_norm
 
-_TOKENS = (
-    "dot-product attention is not Lipschitz where its tokens are unbounded; a normalization before "
-    "it or `input_radius` bounds them"
-)
+_TOKENS = "dot-product attention is not Lipschitz where its tokens are unbounded"
 _SCORES = "it also returns its attention scores, for which no bound is known"
 
 
