@@ -422,7 +422,7 @@ class _Builder:
     def fixed_values(self) -> dict[str, np.ndarray]:
         fixed = {}
         for name, tensor in self.inputs.items():
-            shape = (POINTS, *(size or self.length for size in tensor.shape[1:]))
+            shape = (POINTS, *(int(size or self.length or 1) for size in tensor.shape[1:]))
             if tensor.dtype == "int32":
                 fixed[name] = self.rng.integers(0, 4, size=shape).astype("int32")
             elif tensor.dtype == "bool":
