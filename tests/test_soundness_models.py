@@ -8,10 +8,12 @@ import pytest
 from absl.testing import flagsaver
 from keras import layers
 
-from keras_lipattn import register_rule
+from keras_lipattn import certify, register_rule
 from tools.soundness import __main__ as program
 from tools.soundness.attack import attack
 from tools.soundness.generate import Subject, random_subject
+from tools.soundness.rules.attack import attack as attack_whole
+from tools.soundness.whole import whole_subject
 
 
 @keras.saving.register_keras_serializable(package="soundness")
@@ -25,16 +27,89 @@ def lie(layer, call):
     return 2.0
 
 
-def lying_subject(seed, index):
+def subject_of(layer, index):
     inputs = keras.Input((3, 2), dtype="float64")
-    model = keras.Model(inputs, Tripled(dtype="float64")(inputs))
+    model = keras.Model(inputs, layer(inputs))
     return Subject(model, model, np.random.default_rng(index).normal(size=(2, 3, 2)), None)
+
+
+def lying_subject(seed, index):
+    return subject_of(Tripled(dtype="float64"), index)
+
+
+@keras.saving.register_keras_serializable(package="soundness")
+class Failing(layers.Layer):
+    def call(self, inputs):
+        return 1.0 * inputs
+
+
+@register_rule(Failing)
+def fail(layer, call):
+    raise RuntimeError("a rule that fails")
+
+
+@keras.saving.register_keras_serializable(package="soundness")
+class Mixing(layers.Layer):
+    def call(self, inputs):
+        return 0.1 * inputs + 0.1 * keras.ops.mean(inputs, axis=0, keepdims=True)
+
+
+@register_rule(Mixing)
+def hide(layer, call):
+    return 1.0
+
+
+def crashing_subject(seed, index):
+    return subject_of(Failing(dtype="float64"), index)
+
+
+def mixing_subject(seed, index):
+    return subject_of(Mixing(dtype="float64"), index)
 
 
 @pytest.mark.parametrize("index", range(6))
 def test_no_attack_passes_the_certificate(index):
     for comparison in attack(random_subject(1, index)):
         assert not comparison.is_violation, comparison
+
+
+@pytest.mark.parametrize("index", range(12))
+def test_no_attack_passes_the_certificate_of_a_whole_model(index):
+    subject = whole_subject(1, index)
+    assert not attack_whole(subject, index).problems, subject.text
+
+
+def test_whole_models_are_legal_of_every_family_and_mostly_certified():
+    subjects = [whole_subject(3, index) for index in range(16)]
+    assert {one.case for one in subjects} == {"sequence", "image", "subclassed", "decoder"}
+    certified = [certify(one.model, **one.options).is_finite for one in subjects]
+    assert sum(certified) >= 6
+
+
+def test_a_whole_model_is_the_same_for_the_same_seed():
+    first, second = whole_subject(2, 5), whole_subject(2, 5)
+    assert first.text == second.text
+    examples = np.arange(2)
+    for one, other in zip(
+        first.run(first.points[:2], examples), second.run(second.points[:2], examples), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_crash_of_certify_is_reported(monkeypatch, capsys):
+    monkeypatch.setattr(program, "random_subject", crashing_subject)
+    with flagsaver.as_parsed(minutes="0", seed="4"):
+        assert program.main(["soundness"]) == 1
+    printed = capsys.readouterr().out
+    assert "RuntimeError: a rule that fails" in printed
+    assert "0 violations, 1 crashes" in printed
+
+
+def test_examples_that_depend_on_each_other_are_found(monkeypatch, capsys):
+    monkeypatch.setattr(program, "random_subject", mixing_subject)
+    with flagsaver.as_parsed(minutes="0", seed="4"):
+        assert program.main(["soundness"]) == 1
+    assert "Examples depend on each other" in capsys.readouterr().out
 
 
 def test_a_model_is_the_same_for_the_same_seed():

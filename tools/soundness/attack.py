@@ -66,6 +66,14 @@ def attack(subject: Subject, seed: int = 0) -> list[Comparison]:
     return comparisons
 
 
+def examples_are_independent(subject: Subject) -> bool:
+    """Whether every example has the output that it has alone."""
+    together = np.asarray(subject.twin(subject.points, training=False))
+    alone = [np.asarray(subject.twin(one[None], training=False))[0] for one in subject.points]
+    scale = 1.0 + np.abs(together).max()
+    return bool(np.allclose(together, np.stack(alone), rtol=0.0, atol=1e-9 * scale))
+
+
 def _locally(subject: Subject, norm: str, seed: int, worst: np.ndarray) -> tuple[float, float]:
     """What a search near one input finds, and what is certified there."""
     rng = np.random.default_rng((seed, NORMS.index(norm)))

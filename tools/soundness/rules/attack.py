@@ -154,7 +154,8 @@ class _Attack:
                 self.fault("the output is not finite, with a certificate")
                 return
         self.compare(points, examples, "jacobian")
-        if subject.shortens:
+        exactly = any(one.threat_model.shapes for one in self.finite.values())
+        if subject.shortens and not exactly:
             self.shorter()
 
     # Values -----------------------------------------------------------------------------------
