@@ -48,7 +48,7 @@ class ThreatModel:
             f"norm: {NORMS[self.norm]}, of inputs and outputs",
             "certified inputs: " + (", ".join(self.inputs) or "none"),
             f"output: {self.output}",
-            "at inference, in real arithmetic, for the weights used at inference",
+            "at inference (`training=False`), in real arithmetic, for the weights used there",
         ]
         if len(self.inputs) > 1:
             lines.append("a change of several inputs is measured side by side, as one tensor")

@@ -19,6 +19,7 @@ from keras.src import backend
 from keras.src.backend.common import global_state
 from keras.src.backend.common.keras_tensor import KerasTensor
 from keras.src.models.functional import Functional
+from keras.src.ops import core
 
 from keras_lipattn._seen_calls import remembered_call, specs_of
 from keras_lipattn.certification.paths import sibling_names
@@ -275,7 +276,7 @@ def trace(
     tracer = _Tracer(model, keras.tree.flatten(symbols), batch, refusal_of)
     for tensor, shape in zip(tracer.trace.inputs, flexible or [], strict=bool(flexible)):
         tracer.trace.flexible[id(tensor)] = (tensor.shape[0], *shape)
-    with _untouched(model), warnings.catch_warnings():
+    with _untouched(model), _conversions_as_on_data(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         scope = keras.StatelessScope(collect_losses=True)
         with scope:
@@ -535,14 +536,15 @@ def _called_in_training(model: keras.Model) -> set[int]:
         if graph is not None
         for node in nodes_in_order(graph)
         if isinstance(node.operation, keras.layers.Layer)
-        and not _augments(node.operation)
+        and not augments(node.operation)
         and (
             node.arguments.kwargs.get("training") or any(one is True for one in node.arguments.args)
         )
     }
 
 
-def _augments(layer: keras.layers.Layer) -> bool:
+def augments(layer: keras.layers.Layer) -> bool:
+    """Whether a layer runs as in training unless it is told otherwise, as augmentation does."""
     default = layer._call_signature.parameters.get("training")
     return default is not None and default.default is True
 
@@ -602,6 +604,32 @@ def _untouched(model: keras.Model) -> Iterator[None]:
         for kept, before in loss_ids:
             kept.clear()
             kept.update(before)
+
+
+@contextlib.contextmanager
+def _conversions_as_on_data() -> Iterator[None]:
+    """A conversion to the dtype that a tensor has returns the tensor itself, with its mask.
+
+    So it is on data. On symbols Keras makes a new tensor, which has lost the mask.
+    """
+    classes = (core.Cast, core.ConvertToTensor)
+    originals = [vars(one).get("symbolic_call") for one in classes]
+
+    def symbolic_call(self, x):
+        if self.dtype is None or keras.backend.standardize_dtype(self.dtype) == x.dtype:
+            return x
+        return keras.Operation.symbolic_call(self, x)
+
+    for one in classes:
+        one.symbolic_call = symbolic_call
+    try:
+        yield
+    finally:
+        for one, original in zip(classes, originals, strict=True):
+            if original is None:
+                del one.symbolic_call
+            else:
+                one.symbolic_call = original
 
 
 def _refuse_to_build(layer: keras.layers.Layer):
