@@ -60,13 +60,12 @@ def evaluate(
         if value is None:
             raise UnknownValue("the value of its input is not known")
         tensor = keras.ops.convert_to_tensor(value)
-        mask = backend.get_keras_mask(leaf)
-        if isinstance(mask, KerasTensor):
+        mask = call.masks.get(id(leaf))
+        if mask is not None:
             known = value_of(mask)
-            if known is None and isinstance(call.operation, keras.layers.Layer):
+            if known is None:
                 raise UnknownValue("the mask of its input is not known")
-            if known is not None:
-                backend.set_keras_mask(tensor, keras.ops.convert_to_tensor(known))
+            backend.set_keras_mask(tensor, keras.ops.convert_to_tensor(known))
         return tensor
 
     args, kwargs = (keras.tree.map_structure(fill, part) for part in (call.args, call.kwargs))

@@ -219,8 +219,8 @@ class _Check:
             if not isinstance(leaf, KerasTensor):
                 return leaf
             value = self._value(leaf, values)
-            mask = backend.get_keras_mask(leaf)
-            if isinstance(mask, KerasTensor) and isinstance(call.operation, keras.layers.Layer):
+            mask = call.masks.get(id(leaf))
+            if mask is not None:
                 # A tensor of its own, so that other calls do not see the mask.
                 value = ops.copy(value)
                 backend.set_keras_mask(value, self._value(mask, values))

@@ -65,6 +65,8 @@ class TracedCall:
         compute_dtype: dtype to which variables are cast there, `None` for no cast.
         refusal: why the layer could not be looked into; empty for calls with a rule.
         recorded: whether the operation belongs to the model, and not to one run of its code.
+        masks: for a layer, the masks that came with its tensors when it was called, by `id` of the
+            tensor. Its `call` may look at them; later calls may have changed them.
     """
 
     operation: Any
@@ -75,6 +77,7 @@ class TracedCall:
     compute_dtype: str | None = None
     refusal: str = ""
     recorded: bool = True
+    masks: dict[int, KerasTensor] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def arguments(self) -> dict[str, Any]:
@@ -92,11 +95,8 @@ class TracedCall:
 
     @property
     def keras_masks(self) -> list[KerasTensor]:
-        """The masks that come with tensors of a layer, which its `call` may look at."""
-        if not isinstance(self.operation, keras.layers.Layer):
-            return []
-        masks = [backend.get_keras_mask(tensor) for tensor in self.tensors]
-        return [mask for mask in masks if isinstance(mask, KerasTensor)]
+        """The masks that came with its tensors."""
+        return list(self.masks.values())
 
     @property
     def tensors(self) -> list[KerasTensor]:
@@ -374,6 +374,7 @@ class _Tracer:
         return ""
 
     def _record(self, layer, args, kwargs, refusal: str = "") -> Any:
+        given = [(tensor, backend.get_keras_mask(tensor)) for tensor in symbols_in((args, kwargs))]
         outputs = type(layer).symbolic_call(layer, *args, **kwargs)
         # A layer may return what it was given.
         fresh = keras.tree.map_structure(
@@ -391,8 +392,14 @@ class _Tracer:
                 path=self._path(layer),
                 compute_dtype=layer.compute_dtype,
                 refusal=refusal,
+                masks={id(one): mask for one, mask in given if isinstance(mask, KerasTensor)},
             )
         )
+        if isinstance(layer, keras.layers.ReversibleEmbedding) and not kwargs.get("reverse"):
+            # Its `call` sets the mask that `compute_mask` leaves out.
+            (looked_up,) = symbols_in((args, kwargs))[:1]
+            mask = keras.layers.Embedding.compute_mask(layer, looked_up)
+            backend.set_keras_mask(fresh, mask)
         return fresh
 
     def _add(self, call: TracedCall) -> None:

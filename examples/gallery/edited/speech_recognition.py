@@ -43,7 +43,7 @@ class TransformerEncoder(layers.Layer):
             ]
         )
         self.layernorm1 = CenterNormalization()
-        self.layernorm2 = CenterNormalization()
+        self.layernorm2 = layers.LayerNormalization(epsilon=1.0)
         self.dropout1 = layers.Dropout(rate)
         self.dropout2 = layers.Dropout(rate)
         self.residual1 = Residual(alpha=0.5)
@@ -61,7 +61,7 @@ class TransformerEncoder(layers.Layer):
 class TransformerDecoder(layers.Layer):
     def __init__(self, embed_dim, num_heads, feed_forward_dim, dropout_rate=0.1, **kwargs):
         super().__init__(**kwargs)
-        self.layernorm1 = CenterNormalization()
+        self.layernorm1 = layers.LayerNormalization(epsilon=1.0)
         self.layernorm2 = CenterNormalization()
         self.layernorm3 = CenterNormalization()
         self.self_att = L2MultiHeadAttention(
@@ -72,7 +72,7 @@ class TransformerDecoder(layers.Layer):
         self.enc_dropout = layers.Dropout(0.1)
         self.ffn_dropout = layers.Dropout(0.1)
         self.residual1 = Residual(alpha=0.5)
-        self.residual2 = Residual(alpha=0.5)
+        self.residual2 = Residual(alpha=0.1)
         self.residual3 = Residual(alpha=0.5)
         self.ffn = keras.Sequential(
             [

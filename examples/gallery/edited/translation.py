@@ -27,7 +27,7 @@ class TransformerEncoder(layers.Layer):
             ]
         )
         self.layernorm_1 = CenterNormalization()
-        self.layernorm_2 = CenterNormalization()
+        self.layernorm_2 = layers.LayerNormalization(epsilon=1.0)
         self.residual_1 = Residual(alpha=0.5)
         self.residual_2 = Residual(alpha=0.5)
         self.supports_masking = True
@@ -98,7 +98,7 @@ class TransformerDecoder(layers.Layer):
                 SpectralDense(embed_dim),
             ]
         )
-        self.layernorm_1 = CenterNormalization()
+        self.layernorm_1 = layers.LayerNormalization(epsilon=1.0)
         self.layernorm_2 = CenterNormalization()
         self.layernorm_3 = CenterNormalization()
         self.residual_1 = Residual(alpha=0.5)
