@@ -73,8 +73,10 @@ def test_no_change_of_one_input_moves_a_row_farther(additive):
         if additive:
             weights = rng.normal(size=wide)
 
-            def logits(x, y, weights=weights):
+            def additive_logits(x, y, weights=weights):
                 return np.tanh(x[:, None] + y[None]) @ weights
+
+            logits = additive_logits
 
             constants = additive_attention_constants(weights, value_radius=radii[2])
             shared = additive_attention_constants(weights, value_radius=radii[2])
@@ -82,8 +84,10 @@ def test_no_change_of_one_input_moves_a_row_farther(additive):
             query, key = rng.normal(size=(wide, size)), rng.normal(size=(narrow, size))
             bias = rng.normal(size=size)
 
-            def logits(x, y, query=query, key=key, bias=bias):
+            def dot_logits(x, y, query=query, key=key, bias=bias):
                 return (x @ query + bias) @ (y @ key + 1.0).T / math.sqrt(len(bias))
+
+            logits = dot_logits
 
             fields = dict(
                 query_radius=radii[0],

@@ -132,11 +132,13 @@ def test_subclassed_model_is_served_for_the_shapes_of_its_example(client, folder
     export = Export(
         model, folder / "subclassed", example_batch=cases.tokens(), sequence_length=cases.LENGTH
     )
-    x = cases.tokens(2, 4)
-    request = {"inputs": x}
-    answers = client.serve(export.path, {"serving_default": request, "certified": request})
-    assert close(answers["serving_default"]["output_0"], predicted(model, x))
-    assert (answers["certified"]["radius"] > 0.0).all()
+    # Its code ran at one length, so nothing is certified at another one.
+    for length, certified in ((4, False), (cases.LENGTH, True)):
+        x = cases.tokens(2, length)
+        request = {"inputs": x}
+        answers = client.serve(export.path, {"serving_default": request, "certified": request})
+        assert close(answers["serving_default"]["output_0"], predicted(model, x))
+        assert ((answers["certified"]["radius"] > 0.0) == certified).all()
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "float64"])

@@ -96,7 +96,8 @@ def test_bound_in_the_graph_is_above_the_certificate_and_close(case):
     for part in parts(layer):
         in_graph = float(part._branch.graph_bound(part.norm, part.max_sequence_length))
         certified = part._branch.lipschitz(part.norm, part.max_sequence_length).value
-        assert certified <= in_graph * (1.0 + 1e-9)
+        # Caps in the graph take norms with an allowance of 1e-6, the certificate exact ones.
+        assert certified <= in_graph * (1.0 + 2e-6)
         # The host searches the scalings of the heads, and a window knows its degrees; Gram
         # iteration alone costs one part in a thousand a norm.
         assert in_graph <= 1.3 * certified

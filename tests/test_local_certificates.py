@@ -44,7 +44,15 @@ LOST = {
 
 
 # Keras computes in float32 here: a low-rank update, a wrapped layer, images between their pixels.
-ROUGH = ("dense_lora", "spectral_normalization", "resizing", "ops_resize", "crop_small", "bilinear")
+ROUGH = (
+    "dense_lora",
+    "dense_leaky",
+    "spectral_normalization",
+    "resizing",
+    "ops_resize",
+    "crop_small",
+    "bilinear",
+)
 
 
 def values_near(model, x, radius, norm="l2", **options):

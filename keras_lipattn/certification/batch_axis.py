@@ -5,8 +5,9 @@ from typing import Any
 
 import keras
 import numpy as np
+from keras import KerasTensor
 
-from keras_lipattn.certification.tracing import KerasTensor, Trace, TracedCall
+from keras_lipattn.certification.tracing import Trace, TracedCall
 
 DEPENDS_ON_BATCH = "what it computes depends on how many examples are in the batch"
 MOVES_BATCH = "it mixes the examples of a batch, or moves the batch axis"

@@ -10,13 +10,14 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from keras import KerasTensor
 
 from keras_lipattn.certification.enclosure import Enclosure
 from keras_lipattn.certification.evaluation import UnknownValue, evaluate
 from keras_lipattn.certification.gain import Gain
 from keras_lipattn.certification.maps import LipschitzMap
 from keras_lipattn.certification.tensor_state import TensorState
-from keras_lipattn.certification.tracing import KerasTensor, Trace
+from keras_lipattn.certification.tracing import Trace
 from keras_lipattn.linalg import SAFETY
 
 # Of a float64 evaluation, relative to the sizes of inputs and outputs.

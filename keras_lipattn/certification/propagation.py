@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+from keras import KerasTensor
 
 from keras_lipattn.certification.batch_axis import MOVES_BATCH, BatchComparison, Layout
 from keras_lipattn.certification.fixed_entries import interval_after
@@ -17,7 +18,7 @@ from keras_lipattn.certification.registry import find_rule
 from keras_lipattn.certification.replacements import REPLACEMENTS
 from keras_lipattn.certification.tensor_state import Interval, Kind, TensorState
 from keras_lipattn.certification.token_range import TokenRange
-from keras_lipattn.certification.tracing import KerasTensor, Trace, TracedCall
+from keras_lipattn.certification.tracing import Trace, TracedCall
 from keras_lipattn.layers._as_run import is_finite_as_run
 
 _MASK_CHANGES = "its mask is computed from a certified input and jumps when the input changes"

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+from keras import KerasTensor
 
 from keras_lipattn._seen_calls import remembered_call
 from keras_lipattn.certification.batch_axis import DEPENDS_ON_BATCH, BatchComparison
@@ -13,7 +14,6 @@ from keras_lipattn.certification.registry import find_rule
 from keras_lipattn.certification.rules.activations import name_of
 from keras_lipattn.certification.tracing import (
     BATCH_SIZES,
-    KerasTensor,
     Trace,
     TraceError,
     call_specs,

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
+from keras import KerasTensor
 from keras.src import backend
 from keras.src.backend.common import global_state
-from keras.src.backend.common.keras_tensor import KerasTensor
 from keras.src.models.functional import Functional
 from keras.src.ops import core
 

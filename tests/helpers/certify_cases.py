@@ -225,6 +225,14 @@ def _normalization_cases():
             _layer(layers.Normalization, mean=[1.0, 2.0], variance=[0.25, 4.0]),
             ALL,
         ),
+        # As many tokens as features: its scales must not be taken for those of the features.
+        _case(
+            "feature_norm_tokens",
+            (3, 3),
+            lambda x: layers.Dense(2)(
+                layers.Normalization(axis=1, mean=[1.0, 2.0, 3.0], variance=[0.01, 1.0, 100.0])(x)
+            ),
+        ),
         _case("rescaling", (3, 4), _layer(layers.Rescaling, -0.5, offset=1.0), ALL),
         _case("rescaling_list", (3, 2), _layer(layers.Rescaling, [0.5, 2.0]), ALL),
         _case("center_norm", (3, 5), _layer(keras_lipattn.CenterNormalization), ALL),

@@ -177,7 +177,9 @@ def attention_mask_class(call: LayerCall) -> Any:
     pairs = np.asarray(pairs, bool)
     # With several axes in an example, only masks of rank 2 and 3 surely end in flattened tokens.
     flattened = len(call.state.shape) == 2 or pairs.ndim <= 3
-    if not flattened or pairs.ndim < 2 or pairs.shape[-1] != pairs.shape[-2]:
+    square = pairs.ndim >= 2 and pairs.shape[-1] == pairs.shape[-2]
+    # A side of 1 is repeated, and says nothing about the pairs.
+    if not flattened or not square or pairs.shape[-1] == 1:
         return "any"
     lower = np.tri(pairs.shape[-1], dtype=bool)
     if causal:

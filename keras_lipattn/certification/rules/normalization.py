@@ -268,7 +268,7 @@ def feature_normalization(layer, call):
     if not np.isfinite(mean).all():
         return unbounded(NOT_FINITE)
     offset = mean if layer.invert else -mean * scale
-    return _shifted(np.squeeze(scale), np.squeeze(offset), call, theorem="largest scale")
+    return _shifted(scale, offset, call, theorem="largest scale")
 
 
 @register_rule(keras.layers.Rescaling)
@@ -281,10 +281,18 @@ def rescaling(layer, call):
 def _shifted(scale, offset, call: LayerCall, *, theorem: str) -> LipschitzMap:
     """The map of `scale * x + offset`, entry by entry."""
     step = scaling_step(scale, call, theorem=theorem)
-    width = call.state.width
-    if isinstance(step, Affine) and offset.size in (1, width) and np.isfinite(offset).all():
-        # Scales and offsets with an axis of their own go along the last axis.
+    width = call.state.width or 0
+    along_last = offset.size == 1 or offset.shape[-1] == offset.size == width
+    if isinstance(step, Affine) and along_last and np.isfinite(offset).all():
         return dataclasses.replace(step, bias=np.broadcast_to(offset.reshape(-1), (width,)))
+    token_range = None
+    if call.state.range.bounded and width and math.isfinite(step.constant):
+        shift = math.sqrt(width) * float(np.abs(offset).max())
+        token_range = TokenRange(SAFETY * (step.constant * call.state.range.outer_radius + shift))
     return LipschitzMap(
-        constant=step.constant, theorem=step.theorem, reason=step.reason, exact=step.exact
+        constant=step.constant,
+        theorem=step.theorem,
+        reason=step.reason,
+        exact=step.exact,
+        range=token_range,
     )

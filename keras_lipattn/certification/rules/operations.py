@@ -142,7 +142,8 @@ def einsum(operation, call):
 def _rearranged(equation: str, call: LayerCall) -> LipschitzMap:
     """An equation of one tensor: sums over some axes, and a permutation of the others."""
     state = call.state
-    inputs, result = spell_out(*equation.split("->"), state.rank)
+    before, _, after = equation.partition("->")
+    inputs, result = spell_out(before, after, state.rank)
     if len(set(inputs)) < len(inputs) or len(set(result)) < len(result):
         return unbounded(f"the equation {equation!r} takes a diagonal")
     if inputs[0] != result[:1]:
