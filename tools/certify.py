@@ -65,6 +65,9 @@ _MASK = flags.DEFINE_enum(
     ["full", "causal", "any"],
     "Class of the masks that attention layers may get and the graph does not show.",
 )
+_CHECK = flags.DEFINE_bool(
+    "check", True, "Try to refute the certificate on a few inputs before it is printed."
+)
 _MAX = flags.DEFINE_float(
     "max", None, "Fail with exit code 1 when the total is above this.", lower_bound=0.0
 )
@@ -100,6 +103,7 @@ def main(argv: list[str]) -> int:
             input_radius=_INPUT_RADIUS.value,
             assume_fixed_mask=_ASSUME_FIXED_MASK.value,
             mask=_MASK.value,
+            check=_CHECK.value,
         )
         print(certificate)
         if _JSON.value is not None:
@@ -107,7 +111,7 @@ def main(argv: list[str]) -> int:
                 path.write_text(certificate.to_json() + "\n")
         if _PLOT.value is not None:
             certificate.plot(_PLOT.value)
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     if not certificate.is_finite:

@@ -188,7 +188,7 @@ def _self_gated(x: TensorState, gate: TensorState, call: LayerCall) -> Lipschitz
 def _scaled(scale: np.ndarray, state: TensorState, call: LayerCall) -> LipschitzMap:
     if not np.isfinite(scale).all():
         return unbounded(NOT_FINITE)
-    if state.shape == call.shape:
+    if state.shape == call.shape and state.fold == call.fold:
         step = scaling_step(scale, call, theorem="largest factor")
         return dataclasses.replace(step, function_of=("scaled", state, step.constant))
     repeats = _broadcast(state, call)
