@@ -20,7 +20,7 @@ from keras_lipattn import (
 LENGTH, FEATURES = 6, 8
 
 
-@keras.saving.register_keras_serializable(package="tests")
+@keras.saving.register_keras_serializable(package="caps_in_keras")
 class Block(keras.layers.Layer):
     """Sublayers made in `__init__` and no `build`, like most public examples."""
 
@@ -36,7 +36,7 @@ class Block(keras.layers.Layer):
         return x + self.dense(x, training=training)
 
 
-@keras.saving.register_keras_serializable(package="tests")
+@keras.saving.register_keras_serializable(package="caps_in_keras")
 class Nested(keras.layers.Layer):
     """Such blocks two deep."""
 
@@ -49,7 +49,7 @@ class Nested(keras.layers.Layer):
         return self.second(self.first(inputs, training=training), training=training)
 
 
-@keras.saving.register_keras_serializable(package="tests")
+@keras.saving.register_keras_serializable(package="caps_in_keras")
 class Subclassed(keras.Model):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)

@@ -570,6 +570,8 @@ BATCH_IDIOMS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:You are using a softmax over axis 0")
+@pytest.mark.filterwarnings("ignore:Exception encountered when calling Written")
 @pytest.mark.parametrize("idiom", BATCH_IDIOMS)
 @pytest.mark.parametrize("custom", [False, True])
 def test_operation_on_the_batch_axis_is_refused_or_counted(idiom, custom):

@@ -16,30 +16,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*was passed an input with a mask:UserWarning"),
 ]
 
-_NO_BUILD = "a layer with a cap is built while Keras traces the call of the layer around it"
-_BROADCAST = "a padding mask (B, 1, T) is refused"
-# Remove an entry once its model builds.
-_CANNOT_BE_BUILT = {
-    ("text_classification", "edited"): _NO_BUILD,
-    ("miniature_gpt", "edited"): _NO_BUILD,
-    ("video_classification", "as_written"): _BROADCAST,
-    ("video_classification", "edited"): _BROADCAST,
-    ("speech_recognition", "edited"): _NO_BUILD,
-    ("translation", "as_written"): _BROADCAST,
-    ("translation", "edited"): _BROADCAST,
-    ("keras_hub_encoder", "as_written"): _BROADCAST,
-    ("keras_hub_encoder", "edited"): _BROADCAST,
-}
 _PAIRS = [
-    pytest.param(
-        example,
-        version,
-        id=f"{example.name}-{version}",
-        marks=[
-            pytest.mark.xfail(strict=True, reason=_CANNOT_BE_BUILT[example.name, version])
-            for _ in range((example.name, version) in _CANNOT_BE_BUILT)
-        ],
-    )
+    pytest.param(example, version, id=f"{example.name}-{version}")
     for example in EXAMPLES
     for version in VERSIONS
 ]

@@ -250,9 +250,9 @@ def test_running_bounds_find_broken_weights_within_the_epoch():
 def test_a_model_without_finite_bound_is_reported_once_with_the_reason():
     inputs = keras.Input((5, 6))
     x = keras.layers.GlobalAveragePooling1D()(keras.layers.LayerNormalization()(inputs))
-    x = keras.layers.Dense(4, activation=lambda x: x * x, name="square")(x)
+    x = keras.layers.Activation("sparsemax", name="sparse")(keras.layers.Dense(4)(x))
     model = compiled(keras.Model(inputs, dense(3, name="head")(x)))
-    with pytest.warns(UserWarning, match="The model has no finite certified.*`square`") as caught:
+    with pytest.warns(UserWarning, match="The model has no finite certified.*`sparse`") as caught:
         history = fit(model, LipschitzMonitor(), epochs=2)
     assert len(user_warnings(caught)) == 1
     assert history["lipschitz_total"] == [math.inf] * 2

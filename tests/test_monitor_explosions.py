@@ -99,7 +99,7 @@ def test_a_broken_layer_of_keras_is_named_too():
     model = compiled(keras.Model(inputs, dense(3, name="head")(x)))
     spoil(model.get_layer("plain").kernel, math.nan)
     monitor = LipschitzMonitor()
-    with pytest.warns(UserWarning, match=r"no finite certified.*'plain'"):
+    with pytest.warns(UserWarning, match="no finite certified.*`plain`"):
         logs = one_epoch(model, monitor)
     assert list(monitor.infinite) == ["plain"]
     assert math.isinf(logs["lipschitz_total"]) and math.isfinite(logs["lipschitz_head"])

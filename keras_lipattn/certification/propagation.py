@@ -253,6 +253,8 @@ class Propagation:
                 )
                 for layout in layouts
             ]
+            if not outputs[0].range.bounded and not call.refusal:
+                outputs[0] = self._ranged(index, call, arguments, outputs[0])
             return self._enclosed(index, None, given, outputs)
         refusal = call.refusal or self._comparison.refusals.get(index, "")
         if not refusal and any(layout.fold == 0 for layout in layouts):
@@ -277,6 +279,27 @@ class Propagation:
             return self._integers(index, call, given, layouts, arguments)
         rule_map = self._ask_rule(index, call, arguments, layouts[0])
         return self._record(call, rule_map, given, layouts, index)
+
+    def _ranged(self, index, call: TracedCall, arguments, output: TensorState) -> TensorState:
+        """A tensor that stays as it is, with the range that a rule gives it."""
+        layout = self._layout(call.outputs[0])
+        if not layout.fold or index in self._comparison.refusals or _is_integer(layout.dtype):
+            return output
+        # Rules speak of tensors that change; one that changes by nothing has the same range.
+        moving = {
+            id(leaf): leaf.replace(kind=Kind.PERTURBED)
+            for leaf in keras.tree.flatten(list(arguments.values()))
+            if isinstance(leaf, TensorState) and not _is_integer(leaf.dtype) and leaf.fold
+        }
+        if not moving:
+            return output
+        arguments = keras.tree.map_structure(lambda leaf: moving.get(id(leaf), leaf), arguments)
+        rule_map = self._ask_rule(index, call, arguments, layout)
+        if rule_map.resets_input or math.isinf(rule_map.constant):
+            return output
+        given = list(moving.values())
+        after = rule_map.propagate(given, -1, self.options.norm, layout.fields())
+        return output.replace(range=output.range.smaller(after.range))
 
     def _fill(self, leaf: Any) -> Any:
         return self.state_of(leaf) if isinstance(leaf, KerasTensor) else leaf

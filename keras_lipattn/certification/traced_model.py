@@ -44,6 +44,7 @@ class TracedModel:
         trace: the trace that is certified.
         comparison: of that trace with one on another number of examples.
         head: how the model ends, see `find_head`.
+        call_options: what the model is called with besides its inputs.
         logit_call: index of the call whose activation is left out, or `None`.
     """
 
@@ -57,11 +58,13 @@ class TracedModel:
         self.model = model
         arguments, self.names = call_specs(model, inputs)
         self.failure, self.head, self.logit_call = "", "", None
+        # As `predict` calls it.
+        self.call_options = {"training": False} if model._call_has_training_arg else {}
         fixed = [leaf.shape[0] for leaf in keras.tree.flatten(arguments) if leaf.shape[0]]
         sizes = (fixed[0], fixed[0]) if fixed else BATCH_SIZES
         self._arguments, self._flexible = _sized(model, arguments, sequence_length, shapes)
         try:
-            self.trace = self._trace(sizes[0])
+            self.trace = self._first_trace(sizes[0])
             if inputs is None and _guesses_dtypes(model) and self._look_up_integers():
                 self.trace = self._trace(sizes[0])
         except TraceError as error:
@@ -125,6 +128,16 @@ class TracedModel:
         self._arguments = keras.tree.pack_sequence_as(self._arguments, leaves)
         return any(id(tensor) in looked_up for tensor in self.trace.inputs)
 
+    def _first_trace(self, batch: int) -> Trace:
+        try:
+            return self._trace(batch)
+        except TraceError:
+            if not self.call_options:
+                raise
+        # A graph that holds `training` by position takes no other value for it.
+        self.call_options = {}
+        return self._trace(batch)
+
     def _trace(self, batch: int) -> Trace:
         with names_kept():
             return trace(
@@ -133,6 +146,7 @@ class TracedModel:
                 batch=batch,
                 refusal_of=_refusal_of,
                 flexible=self._flexible,
+                **self.call_options,
             )
 
     def _empty(self, batch: int) -> Trace:

@@ -248,6 +248,7 @@ def trace(
     batch: int,
     refusal_of: Callable[[Any], str],
     flexible: Sequence[tuple[int | None, ...]] | None = None,
+    training: bool | None = None,
 ) -> Trace:
     """Calls a model on symbolic tensors at inference and returns what it does.
 
@@ -260,6 +261,7 @@ def trace(
         refusal_of: from a layer to why it has no rule, empty when it has one.
         flexible: shapes of the inputs with `None` for axes whose size varies; by default their
             own shapes.
+        training: passed on to the model where it is not `None`.
 
     Returns:
         A `Trace`.
@@ -280,7 +282,7 @@ def trace(
         warnings.simplefilter("ignore")
         scope = keras.StatelessScope(collect_losses=True)
         with scope:
-            tracer.run(symbols)
+            tracer.run(symbols, {} if training is None else {"training": training})
     return tracer.trace
 
 
@@ -298,11 +300,11 @@ class _Tracer:
         self._recorded = _recorded_operations(model)
         self._trained = _called_in_training(model)
 
-    def run(self, symbols: tuple) -> None:
+    def run(self, symbols: tuple, options: dict[str, Any]) -> None:
         for layer in self._model._flatten_layers():
             vars(layer)["symbolic_call"] = functools.partial(self._call, layer)
         try:
-            outputs = self._model(*symbols, training=False)
+            outputs = self._model(*symbols, **options)
         except TRACE_ERRORS as error:
             raise TraceError(_explain(error)) from error
         self.trace.outputs = symbols_in(outputs)

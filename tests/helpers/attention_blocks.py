@@ -127,7 +127,9 @@ class Subclassed(keras.Model):
         super().__init__(**kwargs)
         inputs = keras.Input((TOKENS, FEATURES))
         self.graph = keras.Model(inputs, attention(name="deep")(inputs, inputs), name="graph")
-        self.stack = keras.Sequential([MadeInBuild(name="in_stack"), layers.Dense(FEATURES)])
+        self.stack = keras.Sequential(
+            [MadeInBuild(name="in_stack"), layers.Dense(FEATURES)], name="sequential"
+        )
         self.head = layers.Dense(3, name="head")
 
     def call(self, inputs, training=None):

@@ -90,7 +90,7 @@ def self_attention(layer, call):
         operands=(call.state,),
         # Without a length in the graph the layer took its own.
         max_tokens=_longest(layer, tokens, call.state),
-        range=_attended(layer, call),
+        range=_attended(layer, call) if math.isfinite(bound.value) else None,
     )
     # Theorem 6 is for attention by distance.
     return near_input(layer, call, step, mask) if isinstance(layer, L2MultiHeadAttention) else step
