@@ -150,6 +150,7 @@ def all_cases() -> tuple[RuleCase, ...]:
         *_attention_layers(),
         *_other_layers(),
         *_image_layers(),
+        *_augmentation_layers(),
         *_own_layers(),
         *_activation_operations(),
         *_arithmetic_operations(),
@@ -157,6 +158,9 @@ def all_cases() -> tuple[RuleCase, ...]:
         *_shape_operations(),
         *_other_operations(),
         *_window_operations(),
+        *_copying_operations(),
+        *_image_operations(),
+        *_product_operations(),
     )
 
 
@@ -677,6 +681,39 @@ def _image_layers():
     ]
 
 
+def _augmentation_layers():
+    """Layers that change images in training only, by names: some versions of Keras lack some."""
+    image = (4, 4, 3)
+    factor = dict(factor=[0.2])
+    config: dict[str, dict] = {
+        "AugMix": {},
+        "CutMix": {},
+        "MaxNumBoundingBoxes": dict(max_number=[2]),
+        "MixUp": {},
+        "RandAugment": {},
+        "RandomColorDegeneration": factor,
+        "RandomColorJitter": dict(brightness_factor=[0.2], hue_factor=[ABSENT, 0.2]),
+        "RandomElasticTransform": {},
+        "RandomErasing": {},
+        "RandomGaussianBlur": dict(kernel_size=[3, 5]),
+        "RandomGrayscale": factor,
+        "RandomHue": factor,
+        "RandomInvert": {},
+        "RandomPerspective": {},
+        "RandomPosterization": dict(factor=[4]),
+        "RandomSaturation": factor,
+        "RandomSharpness": factor,
+        "RandomShear": dict(x_factor=[0.2], y_factor=[0.0, 0.2]),
+        "Equalization": {},
+        "Solarization": dict(threshold_factor=[0.0, 0.5]),
+    }
+    return [
+        _layer(getattr(layers, name), image, **choices)
+        for name, choices in config.items()
+        if hasattr(layers, name)
+    ]
+
+
 class Halved(LipschitzLayer):
     """A layer of a user with a method `lipschitz` and no other rule."""
 
@@ -1164,4 +1201,237 @@ def _window_operations():
             tensors=("x",),
             subscripts=["btd->bdt", "btd->bd", "btd->b", "btd->td", "b...d->bd..."],
         ),
+    ]
+
+
+def _copying_operations():
+    """Operations whose outputs are entries of their input, or zeros."""
+    rows = np.array([[[0, 2, 1, 0]]])
+    columns = np.array([[[3, 0, 0, 1, 2]] * 3])
+    cases = [
+        _operation(
+            "ArraySplit",
+            ops.array_split,
+            TOKENS,
+            indices_or_sections=[2, 3, 4],
+            axis=[-1, 1, 2, 0, ABSENT],
+        ),
+        _operation("Hsplit", ops.hsplit, TOKENS, GRID, indices_or_sections=[[1], [1, 2]]),
+        _operation("Hsplit", ops.hsplit, FLAT, indices_or_sections=[2, [1, 3]]),
+        _operation("Vsplit", ops.vsplit, TOKENS, FLAT, indices_or_sections=[[1], [1, 2]]),
+        _operation("Dsplit", ops.dsplit, TOKENS, indices_or_sections=[2, [1, 3]]),
+        _operation("Dsplit", ops.dsplit, GRID, indices_or_sections=[[1], [2]]),
+        _operation("TakeAlongAxis", ops.take_along_axis, TOKENS, indices=[rows], axis=[1, 0]),
+        _operation("TakeAlongAxis", ops.take_along_axis, TOKENS, indices=[columns], axis=[2, -1]),
+        _operation(
+            "TakeAlongAxis",
+            ops.take_along_axis,
+            FLAT,
+            indices=[np.array([[1, 1, 0]]), np.array([0, 1])],
+            axis=[1, -1, ABSENT],
+        ),
+        *(
+            _operation(target, function, *ANY, k=[ABSENT, 1, -1])
+            for target, function in dict(Tril=ops.tril, Triu=ops.triu).items()
+        ),
+        _operation(
+            "Diagonal", ops.diagonal, TOKENS, GRID, offset=[ABSENT, 1, -1], axis1=[1, 0], axis2=[2]
+        ),
+        _operation("Diagonal", ops.diagonal, GRID, axis1=[1, -1], axis2=[2], offset=[ABSENT, 1]),
+        _operation(
+            "Rot90",
+            ops.rot90,
+            TOKENS,
+            (3, 3, 2),
+            tensors=("array",),
+            k=[ABSENT, 2, 3],
+            axes=[(1, 2), (2, 1), (0, 1), ABSENT],
+        ),
+    ]
+    formats = [ABSENT, "channels_first"]
+    if hasattr(ops, "depth_to_space"):
+        cases += [
+            _operation(
+                "DepthToSpace", ops.depth_to_space, (2, 2, 4), block_size=[2], data_format=[ABSENT]
+            ),
+            _operation(
+                "DepthToSpace",
+                ops.depth_to_space,
+                (4, 2, 3),
+                block_size=[2],
+                data_format=formats[1:],
+            ),
+            _operation(
+                "SpaceToDepth", ops.space_to_depth, (4, 2, 4), block_size=[2], data_format=formats
+            ),
+        ]
+    if hasattr(ops, "unfold"):
+        cases.append(
+            _operation(
+                "Unfold",
+                ops.unfold,
+                (2, 4, 3),
+                kernel_size=[2, (2, 1)],
+                dilation=[ABSENT, (1, 2)],
+                padding=[ABSENT, 1],
+                stride=[ABSENT, 2],
+            )
+        )
+    return cases
+
+
+def _image_operations():
+    image = (3, 4, 3)
+    formats = [ABSENT, ABSENT, "channels_first"]
+    images: dict[str, Any] = dict(tensors=("images",), data_format=formats)
+    edges = "top left bottom right".split()
+    return [
+        _operation(
+            "Resize",
+            ops.image.resize,
+            image,
+            size=[(2, 3), (6, 4), (1, 1)],
+            interpolation=[ABSENT, "nearest", "bicubic", "lanczos3"],
+            antialias=FLAG,
+            **images,
+        ),
+        _operation(
+            "Resize",
+            ops.image.resize,
+            image,
+            (4, 2, 1),
+            size=[(2, 3), (4, 2)],
+            interpolation=["bilinear", "nearest"],
+            crop_to_aspect_ratio=[ABSENT, True],
+            **images,
+        ),
+        _operation(
+            "Resize",
+            ops.image.resize,
+            image,
+            (4, 2, 1),
+            size=[(2, 3), (4, 2)],
+            pad_to_aspect_ratio=[True],
+            fill_value=[0.0, 2.0],
+            **images,
+        ),
+        _operation("RGBToGrayscale", ops.image.rgb_to_grayscale, (3, 4, 3), (2, 2, 3), **images),
+        _operation(
+            "PadImages",
+            ops.image.pad_images,
+            image,
+            **{f"{edge}_padding": [0, 1] for edge in edges},
+            **images,
+        ),
+        _operation(
+            "PadImages",
+            ops.image.pad_images,
+            image,
+            top_padding=[0, 1],
+            left_padding=[1],
+            target_height=[5],
+            target_width=[6],
+            **images,
+        ),
+        _operation(
+            "CropImages",
+            ops.image.crop_images,
+            image,
+            **{f"{edge}_cropping": [0, 1] for edge in edges},
+            **images,
+        ),
+        _operation(
+            "CropImages",
+            ops.image.crop_images,
+            image,
+            top_cropping=[0, 1],
+            left_cropping=[1],
+            target_height=[2],
+            target_width=[2],
+            **images,
+        ),
+    ]
+
+
+def _product_operations():
+    """Products with constants along one axis, and moments."""
+    kernel = np.array([[1.0, 2.0], [0.0, -1.0], [3.0, 0.5], [1.0, 1.0]])
+    line = np.array([[[1.0, -1.0], [0.5, 2.0]], [[0.0, 1.0], [1.0, 1.0]]])
+    plane = np.stack([line, -2.0 * line, line[::-1]])
+    points = np.array([[[1.0, -1.0, 0.5], [0.5, 0.0, 2.0], [1.0, 1.0, 0.0], [0.0, 3.0, 1.0]]])
+    strides: dict[str, Any] = dict(strides=[ABSENT, 1, 2], padding=["valid", "same"])
+    dilations: dict[str, Any] = dict(dilation_rate=[ABSENT, 1, 2], padding=["valid", "same"])
+    images: Any = ("inputs",)
+    reductions: dict[str, Any] = dict(
+        axes=[[1], [-1], [1, 2], [0], [0, 1]], keepdims=[ABSENT, True]
+    )
+    return [
+        _operation("Dot", ops.dot, FLAT, TOKENS, (2, 3, 4), tensors=("x1",), x2=[kernel]),
+        _operation("Dot", ops.dot, FLAT, TOKENS, tensors=("x1",), x2=[kernel[:, 0], 2.0]),
+        _operation("Dot", ops.dot, TOKENS, tensors=("x2",), x1=[kernel.T[:, :3], 0.5]),
+        _operation(
+            "Tensordot",
+            ops.tensordot,
+            FLAT,
+            TOKENS,
+            (2, 3, 4),
+            tensors=("x1",),
+            x2=[kernel],
+            axes=[1, [[-1], [0]], [-1, 0]],
+        ),
+        _operation(
+            "Tensordot",
+            ops.tensordot,
+            TOKENS,
+            tensors=("x1",),
+            x2=[kernel[:3], kernel],
+            axes=[[[2], [0]], [[1], [0]], 1],
+        ),
+        _operation(
+            "Tensordot",
+            ops.tensordot,
+            TOKENS,
+            tensors=("x1",),
+            x2=[np.stack([kernel, -kernel, 2.0 * kernel])],
+            axes=[ABSENT, 2, [[1, 2], [0, 1]]],
+        ),
+        *(
+            _operation(
+                "DepthwiseConv",
+                ops.depthwise_conv,
+                shape,
+                tensors=images,
+                kernel=[values],
+                **options,
+            )
+            for shape, values in (((5, 2), line), ((4, 4, 2), plane))
+            for options in (strides, dilations)
+        ),
+        *(
+            _operation(
+                "SeparableConv",
+                ops.separable_conv,
+                shape,
+                tensors=images,
+                depthwise_kernel=[values],
+                pointwise_kernel=[points if values is line else points[None]],
+                **options,
+            )
+            for shape, values in (((5, 2), line), ((4, 4, 2), plane))
+            for options in (strides, dilations)
+        ),
+        *(
+            _operation(
+                "ConvTranspose",
+                ops.conv_transpose,
+                shape,
+                tensors=images,
+                kernel=[values],
+                **options,
+            )
+            for shape, values in (((4, 2), line), ((3, 2, 2), plane))
+            for options in (strides, dilations)
+        ),
+        _operation("Moments", ops.moments, TOKENS, GRID, **reductions),
+        _operation("Moments", lambda x, axes: ops.moments(x, axes)[1], TOKENS, axes=[[1], [-1]]),
     ]
