@@ -704,14 +704,26 @@ def _augmentation_layers():
         "RandomSaturation": factor,
         "RandomSharpness": factor,
         "RandomShear": dict(x_factor=[0.2], y_factor=[0.0, 0.2]),
-        "Equalization": {},
         "Solarization": dict(threshold_factor=[0.0, 0.5]),
     }
+    if hasattr(layers, "Equalization"):
+        config["Equalization"] = dict(make=_equalization_of_models())
     return [
         _layer(getattr(layers, name), image, **choices)
         for name, choices in config.items()
         if hasattr(layers, name)
     ]
+
+
+def _equalization_of_models():
+    """A layer `Equalization` that a Functional model can hold."""
+
+    class Equalization(layers.Equalization):
+        # That of Keras returns the symbol it gets, which makes a cycle of the graph.
+        def compute_output_spec(self, inputs, **kwargs):
+            return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
+
+    return Equalization
 
 
 class Halved(LipschitzLayer):
@@ -1384,7 +1396,7 @@ def _product_operations():
             ops.tensordot,
             TOKENS,
             tensors=("x1",),
-            x2=[kernel[:3], kernel],
+            x2=[kernel, kernel[:3]],
             axes=[[[2], [0]], [[1], [0]], 1],
         ),
         _operation(
