@@ -98,7 +98,13 @@ def _layer(
 
 
 def _operation(
-    target, function, *shapes, tensors: Any = ("x",), listed: Any = False, **arguments
+    target,
+    function,
+    *shapes,
+    tensors: Any = ("x",),
+    listed: Any = False,
+    single: Any = False,
+    **arguments,
 ) -> RuleCase:
     return RuleCase(
         target=target,
@@ -107,6 +113,7 @@ def _operation(
         listed=listed,
         shapes=shapes,
         arguments=arguments,
+        dtype="float32" if single else "float64",
     )
 
 
@@ -1303,8 +1310,18 @@ def _image_operations():
             ops.image.resize,
             image,
             size=[(2, 3), (6, 4), (1, 1)],
-            interpolation=[ABSENT, "nearest", "bicubic", "lanczos3"],
-            antialias=FLAG,
+            interpolation=[ABSENT, "nearest", "bicubic"],
+            **images,
+        ),
+        # TensorFlow has gradients of these in float32 only.
+        _operation(
+            "Resize",
+            ops.image.resize,
+            image,
+            size=[(2, 3), (6, 4), (1, 1)],
+            interpolation=[ABSENT, "bicubic", "lanczos3", "lanczos5"],
+            antialias=[True],
+            single=True,
             **images,
         ),
         _operation(
@@ -1397,7 +1414,7 @@ def _product_operations():
             TOKENS,
             tensors=("x1",),
             x2=[kernel, kernel[:3]],
-            axes=[[[2], [0]], [[1], [0]], 1],
+            axes=[1, [[2], [0]], [[1], [0]]],
         ),
         _operation(
             "Tensordot",
