@@ -98,7 +98,13 @@ def _layer(
 
 
 def _operation(
-    target, function, *shapes, tensors: Any = ("x",), listed: Any = False, **arguments
+    target,
+    function,
+    *shapes,
+    tensors: Any = ("x",),
+    listed: Any = False,
+    single: Any = False,
+    **arguments,
 ) -> RuleCase:
     return RuleCase(
         target=target,
@@ -107,6 +113,7 @@ def _operation(
         listed=listed,
         shapes=shapes,
         arguments=arguments,
+        dtype="float32" if single else "float64",
     )
 
 
@@ -704,14 +711,26 @@ def _augmentation_layers():
         "RandomSaturation": factor,
         "RandomSharpness": factor,
         "RandomShear": dict(x_factor=[0.2], y_factor=[0.0, 0.2]),
-        "Equalization": {},
         "Solarization": dict(threshold_factor=[0.0, 0.5]),
     }
+    if hasattr(layers, "Equalization"):
+        config["Equalization"] = dict(make=_equalization_of_models())
     return [
         _layer(getattr(layers, name), image, **choices)
         for name, choices in config.items()
         if hasattr(layers, name)
     ]
+
+
+def _equalization_of_models():
+    """A layer `Equalization` that a Functional model can hold."""
+
+    class Equalization(layers.Equalization):
+        # That of Keras returns the symbol it gets, which makes a cycle of the graph.
+        def compute_output_spec(self, inputs, **kwargs):
+            return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
+
+    return Equalization
 
 
 class Halved(LipschitzLayer):
@@ -1291,8 +1310,18 @@ def _image_operations():
             ops.image.resize,
             image,
             size=[(2, 3), (6, 4), (1, 1)],
-            interpolation=[ABSENT, "nearest", "bicubic", "lanczos3"],
-            antialias=FLAG,
+            interpolation=[ABSENT, "nearest", "bicubic"],
+            **images,
+        ),
+        # TensorFlow has gradients of these in float32 only.
+        _operation(
+            "Resize",
+            ops.image.resize,
+            image,
+            size=[(2, 3), (6, 4), (1, 1)],
+            interpolation=[ABSENT, "bicubic", "lanczos3", "lanczos5"],
+            antialias=[True],
+            single=True,
             **images,
         ),
         _operation(
@@ -1384,8 +1413,8 @@ def _product_operations():
             ops.tensordot,
             TOKENS,
             tensors=("x1",),
-            x2=[kernel[:3], kernel],
-            axes=[[[2], [0]], [[1], [0]], 1],
+            x2=[kernel, kernel[:3]],
+            axes=[1, [[2], [0]], [[1], [0]]],
         ),
         _operation(
             "Tensordot",
