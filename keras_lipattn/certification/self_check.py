@@ -30,8 +30,10 @@ _ROUNDINGS = 2000.0
 # Models of float64 hold operations that TensorFlow has in float32 alone, such as interpolation.
 _SLACK = 1e-5
 # Sizes of the first examples of a batch, and of the steps from them to the others.
-_SCALES = (1.0, 10.0, 0.0, 1e-2)
+_SCALES = (1.0, 0.0, 10.0, 1e-2)
 _STEPS = (1.0, 1e-1, 1e-2, 1e-3)
+# With more weights than this only half of the attempts are made: 5 forward passes instead of 14.
+_LARGE = 5_000_000
 
 
 class CertificateRefuted(RuntimeError):
@@ -91,15 +93,18 @@ class _Check:
         self._compare_with_model()
         # Next to zero tokens a mask that is assumed fixed would change.
         fixed_masks = bool(self._certificate.threat_model.assumed_masks)
-        for scale in _SCALES:
+        large = self._traced.model.count_params() > _LARGE
+        for scale in _SCALES[:2] if large else _SCALES:
             if scale == 0.0 and fixed_masks:
                 continue
             inputs = self._inputs()
             first = self._random_sources(inputs, scale)
             batch = self._steps_from(first)
             outputs = self._compare_changes(inputs, batch)
-            self._compare_examples(inputs, batch, outputs)
-        self._climb()
+            if scale == _SCALES[0]:
+                self._compare_examples(inputs, batch, outputs)
+        if not large:
+            self._climb()
 
     # Inputs -----------------------------------------------------------------------------------
 
@@ -377,7 +382,7 @@ class _Check:
                 axis=-1,
             )
 
-        (first,) = self._random_sources(inputs, _SCALES[1])
+        (first,) = self._random_sources(inputs, 10.0)
         source = np.repeat(first[None], self._trace.batch, axis=0)
         size = float(np.sqrt(np.mean(np.square(first)))) or 1.0
         try:
