@@ -86,8 +86,8 @@ def certify(
             stay fixed, and the ball is around their embeddings.
         radius: radius of the balls, in the norm `norm`. 0 bounds the Jacobian at the center.
         check: whether to try to refute the certificate before it is returned, on random and extreme
-            inputs, at the price of a dozen forward passes on five examples, five for a model of more
-            than five million weights. See `CertificateRefuted`.
+            inputs, at the price of a dozen forward passes on five examples, or five passes for a
+            model of more than five million weights. See `CertificateRefuted`.
 
     Returns:
         A `Certificate`.
