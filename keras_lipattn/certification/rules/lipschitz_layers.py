@@ -107,7 +107,11 @@ def _attended(layer, call: LayerCall) -> TokenRange | None:
         kernels = layer._host_kernels()
         kernels[0] = kernels[0] * layer.key_dim**-0.25
         query, value, output = layer._by_head(kernels, np)
-        heads = query @ (np.swapaxes(query, 1, 2) @ value @ output)
+        if not all(np.isfinite(kernel).all() for kernel in (query, value, output)):
+            return None
+        # query = Q R with orthonormal columns Q: the norm of query M is that of R M.
+        triangle = np.linalg.qr(query, mode="r")
+        heads = triangle @ (np.swapaxes(query, 1, 2) @ value @ output)
         reach = call.state.range.outer_radius
     else:
         heads = layer._host_kernels()[3]
