@@ -9,8 +9,8 @@ from keras_lipattn.callbacks import (
     LipschitzMonitor,
 )
 from keras_lipattn.certification import Certificate, certify, local_radius, register_rule
-from keras_lipattn.convert import Conversion, convert_attention
-from keras_lipattn.estimate import LipschitzEstimate, estimate_lipschitz
+from keras_lipattn.conversion import Conversion, convert_attention
+from keras_lipattn.estimation import LipschitzEstimate, estimate_lipschitz
 from keras_lipattn.export import ExportError, export_saved_model
 from keras_lipattn.layers import (
     CenterNormalization,

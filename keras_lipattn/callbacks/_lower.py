@@ -10,8 +10,8 @@ import numpy as np
 from keras import ops
 
 from keras_lipattn.callbacks._watched_layers import WatchedLayer
-from keras_lipattn.estimate import estimate_lipschitz
-from keras_lipattn.estimate._losses import losses_kept
+from keras_lipattn.estimation import estimate_lipschitz
+from keras_lipattn.estimation._losses import losses_kept
 from keras_lipattn.layers import L2MultiHeadAttention, condensed
 from keras_lipattn.layers._arguments import describe
 from keras_lipattn.layers.lipschitz_layer import LipschitzLayer

@@ -9,10 +9,10 @@ from keras.src import backend
 
 from keras_lipattn._seen_calls import specs_of
 from keras_lipattn.certification import tracing
-from keras_lipattn.convert._slots import attention_slots, exchange, is_plain_graph
-from keras_lipattn.convert._tied_weights import matching_value, tied_query
-from keras_lipattn.convert.conversion import Conversion
-from keras_lipattn.convert.converted import as_converted
+from keras_lipattn.conversion._slots import attention_slots, exchange, is_plain_graph
+from keras_lipattn.conversion._tied_weights import matching_value, tied_query
+from keras_lipattn.conversion.conversion import Conversion
+from keras_lipattn.conversion.converted import as_converted
 from keras_lipattn.layers import L2MultiHeadAttention
 
 

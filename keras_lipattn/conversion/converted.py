@@ -5,7 +5,7 @@ from typing import Any
 
 import keras
 
-from keras_lipattn.convert._slots import attention_slots, exchange
+from keras_lipattn.conversion._slots import attention_slots, exchange
 
 
 @keras.saving.register_keras_serializable("keras_lipattn", "Converted")

@@ -7,10 +7,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lipattn.estimate._derivatives import Derivatives
-from keras_lipattn.estimate._losses import losses_kept
-from keras_lipattn.estimate._norms import against, along, covectors, norm_of, within
-from keras_lipattn.estimate.lipschitz_estimate import LipschitzEstimate
+from keras_lipattn.estimation._derivatives import Derivatives
+from keras_lipattn.estimation._losses import losses_kept
+from keras_lipattn.estimation._norms import against, along, covectors, norm_of, within
+from keras_lipattn.estimation.lipschitz_estimate import LipschitzEstimate
 from keras_lipattn.layers._arguments import (
     describe,
     require_norm,
