@@ -9,12 +9,11 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from keras_lipattn.bounds.key_weights import weights_of_pairs
+from keras_lipattn.bounds.key_weights import weighted_constants, weights_of_pairs
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
 from keras_lipattn.bounds.multihead import certified_layer_bound
-from keras_lipattn.bounds.scalars import s_star
 from keras_lipattn.bounds.unit_head import unit_head_bound
-from keras_lipattn.bounds.weighted import weighted_constants
+from keras_lipattn.bounds.unit_head_lemmas import s_star
 from keras_lipattn.linalg import SAFETY, operator_norm
 
 # Distances are rounded up or down by this factor, whichever is safe.
