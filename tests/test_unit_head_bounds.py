@@ -137,7 +137,7 @@ def test_a_special_mask_is_never_worse_than_any_mask():
             assert unit_head_bound(tokens, mask).value <= unit_head_bound(tokens, "any").value
 
 
-def test_one_token_or_no_neighbour_is_the_identity():
+def test_one_token_or_no_neighbor_is_the_identity():
     for norm in ("l2", "token"):
         for mask in ("full", "causal", "any"):
             assert unit_head_bound(1, mask, norm).value == pytest.approx(1.0, abs=1e-8)
@@ -145,7 +145,7 @@ def test_one_token_or_no_neighbour_is_the_identity():
     assert unit_head_bound(9, "any", "token", n_keys=0).value == pytest.approx(1.0, abs=1e-8)
 
 
-def test_a_window_has_a_bound_whatever_the_length():
+def test_a_window_has_a_bound_for_every_length():
     window = unit_head_bound(None, "any", n_keys=8, n_queries=8)
     assert math.isfinite(window.value)
     assert unit_head_bound(10**5, "any", n_keys=8, n_queries=8).value <= window.value
@@ -251,8 +251,8 @@ def test_row_moments_stay_below_lemma_3_1():
         kernel = np.exp(-np.square(edges).sum(axis=1))
         mass = kernel.sum()
         prob = kernel / (1.0 + mass)
-        centred = edges - prob @ edges
-        cov = (prob[:, None] * centred).T @ centred
+        centered = edges - prob @ edges
+        cov = (prob[:, None] * centered).T @ centered
         own = prob @ edges
         cov += np.outer(own, own) / (1.0 + mass)
         largest = np.linalg.eigvalsh(cov)[-1]

@@ -1,10 +1,10 @@
 """The theorems as pure functions: from numbers and kernels to numbers."""
 
+from keras_lipattn.bounds.head_scaling import frobenius_scaling
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
 from keras_lipattn.bounds.multihead import (
     bound_linf,
     certified_layer_bound,
-    frobenius_scaling,
     published_layer_bound,
     running_layer_bound,
     split_bound_l2,

@@ -21,15 +21,14 @@ import numpy as np
 import numpy.typing as npt
 
 from keras_lipattn.bounds.compact import column_mass
-from keras_lipattn.bounds.head_scaling import balancing_powers, polished_scaling
-from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
-from keras_lipattn.bounds.multihead import (
-    OperatorNorm,
+from keras_lipattn.bounds.head_scaling import (
+    balancing_powers,
     frobenius_scaling,
-    norm_2_to_1,
-    safe_sqrt,
+    polished_scaling,
     scaled_back,
 )
+from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
+from keras_lipattn.bounds.multihead import OperatorNorm, norm_2_to_1, safe_sqrt
 from keras_lipattn.linalg import cached_by_content
 from keras_lipattn.linalg import operator_norm as exact_norm
 from keras_lipattn.linalg.precision import SMALLEST_NORMAL

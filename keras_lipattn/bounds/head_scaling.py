@@ -8,9 +8,12 @@ An imprecise share makes the bound less tight but not wrong: the bound is evalua
 at the scaling that is found.
 """
 
+import math
+import typing
+
 import numpy as np
 
-from keras_lipattn.linalg import fast_operator_norm
+from keras_lipattn.linalg import SAFETY, fast_operator_norm
 from keras_lipattn.linalg.precision import SMALLEST_NORMAL
 
 STEPS = 40
@@ -23,7 +26,7 @@ def balancing_powers(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Powers of two that make the sizes of both kernels of a head equal, up to a factor of two.
 
     `(t B_h, C_h / t)` has the bounds of `(B_h, C_h)`. Without this, squares of a small kernel of
-    one head are lost in sums with squares of a large kernel of another, whatever the products are.
+    one head are lost in sums with squares of a large kernel of another, for any products.
 
     Args:
         first: sizes of the first kernels, shape `(H,)`, not negative.
@@ -36,6 +39,48 @@ def balancing_powers(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     used = (first > 0.0) & (second > 0.0)
     logs = [np.log2(np.where(used, size, 1.0)) for size in (first, second)]
     return np.rint(0.5 * (logs[1] - logs[0])).astype(int)
+
+
+def scaled_back(unscaled: float, *sizes: float) -> tuple[float, str]:
+    """A certified bound from that of matrices divided by their sizes.
+
+    Args:
+        unscaled: the bound for matrices whose entries have sizes of at most 1.
+        *sizes: the numbers by which they were divided. The bound is linear in each.
+
+    Returns:
+        `(value, reason)`: `inf` with a reason where the product overflows.
+    """
+    value = SAFETY * unscaled
+    for size in sizes:
+        value *= size
+    if not math.isfinite(value):
+        return math.inf, "the bound is larger than the largest float64"
+    # A bound that underflows is not 0.
+    return (max(value, SMALLEST_NORMAL) if unscaled > 0.0 else value), ""
+
+
+def frobenius_scaling(b: typing.Any, c: typing.Any, xp: typing.Any) -> typing.Any:
+    """The scaling `s_h = sqrt(|C_h|_F / |B_h|_F)` of the heads.
+
+    It minimizes the bound of Theorem 5.1 with Frobenius norms in place of operator norms. A
+    head with a zero matrix gets 1: values and gradients are finite everywhere.
+
+    Args:
+        b: shape `(H, D, k)`.
+        c: shape `(H, k, O)`.
+        xp: array namespace, `numpy` or `keras.ops`.
+
+    Returns:
+        Shape `(H,)`, positive and finite.
+    """
+    query_peak, query = _peaks_and_squares(b, xp)
+    output_peak, output = _peaks_and_squares(c, xp)
+    usable = xp.minimum(query, output) > 0.0
+    # The inner `where` keeps 0/0 out of the gradient, the outer one out of the value.
+    ratio = xp.where(usable, output, 1.0) / xp.where(usable, query, 1.0)
+    peaks = xp.where(usable, output_peak / query_peak, 1.0)
+    return xp.sqrt(peaks * xp.sqrt(ratio))
 
 
 def polished_scaling(
@@ -112,3 +157,16 @@ class _HeadNorms:
         heads = weights * self.norms
         total = max(float(np.linalg.norm(heads)), SMALLEST_NORMAL)
         return total, np.square(heads / total)
+
+
+def _peaks_and_squares(matrices, xp):
+    """Largest absolute entry of every head's matrix, and the sum of squares relative to it.
+
+    Both `(H,)`. A float32 square overflows at 1e19 already.
+    """
+    peak = xp.max(xp.abs(matrices), axis=(1, 2))
+    peak = xp.where(peak > 0.0, peak, 1.0)
+    if xp is not np:
+        # The Frobenius norm does not depend on it.
+        peak = xp.stop_gradient(peak)
+    return peak, xp.sum(xp.square(matrices / xp.reshape(peak, (-1, 1, 1))), axis=(1, 2))

@@ -20,7 +20,12 @@ import typing
 import numpy as np
 import numpy.typing as npt
 
-from keras_lipattn.bounds.head_scaling import balancing_powers, polished_scaling
+from keras_lipattn.bounds.head_scaling import (
+    balancing_powers,
+    frobenius_scaling,
+    polished_scaling,
+    scaled_back,
+)
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
 from keras_lipattn.bounds.unit_head import UnitBound, unit_head_bound
 from keras_lipattn.bounds.unit_head_lemmas import phi_inv
@@ -34,29 +39,6 @@ OperatorNorm = typing.Callable[[str, typing.Any], typing.Any]
 PRODUCT_ROUNDING = 1e-14
 
 COMPOSITION = {"l2": "Theorem 5.1", "token": "Theorem 5.2"}
-
-
-def frobenius_scaling(b: typing.Any, c: typing.Any, xp: typing.Any) -> typing.Any:
-    """The scaling `s_h = sqrt(|C_h|_F / |B_h|_F)` of the heads.
-
-    It minimizes the bound of Theorem 5.1 with Frobenius norms in place of operator norms. A
-    head with a zero matrix gets 1: values and gradients are finite everywhere.
-
-    Args:
-        b: shape `(H, D, k)`.
-        c: shape `(H, k, O)`.
-        xp: array namespace, `numpy` or `keras.ops`.
-
-    Returns:
-        Shape `(H,)`, positive and finite.
-    """
-    query_peak, query = _peaks_and_squares(b, xp)
-    output_peak, output = _peaks_and_squares(c, xp)
-    usable = xp.minimum(query, output) > 0.0
-    # The inner `where` keeps 0/0 out of the gradient, the outer one out of the value.
-    ratio = xp.where(usable, output, 1.0) / xp.where(usable, query, 1.0)
-    peaks = xp.where(usable, output_peak / query_peak, 1.0)
-    return xp.sqrt(peaks * xp.sqrt(ratio))
 
 
 def split_bound_l2(
@@ -379,25 +361,6 @@ def published_layer_bound(
     return math.inf
 
 
-def scaled_back(unscaled: float, *sizes: float) -> tuple[float, str]:
-    """A certified bound from that of matrices divided by their sizes.
-
-    Args:
-        unscaled: the bound for matrices whose entries have sizes of at most 1.
-        *sizes: the numbers by which they were divided. The bound is linear in each.
-
-    Returns:
-        `(value, reason)`: `inf` with a reason where the product overflows.
-    """
-    value = SAFETY * unscaled
-    for size in sizes:
-        value *= size
-    if not math.isfinite(value):
-        return math.inf, "the bound is larger than the largest float64"
-    # A bound that underflows is not 0.
-    return (max(value, SMALLEST_NORMAL) if unscaled > 0.0 else value), ""
-
-
 def safe_sqrt(x: typing.Any, xp: typing.Any) -> typing.Any:
     """Square root with a finite gradient at 0."""
     # The inner `where` keeps the infinite slope out of the gradient.
@@ -469,23 +432,6 @@ def _per_feature(scale, key_dim, xp):
     """Repeats a number of each head for every row or column of its block, `(H * key_dim,)`."""
     heads = scale.shape[0]
     return xp.reshape(xp.broadcast_to(xp.expand_dims(scale, 1), (heads, key_dim)), (-1,))
-
-
-def _peaks_and_squares(matrices, xp):
-    """Largest absolute entry of every head's matrix, and the sum of squares relative to it.
-
-    Both `(H,)`. A float32 square overflows at 1e19 already.
-    """
-    peak = xp.max(xp.abs(matrices), axis=(1, 2))
-    peak = xp.where(peak > 0.0, peak, 1.0)
-    if xp is not np:
-        # The Frobenius norm does not depend on it.
-        peak = xp.stop_gradient(peak)
-    return peak, xp.sum(xp.square(matrices / _per_head(peak, xp)), axis=(1, 2))
-
-
-def _per_head(scale, xp):
-    return xp.reshape(scale, (-1, 1, 1))
 
 
 def _check_shapes(b: np.ndarray, c: np.ndarray) -> None:

@@ -169,14 +169,14 @@ def optimized_bound(
     The theorem holds for every value of its parameters, so the search for them needs no proof: it
     minimizes the bound on a sample of the row masses, which is fast but may miss the maximum. The
     result is the bound on cells that cover all row masses, at the parameters that were found. It
-    is certified whatever the search finds.
+    is certified for every outcome of the search.
 
-    The search is a grid, followed by steps of shrinking size to better neighbors. The minimizers
-    of `scipy.optimize` end up to 3e-4 above it where the maxima have ridges.
+    The search is a grid, followed by steps of shrinking size to better neighbors. Nelder-Mead in
+    `scipy.optimize` gave bounds up to 3e-4 larger, because the maxima have ridges.
 
     Args:
-        squared_bound: function of a grid of row masses and of the parameters; `inf` or negative
-            numbers never occur for valid ones.
+        squared_bound: square of the bound, a function of a grid of row masses and of the
+            parameters.
         axes: logarithms of the candidates, one increasing, evenly spaced array per parameter.
         sample: the grid for the search.
         cover: the grid for the result.

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_lipattn.bounds.head_scaling import frobenius_scaling
 from keras_lipattn.bounds.key_weights import (
     weighted_layer_bound,
     weighted_unit_bound,
@@ -16,7 +17,6 @@ from keras_lipattn.bounds.key_weights import (
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
 from keras_lipattn.bounds.multihead import (
     certified_layer_bound,
-    frobenius_scaling,
     published_layer_bound,
     running_layer_bound,
     split_bound_l2,
