@@ -31,8 +31,7 @@ of one sum do not conspire and that a layer's constant measures its amplificatio
 import math
 from typing import Any
 
-# Half the distance from 1 to the next number.
-UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+from keras_lipattn.linalg.precision import UNIT_ROUNDOFF
 
 # They move numbers around, or handle none of the function's values, and round nothing.
 _EXACT = frozenset(

@@ -11,11 +11,11 @@ import numpy as np
 from keras_lipattn.certification import Certificate
 from keras_lipattn.certification.classifier_head import without_activation
 from keras_lipattn.export import _clean_process
-from keras_lipattn.export._allowance import UNIT_ROUNDOFF
 from keras_lipattn.export._plan import Plan
 from keras_lipattn.export._ports import Port, output_names
 from keras_lipattn.export._tracing import call_model
 from keras_lipattn.export.export_error import ExportError
+from keras_lipattn.linalg.precision import UNIT_ROUNDOFF
 
 _TOLERANCE = 1e-5
 # In half precision two orders of the same sums differ by a few units of the last place.

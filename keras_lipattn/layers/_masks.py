@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lipattn.bounds.mask_degrees import mask_degrees
+from keras_lipattn.bounds.unit_head import mask_degrees
 from keras_lipattn.layers._backend import has_value
 
 # Far below any score: the own score is at least zero. Finite, so that a row in which everything is

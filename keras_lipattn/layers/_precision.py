@@ -5,10 +5,10 @@ import math
 import numpy as np
 from keras import ops
 
+from keras_lipattn.linalg.precision import UNIT_ROUNDOFF
+
 # A cap aims this much below itself, so that float32 roundings of the scaled weights stay under it.
 CAP_MARGIN = 1e-6
-# Largest relative error of rounding a float32 to the dtypes that layers compute in.
-_ROUNDOFF = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
 
 
 def cast_to_compute_dtype(weight, dtype):
@@ -39,6 +39,6 @@ def cap_margin(dtype, shape):
     `u |W|_F`, which is at most `u sqrt(min(rows, columns))` times the norm, and sums of absolute
     entries by at most `2 u`.
     """
-    if dtype not in _ROUNDOFF:
+    if dtype not in ("bfloat16", "float16"):
         return CAP_MARGIN
-    return CAP_MARGIN + _ROUNDOFF[dtype] * max(2.0, math.sqrt(min(shape)))
+    return CAP_MARGIN + UNIT_ROUNDOFF[dtype] * max(2.0, math.sqrt(min(shape)))

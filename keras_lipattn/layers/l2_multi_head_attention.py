@@ -9,20 +9,20 @@ import numpy as np
 from keras import ops
 
 from keras_lipattn._arguments import require_positive_integer
-from keras_lipattn.bounds.key_weights import weights_by_lag
+from keras_lipattn.bounds.key_weights import (
+    weighted_layer_bound,
+    weighted_unit_bound,
+    weights_by_lag,
+    weights_of_tokens,
+)
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
 from keras_lipattn.bounds.multihead import (
     certified_layer_bound,
     layer_matrices,
+    published_layer_bound,
     running_layer_bound,
 )
-from keras_lipattn.bounds.published import published_layer_bound
 from keras_lipattn.bounds.unit_head import UNKNOWN_LENGTH, UnitBound, unit_head_bound
-from keras_lipattn.bounds.weighted import (
-    weighted_layer_bound,
-    weighted_unit_bound,
-    weights_of_tokens,
-)
 from keras_lipattn.layers._distance_attention import attend_by_distance, decode_by_distance
 from keras_lipattn.layers._masks import Mask, mask_class
 from keras_lipattn.layers._norms import ExactNorms, ignore_floating_point_errors
