@@ -7,7 +7,7 @@ import tensorflow as tf
 
 import keras_lipattn as kl
 from keras_lipattn.bounds import certified_layer_bound
-from keras_lipattn.layers._visibility import Visibility
+from keras_lipattn.layers._masks import Visibility
 
 LENGTH, FEATURES, HEADS, KEY_DIM = 6, 8, 2, 4
 CAP = 0.5

@@ -8,8 +8,8 @@ from helpers.layer_cases import CAPS, FEATURES, LENGTH, Case, randomise
 
 from keras_lipattn import SpectralDense
 from keras_lipattn.layers import _norm_cache
-from keras_lipattn.layers._operator_norms import ConvergedNorms
-from keras_lipattn.layers._visibility import Visibility
+from keras_lipattn.layers._norms import ConvergedNorms
+from keras_lipattn.layers._masks import Visibility
 
 # Gram iteration overestimates each of the norms of these small matrices by less than this.
 GRAM_SLACK = 2e-3

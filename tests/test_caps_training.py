@@ -11,7 +11,7 @@ from helpers import bounds_cases
 from helpers.layer_cases import CAPS, FEATURES, LENGTH, Case, randomise
 
 from keras_lipattn import L2MultiHeadAttention, SpectralDense
-from keras_lipattn.layers._visibility import Visibility
+from keras_lipattn.layers._masks import Visibility
 from keras_lipattn.linalg import operator_norm
 
 STEPS = 50

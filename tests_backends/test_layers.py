@@ -13,7 +13,7 @@ from helpers.layer_cases import CAPS, FEATURES, LENGTH, OPTIONS, Case, cases, ke
 
 import keras_lipattn as kl
 from keras_lipattn.bounds import certified_layer_bound
-from keras_lipattn.layers._visibility import Visibility
+from keras_lipattn.layers._masks import Visibility
 
 # Those of the same property on TensorFlow: rounding of the dtype, times the largest output.
 TOLERANCE = {"float32": 1e-5, "mixed_bfloat16": 0.15, "mixed_float16": 0.02}

@@ -6,9 +6,9 @@ from keras_lipattn.bounds.multihead import (
     bound_linf,
     certified_layer_bound,
     published_layer_bound,
+    layer_matrices,
     running_layer_bound,
-    split_bound_l2,
-    split_bound_token,
+    split_bound,
 )
 from keras_lipattn.bounds.unit_head import (
     UnitBound,
@@ -28,9 +28,9 @@ __all__ = [
     "phi_inv",
     "published_head_bound",
     "published_layer_bound",
+    "layer_matrices",
     "running_layer_bound",
     "s_star",
-    "split_bound_l2",
-    "split_bound_token",
+    "split_bound",
     "unit_head_bound",
 ]

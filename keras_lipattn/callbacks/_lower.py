@@ -13,7 +13,7 @@ from keras_lipattn.callbacks._watched_layers import WatchedLayer
 from keras_lipattn.estimation import estimate_lipschitz
 from keras_lipattn.estimation._losses import losses_kept
 from keras_lipattn.layers import L2MultiHeadAttention, condensed
-from keras_lipattn.layers._arguments import describe
+from keras_lipattn._arguments import describe
 from keras_lipattn.layers.lipschitz_layer import LipschitzLayer
 
 # Enough to see how a bound and what is there drift apart; `estimate_lipschitz` climbs higher.

@@ -26,8 +26,8 @@ from keras_lipattn.callbacks._tracked_step import TrackedStep
 from keras_lipattn.callbacks._training_data import meet_training_data
 from keras_lipattn.callbacks._watched_layers import WatchedLayer, watched_layers
 from keras_lipattn.certification import Certificate
-from keras_lipattn.layers._arguments import require_positive_integer
-from keras_lipattn.layers._strategy_scope import require_created_in_scope
+from keras_lipattn._arguments import require_positive_integer
+from keras_lipattn.layers._backend import require_created_in_scope
 from keras_lipattn.layers.lipschitz_layer import LipschitzLayer, Tracking
 
 

@@ -19,7 +19,7 @@ from keras_lipattn.certification.replacements import REPLACEMENTS
 from keras_lipattn.certification.tensor_state import Interval, Kind, TensorState
 from keras_lipattn.certification.token_range import TokenRange
 from keras_lipattn.certification.tracing import Trace, TracedCall
-from keras_lipattn.layers._as_run import is_finite_as_run
+from keras_lipattn.layers._precision import is_finite
 
 _MASK_CHANGES = "its mask is computed from a certified input and jumps when the input changes"
 _INTEGERS_JUMP = (
@@ -600,7 +600,7 @@ def _mend(operation: Any, reason: str, sequence_length: int | None) -> str:
         if words in reason:
             return mend
     if is_layer and not all(
-        is_finite_as_run(weight, operation.compute_dtype) for weight in operation.weights
+        is_finite(weight, operation.compute_dtype) for weight in operation.weights
     ):
         return ""
     if any(words in reason for words in _UNKNOWN_SIZES):

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from keras_lipattn.distribution.finished_worker import FinishedWorker
-from keras_lipattn.layers._arguments import require_positive, require_positive_integer
+from keras_lipattn._arguments import require_positive, require_positive_integer
 
 
 def run_workers(

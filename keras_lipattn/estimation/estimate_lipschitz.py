@@ -11,7 +11,7 @@ from keras_lipattn.estimation._derivatives import Derivatives
 from keras_lipattn.estimation._losses import losses_kept
 from keras_lipattn.estimation._norms import against, along, covectors, norm_of, within
 from keras_lipattn.estimation.lipschitz_estimate import LipschitzEstimate
-from keras_lipattn.layers._arguments import (
+from keras_lipattn._arguments import (
     describe,
     require_norm,
     require_positive,

@@ -37,6 +37,7 @@ class HostWeights:
         factors: The factors of `spectral_norm`, one for each kernel.
         exact: Result of `fold` in float64.
         rounded: The same in the norm dtype, as a condensed graph holds it.
+        relative_bias: Biases by relative position in float64, or `None`.
         variables: The variables of a condensed graph.
     """
 
@@ -44,6 +45,7 @@ class HostWeights:
         self._layer = layer
         self._dtype = layer._norm_dtype
         self.variables = []
+        self.relative_bias = layer.score_biases(np)
         with ignore_floating_point_errors():
             kernels = layer.host_kernels()
             self.factors = layer._cap_factors(kernels, ExactNorms(), np)
@@ -86,7 +88,7 @@ class HostWeights:
         return EffectiveWeights(
             projection[0] if projection else None,
             output if factor == 1.0 else output * factor,
-            getattr(self.rounded, "relative_bias", None),
+            self.relative_bias,
         )
 
 
@@ -96,4 +98,6 @@ def matrix_shape(output):
 
 
 def _cast(weights, dtype):
-    return type(weights)(*(None if array is None else array.astype(dtype) for array in weights))
+    return type(weights)(
+        *(None if array is None else np.asarray(array).astype(dtype) for array in weights)
+    )

@@ -7,11 +7,11 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_lipattn._arguments import require_positive_integer
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
-from keras_lipattn.layers._arguments import require_positive_integer
+from keras_lipattn.layers._backend import has_value
 from keras_lipattn.layers._branch import Branch
-from keras_lipattn.layers._caps import CAP_MARGIN
-from keras_lipattn.layers._eager import has_value
+from keras_lipattn.layers._precision import CAP_MARGIN
 from keras_lipattn.layers._fixed_point import solve_fixed_point
 from keras_lipattn.layers._implicit_gradient import with_implicit_gradient
 from keras_lipattn.layers._log_determinant import (
@@ -402,7 +402,7 @@ class InvertibleResidual(keras.layers.Layer):
 
     def _contraction(self):
         """The second term as a function of a tensor and a mask, all weights evaluated once."""
-        scale, branch = self._scale(), self._branch.hold()
+        scale, branch = self._scale(), self._branch.freeze()
         return lambda x, valid: scale * branch(x, valid)
 
     def _scale(self):

@@ -37,13 +37,11 @@ class Folded(NamedTuple):
     Attributes:
         projection: `B` as the query kernel lies, `(D, H*K)`.
         b: All `B_h = W_Q,h / key_dim**0.25`, `(H, D, K)`.
-        relative_bias: Biases by relative position `(H, 2 * R)`, or `None`.
         output: All `C_h = B_h^T W_V,h W_O,h`, `(H, K, O)`.
     """
 
     projection: Any
     b: Any
-    relative_bias: Any
     output: Any
 
 
@@ -242,7 +240,7 @@ class L2MultiHeadAttention(SelfAttention):
             # Here the factors meet the fewest entries. One after the other: nothing underflows.
             inner = inner * value_factor * output_factor
         projection = xp.reshape(flat, (self.features, -1))
-        return Folded(projection, b, self._bias_table(xp), xp.matmul(inner, output))
+        return Folded(projection, b, xp.matmul(inner, output))
 
     def by_head(self, kernels, xp):
         """Query, value and output kernels as `(H, D, K)`, `(H, D, V)` and `(H, V, O)`."""
@@ -258,7 +256,7 @@ class L2MultiHeadAttention(SelfAttention):
             weights.b,
             weights.output,
             norm=norm,
-            unit=self._unit_bound(weights.relative_bias, norm, tokens, mask, xp),
+            unit=self._unit_bound(norm, tokens, mask, xp),
             norms=norms,
             xp=xp,
         )
@@ -266,8 +264,9 @@ class L2MultiHeadAttention(SelfAttention):
     def _num_summands(self):
         return self.features + self.key_dim + self.num_heads
 
-    def _unit_bound(self, relative_bias, norm, tokens, mask, xp):
+    def _unit_bound(self, norm, tokens, mask, xp):
         """The constant of a head, with biases the largest of all heads in closed form."""
+        relative_bias = self.score_biases(xp)
         if relative_bias is None:
             degrees = {"n_keys": mask.n_keys, "n_queries": mask.n_queries}
             return unit_head_bound(tokens, mask.mask, norm, **degrees)
@@ -293,13 +292,16 @@ class L2MultiHeadAttention(SelfAttention):
         degrees = {"n_keys": mask.n_keys, "n_queries": mask.n_queries}
         return weights_by_lag(*seen, tokens, xp, **degrees, epsilon=epsilon)
 
-    def _bias_table(self, xp):
-        """The biases by relative position as a call uses them, or `None`."""
+    def score_biases(self, xp):
         if self.relative_bias is None:
             return None
-        if xp is np:
+        if self._condensed is not None:
+            biases = self._condensed.relative_bias
+        elif xp is np:
             return cast_to_compute_dtype(self.relative_bias, self.compute_dtype)
-        return ops.cast(ops.cast(self.relative_bias, self.compute_dtype), self._norm_dtype)
+        else:
+            biases = ops.cast(self.relative_bias, self.compute_dtype)
+        return biases if xp is np else ops.cast(biases, self._norm_dtype)
 
     # Certificate ------------------------------------------------------------------------------
 
@@ -338,7 +340,7 @@ class L2MultiHeadAttention(SelfAttention):
             return _no_bound(norm, reason)
         state = self.host_weights()
         weights = state.weights(cap_mask)
-        b, c, relative_bias = weights.b, weights.output, weights.relative_bias
+        b, c, relative_bias = weights.b, weights.output, state.relative_bias
         allowances = self.rounding_allowances(state, cap_mask)
         if token_weights is not None:
             token_weights = self._flat_token_weights(token_weights)

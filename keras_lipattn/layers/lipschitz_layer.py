@@ -126,6 +126,10 @@ class LipschitzLayer(keras.layers.Layer):
         """
         raise NotImplementedError(f"{type(self).__name__} must implement `bound`.")
 
+    def score_biases(self, xp) -> Any:
+        """Biases of the scores that no cap changes, as a call uses them, or `None`."""
+        return None
+
     def lipschitz(self, sequence_length=None, norm="l2", mask: Any = "full") -> LipschitzBound:
         """Certified Lipschitz constant at inference, for the weights now loaded."""
         raise NotImplementedError(f"{type(self).__name__} must implement `lipschitz`.")
@@ -285,7 +289,7 @@ class LipschitzLayer(keras.layers.Layer):
         return EffectiveWeights(
             weights.projection,
             ops.reshape(output, matrix_shape(output)),
-            getattr(weights, "relative_bias", None),
+            self.score_biases(ops),
         )
 
     def host_weights(self):

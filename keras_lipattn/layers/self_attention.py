@@ -273,7 +273,7 @@ class SelfAttention(LipschitzLayer):
         setattr(self, name, kernel)
 
     def add_bias(self, name, shape):
-        """A bias with the layer's initializer, regularizer and constraint; `None` without biases."""
+        """A bias with the layer's initializer and constraint; `None` without biases."""
         if not self.use_bias:
             return None
         return self.add_weight(
@@ -481,6 +481,11 @@ class SelfAttention(LipschitzLayer):
             weights,
             projection=ops.cast(weights.projection, self.compute_dtype),
             output=ops.cast(weights.output, self.compute_dtype),
+            relative_bias=(
+                None
+                if weights.relative_bias is None
+                else ops.cast(weights.relative_bias, self._norm_dtype)
+            ),
         )
 
     def _require_self_attention(self, query, value, key):

@@ -20,7 +20,7 @@ from keras_lipattn.certification.maps import CenterValue, LipschitzMap
 from keras_lipattn.certification.tensor_state import TensorState
 from keras_lipattn.certification.weights import cast_to_compute_dtype
 from keras_lipattn.layers import L2MultiHeadAttention
-from keras_lipattn.layers._visibility import classify
+from keras_lipattn.layers._masks import classify
 from keras_lipattn.linalg import SAFETY, operator_norm
 
 # Weights under caps, run with remembered norms, differ by this from those with exact norms.
