@@ -1,4 +1,4 @@
-"""What an exported model answers: Keras's numbers, and radii that hold."""
+"""Answers of an exported model: the outputs of Keras, and radii that hold."""
 
 import json
 import math
@@ -30,12 +30,11 @@ def folder(tmp_path_factory):
 
 
 class Export:
-    """A model, its certificate and where it was exported to."""
+    """A model, its certificate and the path of its export."""
 
     def __init__(self, model, folder, **options):
         self.model = model
-        self.certificate = export_saved_model(model, folder, verbose=False, **options)
-        self.path = folder / "1"
+        self.certificate, self.path = export_saved_model(model, folder, verbose=False, **options)
         extra = self.path / "assets.extra"
         self.record = json.loads((extra / "export.json").read_text())
         self.file = (extra / "certificate.json").read_text()

@@ -59,7 +59,7 @@ def test_an_export_that_cannot_be_written_leaves_what_was_there(disk, how, exist
     words = spoil(disk, how)
     before = content(disk.folder)
     with pytest.raises(kl.ExportError, match=rf"as it was\. Received: [\s\S]*({words})"):
-        kl.export_saved_model(model, disk.folder / "model", overwrite=exists, verbose=False)
+        kl.export_saved_model(model, disk.folder / "model", verbose=False)
     assert content(disk.folder) == before
     assert sorted(set(os.listdir(disk.folder)) - {"filler"}) == (["model"] if exists else [])
 

@@ -9,7 +9,7 @@ from helpers.serving_client import ServingClient
 from keras import layers, ops
 
 import keras_lipattn as lip
-from keras_lipattn.export import _clean_process
+from keras_lipattn.export import verification
 
 LENGTH = 6
 WIDTH = 8
@@ -19,12 +19,12 @@ WIDTH = 8
 def one_serving_process():
     """Lets exports be checked by one clean process for all, instead of a new one for each."""
     client = ServingClient()
-    original = _clean_process.serve
-    _clean_process.serve = client.serve
+    original = verification.serve
+    verification.serve = client.serve
     try:
         yield client
     finally:
-        _clean_process.serve = original
+        verification.serve = original
         client.close()
 
 
