@@ -34,7 +34,7 @@ def client():
 
 @pytest.fixture(scope="module")
 def original(model, tmp_path_factory):
-    """A good export; tests work on copies."""
+    """An export; tests use copies of it."""
     folder = tmp_path_factory.mktemp("original") / "model"
     export_saved_model(model, folder, verbose=False)
     return folder
@@ -48,7 +48,7 @@ def published(original, tmp_path):
 
 
 def content(folder):
-    """Every file below a folder, hidden ones too, with a digest."""
+    """Digests of all files in a folder, hidden ones included."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(pathlib.Path(folder).rglob("*"))
@@ -73,7 +73,7 @@ def test_something_that_is_no_built_model(tmp_path):
 
 
 def test_a_subclassed_model_that_does_not_know_its_inputs(tmp_path, monkeypatch):
-    # Keras remembers the shapes of the first call; a model with a build of its own may not.
+    # Keras remembers the shapes of the first call, but a model with its own `build` may not.
     monkeypatch.setattr(cases.Subclassed, "get_build_config", lambda self: None)
     with pytest.raises(ValueError, match=r"needs an `example_batch`.* Received"):
         export_saved_model(cases.subclassed(), tmp_path / "model")
@@ -141,7 +141,7 @@ def test_a_relative_directory_gives_an_absolute_path(model, tmp_path, monkeypatc
 
 
 def full_disk(monkeypatch):
-    """Every file ends at 300 kB, for all of the process and TensorFlow's C++ too."""
+    """Limit files to 300 kB, also in the C++ code of TensorFlow."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     save = tf.saved_model.save
 
@@ -243,7 +243,7 @@ def test_an_interrupt_leaves_nothing(model, tmp_path, monkeypatch):
 
 
 def test_a_folder_that_takes_no_files_gives_a_clear_error(model):
-    # Not even root may create anything in /proc.
+    # Root cannot create files in /proc either.
     with pytest.raises(ExportError, match="could not be written"):
         export_saved_model(model, "/proc/model", verbose=False)
 

@@ -20,7 +20,7 @@ _PRODUCTS = {"MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3", "Einsum"
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory):
-    """The same classifier, with caps and without, exported."""
+    """Exports of the same classifier with caps and without."""
     folder = tmp_path_factory.mktemp("exports")
     with cases.one_serving_process():
         return {
@@ -88,7 +88,7 @@ def test_neither_raw_kernels_nor_running_vectors_are_saved(exports):
 
 
 class Traced(layers.Layer):
-    """Keeps the first trace of the layer inside for good."""
+    """Runs the first trace of the inner layer in every later call."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)

@@ -108,7 +108,7 @@ def test_an_independent_client_runs_the_export(exported, folder, model):
     assert (answer["class"] == expected.argmax(axis=-1)).all()
     softmax = np.exp(answer["logits"])
     softmax /= softmax.sum(axis=-1, keepdims=True)
-    # The live model scales its caps by upper bounds of the norms: a part in a thousand.
+    # The Keras model divides by upper bounds of the norms, which are up to 1e-3 too large.
     np.testing.assert_allclose(softmax, expected, atol=5e-3)
     assert (answer["radius"] > 0.0).all()
 

@@ -144,10 +144,12 @@ def export_saved_model(
 
     Example:
 
-    >>> exported = export_saved_model(model, "build/classifier")
-    >>> exported.path.name
-    '1'
-    >>> exported.certificate.total
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    >>> certificate, path = export_saved_model(model, "build/classifier", verbose=False)
+    >>> certificate.is_finite
+    True
+    >>> sorted(file.name for file in path.glob("assets.extra/*"))
+    ['certificate.json', 'export.json']
     """
     if keras.config.backend() != "tensorflow":
         raise RuntimeError(_OTHER_BACKEND.format(backend=keras.config.backend()))
