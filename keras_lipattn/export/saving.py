@@ -144,9 +144,14 @@ def export_saved_model(
 
     Example:
 
-    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
-    >>> certificate, path = export_saved_model(model, "build/classifier", verbose=False)
-    >>> certificate.is_finite
+    >>> inputs = keras.Input((6, 8))
+    >>> x = keras_lipattn.L2MultiHeadAttention(num_heads=2, key_dim=4, lipschitz_bound=1.0)(inputs)
+    >>> x = keras.layers.GlobalAveragePooling1D()(x)
+    >>> model = keras.Model(inputs, keras_lipattn.SpectralDense(3)(x))
+    >>> certificate, path = keras_lipattn.export_saved_model(
+    ...     model, "build/classifier", verbose=False
+    ... )
+    >>> certificate.matches(model)
     True
     >>> sorted(file.name for file in path.glob("assets.extra/*"))
     ['certificate.json', 'export.json']
