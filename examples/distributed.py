@@ -11,7 +11,7 @@ same whatever the strategy: a step takes --batch_size images, shared among the r
 out is in --out_dir:
 
     history.csv       losses and certified bounds, an epoch a line
-    saved_model/1/    the model, its certificate in assets.extra/
+    saved_model/1/    the model, with its certificate in assets.extra/
 
 A run that was killed goes on from where it was when it is started again.
 """
@@ -140,9 +140,7 @@ def _batches(pairs: tuple[np.ndarray, np.ndarray], *, shuffle: bool = False) -> 
 
 
 def _export(model: keras.Model, data: ImageData, out_dir: pathlib.Path) -> None:
-    keras_lipattn.export_saved_model(
-        model, out_dir / "saved_model", example_batch=data.test[0][:8], overwrite=True
-    )
+    keras_lipattn.export_saved_model(model, out_dir / "saved_model", example_batch=data.test[0][:8])
 
 
 if __name__ == "__main__":
