@@ -44,7 +44,7 @@ _DATA_DIR = flags.DEFINE_string("data_dir", "build/data", "folder of prepared da
 _EPOCHS = flags.DEFINE_integer("epochs", 10, "number of epochs", lower_bound=1)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "images a step, over all replicas")
 _PENALTY = flags.DEFINE_float("penalty", 0.05, "coefficient of the penalty", lower_bound=0.0)
-_TARGET = flags.DEFINE_float("target", 0.95, "bound above which a layer is penalised")
+_TARGET = flags.DEFINE_float("target", 0.95, "bound above which a layer is penalized")
 _SEED = flags.DEFINE_integer("seed", 0, "seed of the initial weights and the order of the images")
 _TIMEOUT = flags.DEFINE_float("timeout", 3600.0, "seconds after which local workers are killed")
 

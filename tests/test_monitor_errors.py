@@ -95,12 +95,12 @@ def open_length():
     return compiled(keras.Model(inputs, dense(3, name="head")(x)))
 
 
-def test_a_penalised_layer_needs_its_number_of_tokens():
-    with pytest.raises(ValueError, match=r"'attention' cannot be penalised.*number of tokens"):
+def test_a_penalized_layer_needs_its_number_of_tokens():
+    with pytest.raises(ValueError, match=r"'attention' cannot be penalized.*number of tokens"):
         fit(open_length(), LipschitzMonitor(penalty=0.1))
 
 
-def test_a_layer_that_is_not_penalised_does_not():
+def test_a_layer_that_is_not_penalized_does_not():
     monitor = LipschitzMonitor(penalty=0.1, target={"head": 0.1}, running_every=1)
     with pytest.warns(UserWarning, match="'attention' has no finite Lipschitz bound"):
         history = fit(open_length(), monitor)
@@ -108,18 +108,18 @@ def test_a_layer_that_is_not_penalised_does_not():
     assert np.isfinite(history["running_head"] + history["loss"]).all()
 
 
-def test_a_penalised_layer_needs_an_activation_of_known_constant():
+def test_a_penalized_layer_needs_an_activation_of_known_constant():
     model = KINDS["sequential"]()
     model.get_layer("dense").activation = lambda x: x * x
-    with pytest.raises(ValueError, match=r"'dense' cannot be penalised.*Received: .*activation"):
+    with pytest.raises(ValueError, match=r"'dense' cannot be penalized.*Received: .*activation"):
         fit(compiled(model), LipschitzMonitor(penalty=0.1))
 
 
-def test_a_penalised_layer_needs_finite_weights():
+def test_a_penalized_layer_needs_finite_weights():
     model = KINDS["sequential"]()
     kernel = model.get_layer("dense").kernel
     kernel.assign(kernel * np.nan)
-    with pytest.raises(ValueError, match=r"'dense' cannot be penalised.*Received: .*NaN"):
+    with pytest.raises(ValueError, match=r"'dense' cannot be penalized.*Received: .*NaN"):
         fit(compiled(model), LipschitzMonitor(penalty=0.1))
 
 

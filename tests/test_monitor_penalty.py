@@ -62,7 +62,7 @@ def test_loss_is_the_hinge_on_the_logarithms_of_the_bounds(kind):
     model = model_of_penalty(kind, learning_rate=0.0)
     loss = fit(model, LipschitzMonitor(penalty=0.5, target=0.2))["loss"][0]
     if kind == "shared":
-        # Called twice, it is penalised twice, with the bounds for both masks.
+        # Called twice, it is penalized twice, with the bounds for both masks.
         attention, head = model.get_layer("attention"), model.get_layer("head")
         bounds = [attention.lipschitz(mask=mask).value for mask in ("full", "causal")]
         bounds.append(head.lipschitz().value)
@@ -142,7 +142,7 @@ def test_penalty_shrinks_bounds_in_mixed_precision(policy):
     assert np.isfinite(totals).all() and totals[-1] < totals[0]
 
 
-def test_penalised_bounds_go_under_their_targets_while_the_task_is_learned():
+def test_penalized_bounds_go_under_their_targets_while_the_task_is_learned():
     random = np.random.default_rng(5)
     x = random.standard_normal((256, 5, 6)).astype("float32")
     y = (x.mean(axis=(1, 2)) > 0).astype("int64")

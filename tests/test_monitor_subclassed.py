@@ -127,15 +127,15 @@ def test_the_penalty_acts_from_the_first_batch_on_a_new_model(case):
         return train(compiled(kind()), x, monitor), monitor
 
     plain, _ = history(0.0)
-    penalised, monitor = history(0.5)
+    penalized, monitor = history(0.5)
     assert len(monitor.running_history["batch"]) == 4
     for key in keys:
         assert all(map(math.isfinite, monitor.running_history[f"running_{key}"]))
         # Without the penalty bounds hardly move within four steps.
-        assert penalised[f"lipschitz_{key}"][-1] < plain[f"lipschitz_{key}"][-1]
-    bounds = [penalised[f"running_{key}"][0] / 0.1 for key in keys]
+        assert penalized[f"lipschitz_{key}"][-1] < plain[f"lipschitz_{key}"][-1]
+    bounds = [penalized[f"running_{key}"][0] / 0.1 for key in keys]
     # The loss of the first epoch holds the penalty, of running bounds which move little in it.
-    added = penalised["loss"][0] - plain["loss"][0]
+    added = penalized["loss"][0] - plain["loss"][0]
     assert added == pytest.approx(0.5 * sum(map(math.log, bounds)), rel=0.05)
 
 

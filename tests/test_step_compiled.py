@@ -45,7 +45,7 @@ def tracked(model):
     """The model as in a training step with a penalty."""
     layers = lipschitz_layers(model)
     for layer in layers:
-        layer.tracking = Tracking(penalise=True)
+        layer.tracking = Tracking(penalize=True)
     try:
         yield
     finally:

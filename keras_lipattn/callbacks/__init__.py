@@ -1,4 +1,4 @@
-"""Callbacks that watch and penalise Lipschitz bounds during `fit`, and survive interruptions."""
+"""Callbacks that watch and penalize Lipschitz bounds during `fit`, and survive interruptions."""
 
 from keras_lipattn.callbacks.durable_backup import DurableBackup
 from keras_lipattn.callbacks.durable_checkpoint import DurableCheckpoint

@@ -1,4 +1,4 @@
-"""A callback that watches and penalises Lipschitz bounds during `fit`."""
+"""A callback that watches and penalizes Lipschitz bounds during `fit`."""
 
 import math
 import os
@@ -32,7 +32,7 @@ from keras_lipattn.layers.lipschitz_layer import LipschitzLayer, Tracking
 
 
 class LipschitzMonitor(keras.callbacks.Callback):
-    """Writes certified Lipschitz bounds to the logs every epoch, and penalises them when asked.
+    """Writes certified Lipschitz bounds to the logs every epoch, and penalizes them when asked.
 
     Put it first in `callbacks`: one dictionary of logs goes through them in order, and those before
     the monitor do not see its keys. With them, `History`, `CSVLogger` and `TensorBoard` record
@@ -101,7 +101,7 @@ class LipschitzMonitor(keras.callbacks.Callback):
 
     Raises:
         ValueError: If an argument is out of range. From `fit`: if the model has no layer of ours,
-            if `target` names an unknown one, if a penalised layer has no finite bound, if the
+            if `target` names an unknown one, if a penalized layer has no finite bound, if the
             weights cannot be created before the first batch though `penalty` or `running_every`
             needs them, or if two monitors of one `fit` have any of the two.
 
@@ -242,19 +242,19 @@ class LipschitzMonitor(keras.callbacks.Callback):
         _, bounds = self._certified_bounds()
         pairs = []
         for entry in self._watched:
-            penalise = entry.key in self._targets
-            if not penalise and self.running_every is None:
+            penalize = entry.key in self._targets
+            if not penalize and self.running_every is None:
                 continue
             # The length a layer knows itself, then the one that the certificate finds in the graph.
             for length in dict.fromkeys((None, bounds[entry.key].tokens)):
                 bound = entry.layer.lipschitz(length, norm=self.norm)
                 if bound.is_finite:
-                    pairs.append((entry.layer, Tracking(self.norm, length, penalise)))
+                    pairs.append((entry.layer, Tracking(self.norm, length, penalize)))
                     break
             else:
-                if penalise:
+                if penalize:
                     raise ValueError(
-                        f"Layer {entry.path!r} cannot be penalised, its bound is not finite. "
+                        f"Layer {entry.path!r} cannot be penalized, its bound is not finite. "
                         f"Received: {bound.reason}"
                     )
         return pairs
@@ -269,8 +269,8 @@ class LipschitzMonitor(keras.callbacks.Callback):
 
     def _set_coefficients(self, epoch: int) -> None:
         check_penalty(self.penalty)
-        penalised = [entry for entry in self._watched if entry.key in self._targets]
-        for entry in penalised:
+        penalized = [entry for entry in self._watched if entry.key in self._targets]
+        for entry in penalized:
             variable = entry.layer.penalty_coefficient
             current = float(variable.numpy())
             variable.assign(coefficient_at(self.penalty, epoch, current))

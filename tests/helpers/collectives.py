@@ -19,7 +19,7 @@ from keras_lipattn.layers import Tracking, lipschitz_layers
 WAYS = {
     "no monitor": None,
     "running bounds": Tracking(),
-    "penalty": Tracking(penalise=True),
+    "penalty": Tracking(penalize=True),
 }
 
 

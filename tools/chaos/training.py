@@ -44,7 +44,7 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def classifier() -> keras.Model:
-    """A small model with capped and penalised layers, and dropout."""
+    """A small model with capped and penalized layers, and dropout."""
     inputs = keras.Input((8, 8))
     x = kl.SpectralDense(16, name="embed")(inputs)
     y = kl.L2MultiHeadAttention(2, 8, spectral_norm=2.0, name="attention")(x)
