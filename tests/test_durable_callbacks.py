@@ -108,7 +108,7 @@ def fit(model, folder, *callbacks, epochs=4):
     return monitor_models.fit(
         model,
         kl.LipschitzMonitor(
-            penalty=lambda epoch, coefficient: 1.5 * coefficient + 0.1, target=0.2, running_every=1
+            penalty=lambda epoch, coefficient: 1.5 * coefficient + 0.1, target=0.2, running_freq=1
         ),
         kl.DurableCSVLogger(folder / "history.csv"),
         kl.DurableBackup(folder / "backup"),

@@ -36,7 +36,7 @@ def growing(*factors):
 
 
 def test_tensorboard_gets_every_key(tmp_path):
-    monitor = LipschitzMonitor(running_every=1)
+    monitor = LipschitzMonitor(running_freq=1)
     board = keras.callbacks.TensorBoard(tmp_path, update_freq="batch", write_graph=True)
     fit(compiled(KINDS["sequential"]()), monitor, board, epochs=2)
     scalars = {}
@@ -103,15 +103,47 @@ def readers(path):
     ]
 
 
+def keys_received(callback):
+    """A set, filled with the log keys that `callback` receives at the end of epochs."""
+    keys = set()
+    on_epoch_end = callback.on_epoch_end
+
+    def recording(epoch, logs=None):
+        keys.update(logs or {})
+        on_epoch_end(epoch, logs)
+
+    callback.on_epoch_end = recording
+    return keys
+
+
+KEYS = {"lipschitz_total", "lipschitz_dense", "lipschitz_head"}
+
+
 @pytest.mark.parametrize("index", range(6))
-def test_warns_of_a_reader_before_it(tmp_path, index):
-    reader = readers(tmp_path)[index]
-    name = type(reader).__name__
-    with pytest.warns(UserWarning, match=f"must come first.*Received before it: {name}$"):
+def test_the_keys_reach_the_callbacks_after_the_monitor_only(tmp_path, index):
+    before, after = (readers(tmp_path / name)[index] for name in ("before", "after"))
+    missed, received = keys_received(before), keys_received(after)
+    for name in ("before", "after"):
+        (tmp_path / name).mkdir()
+    fit(compiled(KINDS["sequential"]()), before, LipschitzMonitor(), after)
+    assert received >= KEYS
+    assert not missed & KEYS
+
+
+@pytest.mark.parametrize("name", ["EarlyStopping", "ModelCheckpoint", "ReduceLROnPlateau"])
+def test_keras_warns_of_a_callback_that_follows_a_bound_before_the_monitor(tmp_path, name):
+    kwargs = {"monitor": "lipschitz_total", "mode": "min"}
+    if name == "ModelCheckpoint":
+        kwargs |= {"filepath": tmp_path / "best.keras", "save_best_only": True}
+    reader = getattr(keras.callbacks, name)(**kwargs)
+    with pytest.warns(UserWarning, match="lipschitz_total.* available"):
         fit(compiled(KINDS["sequential"]()), reader, LipschitzMonitor())
+    # After it there is no warning; warnings are errors in these tests.
+    reader = getattr(keras.callbacks, name)(**kwargs)
+    fit(compiled(KINDS["sequential"]()), LipschitzMonitor(), reader)
 
 
-def test_does_not_warn_when_nobody_misses_its_keys(tmp_path):
+def test_callbacks_before_the_monitor_and_other_monitors_do_no_harm(tmp_path):
     before = [
         keras.callbacks.LearningRateScheduler(lambda epoch: 0.01),
         keras.callbacks.BackupAndRestore(tmp_path / "backup"),
@@ -119,15 +151,19 @@ def test_does_not_warn_when_nobody_misses_its_keys(tmp_path):
         keras.callbacks.TerminateOnNaN(),
         LipschitzMonitor(norm="linf"),
     ]
-    # Warnings are errors here.
-    fit(compiled(KINDS["sequential"]()), *before, LipschitzMonitor(), *readers(tmp_path))
+    monitor = LipschitzMonitor()
+    history = fit(compiled(KINDS["sequential"]()), *before, monitor, *readers(tmp_path))
+    assert history["lipschitz_total"] == monitor.history["lipschitz_total"]
 
 
-def test_only_one_monitor_may_follow_the_steps():
-    model = compiled(KINDS["sequential"]())
-    monitors = LipschitzMonitor(penalty=0.1), LipschitzMonitor(running_every=2)
-    with pytest.raises(ValueError, match=r"only one may have.*Received: two"):
+@pytest.mark.parametrize("kind", ["sequential", "subclassed"])
+def test_only_one_monitor_may_follow_the_steps(kind):
+    model = compiled(KINDS[kind]())
+    monitors = LipschitzMonitor(penalty=0.1), LipschitzMonitor(running_freq=2)
+    with pytest.raises(ValueError, match=r"Only one monitor of a `fit`.*Received: two"):
         fit(model, *monitors)
+    # The next `fit` is not affected.
+    assert np.isfinite(fit(model, monitors[1], LipschitzMonitor("linf"))["running_head"]).all()
 
 
 # Backup and restore -----------------------------------------------------------------------------
@@ -154,7 +190,7 @@ def test_training_resumes_as_if_it_had_not_stopped(tmp_path, penalty):
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
             jit_compile=False,
         )
-        monitor = LipschitzMonitor(penalty=penalty, target=0.2, running_every=1)
+        monitor = LipschitzMonitor(penalty=penalty, target=0.2, running_freq=1)
         fit(model, monitor, *callbacks, epochs=4)
         return model, monitor
 
@@ -236,7 +272,7 @@ def test_running_bounds_find_broken_weights_within_the_epoch():
                 kernel = model.get_layer("head").kernel
                 kernel.assign(kernel * math.nan)
 
-    monitor = LipschitzMonitor(running_every=1)
+    monitor = LipschitzMonitor(running_freq=1)
     with pytest.warns(UserWarning) as caught:
         fit(model, monitor, Break())
     first, second = user_warnings(caught)

@@ -14,8 +14,8 @@ from keras_lipattn.callbacks import LipschitzMonitor
         {"norm": "l1"},
         {"sequence_length": 0},
         {"sequence_length": 2.5},
-        {"running_every": 0},
-        {"running_every": True},
+        {"running_freq": 0},
+        {"running_freq": True},
         {"penalty": -0.1},
         {"penalty": float("nan")},
         {"penalty": float("inf")},
@@ -57,7 +57,7 @@ def test_a_model_without_layers_of_ours_is_refused():
     model = keras.Sequential(
         [keras.Input((5, 6)), keras.layers.Flatten(), keras.layers.Dense(3, name="only")]
     )
-    with pytest.raises(ValueError, match=r"no layer whose Lipschitz constant.*Received: .*'only'"):
+    with pytest.raises(ValueError, match=r"no Lipschitz layer.*Received: .*'only'"):
         fit(compiled(model), LipschitzMonitor())
 
 
@@ -68,7 +68,7 @@ class OwnStep(Subclassed):
         return super().train_step((data[0]["x"], data[1]))
 
 
-@pytest.mark.parametrize("arguments", [{"penalty": 0.1}, {"running_every": 1}], ids=str)
+@pytest.mark.parametrize("arguments", [{"penalty": 0.1}, {"running_freq": 1}], ids=str)
 def test_weights_must_exist_where_the_first_step_needs_them(arguments):
     model = compiled(OwnStep("first"))
     x, y = data()
@@ -85,7 +85,7 @@ def test_weights_must_exist_where_the_first_step_needs_them(arguments):
 
 def test_unknown_names_of_targets_are_refused():
     monitor = LipschitzMonitor(target={"head": 1.0, "haed": 1.0})
-    with pytest.raises(ValueError, match=r"no watched layer.*\['haed'\].*'head'.*Received: "):
+    with pytest.raises(ValueError, match=r"not watched.*\['haed'\].*'head'.*Received: "):
         fit(compiled(KINDS["sequential"]()), monitor)
 
 
@@ -101,7 +101,7 @@ def test_a_penalized_layer_needs_its_number_of_tokens():
 
 
 def test_a_layer_that_is_not_penalized_does_not():
-    monitor = LipschitzMonitor(penalty=0.1, target={"head": 0.1}, running_every=1)
+    monitor = LipschitzMonitor(penalty=0.1, target={"head": 0.1}, running_freq=1)
     with pytest.warns(UserWarning, match="'attention' has no finite Lipschitz bound"):
         history = fit(open_length(), monitor)
     assert history["running_attention"] == history["lipschitz_attention"] == [np.inf]

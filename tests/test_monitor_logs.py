@@ -130,7 +130,7 @@ def test_a_layer_which_never_runs_is_not_logged():
 
 
 def test_running_bounds_come_every_few_batches_and_every_epoch():
-    monitor = LipschitzMonitor(running_every=2)
+    monitor = LipschitzMonitor(running_freq=2)
     batches = []
     watch = keras.callbacks.LambdaCallback(
         on_train_batch_end=lambda batch, logs: batches.append((batch, "running_head" in logs))
@@ -151,7 +151,7 @@ def test_running_bounds_come_every_few_batches_and_every_epoch():
 
 
 def test_running_bounds_count_batches_which_run_together():
-    monitor = LipschitzMonitor(running_every=3)
+    monitor = LipschitzMonitor(running_freq=3)
     model = compiled(KINDS["sequential"](), steps_per_execution=2)
     model.fit(*data(16), batch_size=2, verbose=0, callbacks=[monitor])
     # Calls end with batches 1, 3, 5 and 7; the third and the sixth batch are behind 3 and 5.
@@ -172,7 +172,7 @@ def test_without_penalty_and_running_bounds_training_is_untouched():
 
 def test_csv_has_every_column_and_parses(tmp_path: pathlib.Path):
     path = tmp_path / "history.csv"
-    monitor = LipschitzMonitor(running_every=1)
+    monitor = LipschitzMonitor(running_freq=1)
     fitted("nested", [monitor, keras.callbacks.CSVLogger(path)], epochs=3)
     with path.open() as file:
         rows = list(csv.DictReader(file))
@@ -207,7 +207,7 @@ def test_a_length_left_open_is_taken_from_the_monitor(norm):
     inputs = keras.Input((None, 6))
     x = keras.layers.GlobalAveragePooling1D()(attention()(inputs))
     model = compiled(keras.Model(inputs, dense(3, name="head")(x)))
-    monitor = LipschitzMonitor(norm=norm, sequence_length=5, penalty=0.1, running_every=1)
+    monitor = LipschitzMonitor(norm=norm, sequence_length=5, penalty=0.1, running_freq=1)
     fit(model, monitor)
     expected = model.get_layer("attention").lipschitz(5, norm=norm).value
     assert monitor.history["lipschitz_attention"] == [expected]
@@ -228,7 +228,7 @@ def test_history_starts_again_with_every_fit():
 )
 def test_lower_estimates_stand_below_every_certified_bound(kind, norm):
     logs = Logs()
-    fitted(kind, [LipschitzMonitor(norm, lower=data()[0][:2]), logs], epochs=2)
+    fitted(kind, [LipschitzMonitor(norm, lower_bound_data=data()[0][:2]), logs], epochs=2)
     for seen in logs.seen:
         certified = {key[10:]: seen[key] for key in seen if key.startswith("lipschitz_")}
         lower = {key[6:]: seen[key] for key in seen if key.startswith("lower_")}
@@ -247,7 +247,7 @@ def test_lower_estimates_leave_training_and_the_model_alone():
     for sample in (None, data()[0][:2]):
         keras.utils.set_random_seed(5)
         model = compiled(KINDS["functional"]())
-        fit(model, LipschitzMonitor(lower=sample), epochs=2)
+        fit(model, LipschitzMonitor(lower_bound_data=sample), epochs=2)
         weights.append([w.tobytes() for w in model.get_weights()])
         assert all("call" not in vars(layer) for layer in lipschitz_layers(model))
     assert weights[0] == weights[1]
@@ -258,21 +258,23 @@ def test_layers_behind_integer_inputs_are_measured_with_their_masks():
     x = attention()(keras.layers.Embedding(7, 6, mask_zero=True)(ids))
     model = compiled(keras.Model(ids, dense(3, name="head")(x[:, 0])))
     sample = np.array([[1, 2, 3, 0, 0]])
-    model.fit(sample, np.array([1]), verbose=0, callbacks=[m := LipschitzMonitor(lower=sample)])
+    model.fit(
+        sample, np.array([1]), verbose=0, callbacks=[m := LipschitzMonitor(lower_bound_data=sample)]
+    )
     assert m.history["lower_total"] == [0.0]
     assert 0.0 < m.history["lower_attention"][0] <= m.history["lipschitz_attention"][0]
 
 
 @pytest.mark.parametrize("sample", [np.zeros((0, 5, 6)), np.float32(1.0), []])
 def test_samples_are_batches(sample):
-    with pytest.raises(ValueError, match=r"`lower` must be.*Received"):
-        LipschitzMonitor(lower=sample)
+    with pytest.raises(ValueError, match=r"`lower_bound_data` must be.*Received"):
+        LipschitzMonitor(lower_bound_data=sample)
 
 
 def test_samples_that_do_not_fit_are_refused_before_the_first_batch():
     model = compiled(KINDS["functional"]())
     before = model.get_weights()
-    with pytest.raises(ValueError, match="`lower` must be"):
-        fit(model, LipschitzMonitor(lower=np.zeros((2, 5, 7))))
+    with pytest.raises(ValueError, match="`lower_bound_data` must be"):
+        fit(model, LipschitzMonitor(lower_bound_data=np.zeros((2, 5, 7))))
     for now, then in zip(model.get_weights(), before, strict=True):
         np.testing.assert_array_equal(now, then)

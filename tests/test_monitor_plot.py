@@ -19,7 +19,7 @@ def png_size(path):
 
 def test_plot_of_a_fit_is_a_png_of_the_stated_size(tmp_path):
     model = compiled(KINDS["sequential"]())
-    monitor = LipschitzMonitor(penalty=0.1, target={"head": 0.5}, running_every=1)
+    monitor = LipschitzMonitor(penalty=0.1, target={"head": 0.5}, running_freq=1)
     fit(model, monitor, epochs=2)
     monitor.plot(tmp_path / "bounds.png")
     assert png_size(tmp_path / "bounds.png") == (1200, 750)

@@ -123,7 +123,7 @@ def test_the_penalty_acts_from_the_first_batch_on_a_new_model(case):
 
     def history(penalty):
         keras.utils.set_random_seed(5)
-        monitor = kl.LipschitzMonitor(penalty=penalty, target=0.1, running_every=1)
+        monitor = kl.LipschitzMonitor(penalty=penalty, target=0.1, running_freq=1)
         return train(compiled(kind()), x, monitor), monitor
 
     plain, _ = history(0.0)
@@ -156,7 +156,7 @@ def test_lower_estimates_stand_below_the_bounds_of_a_new_model():
     history = train(
         compiled(OfTwo()),
         x,
-        kl.LipschitzMonitor(lower=keras.tree.map_structure(lambda array: array[:2], x)),
+        kl.LipschitzMonitor(lower_bound_data=keras.tree.map_structure(lambda array: array[:2], x)),
     )
     for key in ("attention", "head"):
         for lower, bound in zip(history[f"lower_{key}"], history[f"lipschitz_{key}"], strict=True):

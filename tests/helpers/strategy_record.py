@@ -76,7 +76,7 @@ def train(strategy, folder, killed):
             multi_worker(monitor_models.capped()), learning_rate=0.05, metrics=["accuracy"]
         )
     x, y = monitor_models.data(EXAMPLES)
-    monitor = LipschitzMonitor(penalty=penalty, target=0.1, running_every=1)
+    monitor = LipschitzMonitor(penalty=penalty, target=0.1, running_freq=1)
     callbacks = [monitor]
     if is_chief(strategy):
         log = keras.callbacks.CSVLogger(str(folder / "history.csv"), append=True)
