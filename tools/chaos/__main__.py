@@ -24,7 +24,9 @@ _KILLS = flags.DEFINE_integer("kills", 20, "Number of kills.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", None, "Seed of the moments; by default a new one.")
 _MINUTES = flags.DEFINE_float("minutes", 15.0, "Give up after this time.", lower_bound=0.0)
 _EPOCHS = flags.DEFINE_integer("epochs", 6, "Epochs of a training.", lower_bound=1)
-_WHOSE = flags.DEFINE_enum("whose", "durable", ["durable", "keras"], "Whose callbacks write.")
+_WHOSE = flags.DEFINE_enum(
+    "whose", "durable", ["durable", "keras", "managed", "orbax"], "Whose callbacks write."
+)
 
 
 def main(argv):

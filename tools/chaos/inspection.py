@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import pathlib
+import re
 import zipfile
 
 import h5py
@@ -35,6 +36,10 @@ def epochs_backed_up(folder: pathlib.Path) -> int:
         text = metadata.read_text()
         return json.loads(text)["epoch"] if text else 0
     numbers = [int(path.name[6:11]) for path in (folder / "backup").glob("epoch-*.npz")]
+    state = folder / "backup" / "checkpoint"
+    if state.exists():
+        numbers += map(int, re.findall(r'^model_checkpoint_path: "epoch-(\d+)"', state.read_text()))
+    numbers += [int(path.name) + 1 for path in (folder / "backup").glob("*") if path.name.isdigit()]
     return max(numbers, default=0)
 
 

@@ -14,6 +14,7 @@ from sklearn import datasets
 
 import keras_lipattn as kl
 from keras_lipattn._whole_file import whole_file
+from tools.chaos.alternatives import ManagedBackup, orbax_backup
 from tools.chaos.phase import Phase
 
 _BATCH = 64
@@ -113,7 +114,7 @@ def run(folder: pathlib.Path, epochs: int, whose: str) -> None:
     )
     phase.tell("finishing")
     with whole_file(folder / "final.npz") as path:
-        np.savez(path, allow_pickle=False, **everything(model))
+        np.savez(path, **everything(model))
 
 
 class _Begin(keras.callbacks.Callback):
@@ -137,10 +138,15 @@ def _writers(folder: pathlib.Path, whose: str) -> tuple[Any, Any, Any]:
     history, best, backup = (
         os.fspath(folder / name) for name in ("history.csv", "model.keras", "backup")
     )
-    if whose == "durable":
-        return kl.DurableCSVLogger(history), kl.DurableCheckpoint(best), kl.DurableBackup(backup)
+    if whose == "keras":
+        return (
+            keras.callbacks.CSVLogger(history, append=True),
+            keras.callbacks.ModelCheckpoint(best),
+            keras.callbacks.BackupAndRestore(backup, delete_checkpoint=False),
+        )
+    backups = {"durable": kl.DurableBackup, "managed": ManagedBackup, "orbax": orbax_backup}
     return (
-        keras.callbacks.CSVLogger(history, append=True),
-        keras.callbacks.ModelCheckpoint(best),
-        keras.callbacks.BackupAndRestore(backup, delete_checkpoint=False),
+        kl.DurableCSVLogger(history),
+        kl.DurableCheckpoint(best),
+        backups[whose](folder / "backup"),
     )
