@@ -1,8 +1,8 @@
 """Writes the record of `monitor_fits` under MirroredStrategy on two logical CPUs.
 
-It is joined by how far the running vectors of the replicas are from each other.
+It also contains the largest difference between the running vectors of the replicas.
 
-To be run in a process of its own, with the folder of the tests on the path:
+Run it in a separate process, with the folder of the tests on the path:
 
     python mirrored_fit.py OUTPUT.npz
 """
