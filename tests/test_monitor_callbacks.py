@@ -1,4 +1,4 @@
-"""The monitor beside other callbacks: those that read its keys, those that stop and restore."""
+"""The monitor together with callbacks that read its keys, stop training, or restore weights."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from keras_lipattn.layers import lipschitz_layers
 
 
 class Grow(keras.callbacks.Callback):
-    """Multiplies a kernel by a factor of its own after each epoch's training."""
+    """Multiplies a kernel by one factor after the training of each epoch."""
 
     def __init__(self, kernel, factors):
         super().__init__()
@@ -26,7 +26,7 @@ class Grow(keras.callbacks.Callback):
 
 
 def growing(*factors):
-    """A model that learns nothing, arguments of `fit`, and what makes a bound grow by `factors`."""
+    """A model that learns nothing, arguments of `fit`, and a callback that multiplies a bound."""
     model = compiled(KINDS["sequential"](), learning_rate=0.0)
     options = dict(epochs=len(factors), validation_data=data())
     return model, options, Grow(model.get_layer("head").kernel, factors)
@@ -77,7 +77,7 @@ def test_early_stopping_stops_on_a_bound_and_restores_its_weights():
     bounds = fit(model, monitor, stopping, grow, **options)["lipschitz_head"]
     assert len(bounds) == 3
     assert model.get_layer("head").lipschitz().value == bounds[0]
-    # The certificate is of the weights before: it knows.
+    # The certificate is for the weights before the restoration.
     assert monitor.certificate and not monitor.certificate.matches(model)
 
 
@@ -180,11 +180,14 @@ class Stop(keras.callbacks.Callback):
     [lambda epoch: 0.1 * (epoch + 1), lambda epoch, coefficient: 1.5 * coefficient + 0.1],
     ids=["of the epoch", "of the coefficient"],
 )
-def test_training_resumes_as_if_it_had_not_stopped(tmp_path, penalty):
-    # A fresh model and a fresh monitor stand for a restarted program.
+@pytest.mark.parametrize("kind", ["sequential", "subclassed"])
+def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path, penalty, kind):
+    # A new model and a new monitor, as in a program that is run again.
     def run(*callbacks):
         keras.utils.set_random_seed(3)
-        model = KINDS["sequential"]()
+        model = KINDS[kind]()
+        # A backup needs weights to restore.
+        model(data()[0])
         model.compile(
             keras.optimizers.Adam(0.01),
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -210,7 +213,7 @@ def test_training_resumes_as_if_it_had_not_stopped(tmp_path, penalty):
         assert monitor_after.history[key] == values[2:]
 
 
-def test_a_number_is_set_whatever_was_restored(tmp_path):
+def test_a_number_replaces_the_restored_coefficient(tmp_path):
     def run(penalty, *callbacks):
         model = compiled(KINDS["sequential"](), learning_rate=0.0)
         fit(
@@ -234,7 +237,7 @@ def user_warnings(caught):
     return [str(warning.message) for warning in caught if warning.category is UserWarning]
 
 
-def test_broken_weights_are_reported_with_the_layer_they_broke_first(tmp_path):
+def test_broken_weights_are_reported_with_the_first_broken_layer(tmp_path):
     model = compiled(KINDS["sequential"](), learning_rate=0.0)
 
     class Break(keras.callbacks.Callback):
@@ -242,7 +245,7 @@ def test_broken_weights_are_reported_with_the_layer_they_broke_first(tmp_path):
             self.name = {1: "head", 2: "dense"}.get(epoch)
 
         def on_train_batch_end(self, batch, logs=None):
-            # Behind the last step: gradients would carry a NaN to every layer.
+            # After the last step, since gradients would spread a NaN to every layer.
             if batch == 1 and self.name:
                 kernel = model.get_layer(self.name).kernel
                 kernel.assign(kernel * math.nan)
@@ -277,7 +280,7 @@ def test_running_bounds_find_broken_weights_within_the_epoch():
         fit(model, monitor, Break())
     first, second = user_warnings(caught)
     assert first.startswith("Layer 'head' has no finite Lipschitz bound from batch 2 of epoch 1")
-    # The step spread it.
+    # The step spreads the NaN.
     assert second.startswith("Layer 'dense' has no finite Lipschitz bound from epoch 1 on: ")
     assert np.isinf(monitor.running_history["running_head"]).tolist() == [False, True]
     assert np.isfinite(monitor.running_history["running_dense"]).all()

@@ -1,4 +1,4 @@
-"""What the monitor refuses, and what it says then."""
+"""Errors of the monitor."""
 
 import keras
 import numpy as np
@@ -53,7 +53,7 @@ def test_a_penalty_set_later_is_checked_too():
         fit(compiled(KINDS["sequential"]()), monitor)
 
 
-def test_a_model_without_layers_of_ours_is_refused():
+def test_a_model_without_lipschitz_layers_is_refused():
     model = keras.Sequential(
         [keras.Input((5, 6)), keras.layers.Flatten(), keras.layers.Dense(3, name="only")]
     )
@@ -62,7 +62,7 @@ def test_a_model_without_layers_of_ours_is_refused():
 
 
 class OwnStep(Subclassed):
-    """Called by its step on something else than the inputs of `fit`."""
+    """A model whose `train_step` calls it on something else than the inputs of `fit`."""
 
     def train_step(self, data):
         return super().train_step((data[0]["x"], data[1]))

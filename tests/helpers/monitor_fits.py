@@ -1,4 +1,4 @@
-"""The same fits with a monitor, whatever the distribution strategy in force."""
+"""Fits with a monitor, to be run under different strategies."""
 
 import keras
 import numpy as np
@@ -9,7 +9,7 @@ from keras_lipattn.distribution import multi_worker
 
 
 def penalty_gradient():
-    """Minus the step which the penalty alone makes plain gradient descent of rate 1 take."""
+    """Gradient of the penalty: minus the step of gradient descent of rate 1."""
     keras.utils.set_random_seed(11)
     model = monitor_models.compiled(
         multi_worker(monitor_models.functional()),
@@ -23,7 +23,7 @@ def penalty_gradient():
 
 
 def record():
-    """Arrays which must not depend on the number of replicas, and the model of the last ones."""
+    """Arrays that must not depend on the number of replicas, and the trained model."""
     results = {"gradient": penalty_gradient()}
     keras.utils.set_random_seed(12)
     x, y = monitor_models.data(32)
