@@ -29,7 +29,7 @@ def main(path):
             first, second = (copy.numpy() for copy in variable.value.values)
             apart = max(apart, np.abs(first - second).max())
     results |= {"replicas": np.array(strategy.num_replicas_in_sync), "apart": np.array(apart)}
-    np.savez(path, **results)
+    np.savez(path, **results)  # pyright: ignore[reportArgumentType]
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def main(name, folder, mode):
         if is_chief(strategy):
             export_saved_model(model, folder / "saved_model")
     index, _ = task(strategy)
-    np.savez(folder / f"record-{index}.npz", **results)
+    np.savez(folder / f"record-{index}.npz", **results)  # pyright: ignore[reportArgumentType]
 
 
 if __name__ == "__main__":
