@@ -2,7 +2,7 @@
 
     python examples/digits.py [--dataset=digits|mnist|fashion_mnist] [--penalty=0] [--epochs=N]
 
-A monitor watches the certified Lipschitz bound of every layer while the model trains, and penalises
+A monitor watches the certified Lipschitz bound of every layer while the model trains, and penalizes
 those of attention above their target. What comes out is in --out_dir:
 
     saved_model/1/    for TensorFlow Serving, with the certificate in assets.extra/; the next

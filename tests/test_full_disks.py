@@ -102,7 +102,7 @@ def test_training_goes_on_without_backup_and_history(disk, how):
         kl.DurableBackup(disk.folder / "backup"),
         Spoil(),
     ]
-    with pytest.warns(UserWarning, match=r"training goes on.* Received: ") as caught:
+    with pytest.warns(UserWarning, match=r"Training continues.* Received: ") as caught:
         history = model.fit(x, y, epochs=3, verbose=0, callbacks=callbacks).history
     assert len(history["loss"]) == 3
     assert all(math.isfinite(total) for total in history["lipschitz_total"])

@@ -1,4 +1,4 @@
-"""Workers get a cluster of free ports, end in time, and leave nothing behind."""
+"""Workers get a cluster of free ports, end in time, and leave no process behind."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from keras_lipattn.distribution import run_workers
+from local_workers import run_workers
 
 
 def _run(program, workers=2, timeout=30.0, **kwargs):
@@ -39,7 +39,7 @@ def test_the_environment_is_the_one_given():
     assert worker.output == "b\n"
 
 
-def test_both_streams_are_kept_and_a_failure_is_told():
+def test_both_streams_and_the_exit_status_are_returned():
     program = "import sys; print('out'); sys.stdout.flush(); print('err', file=sys.stderr); exit(7)"
     for worker in _run(program):
         assert (worker.returncode, worker.output) == (7, "out\nerr\n")
@@ -53,7 +53,7 @@ def test_workers_that_do_not_end_are_killed_with_what_they_started():
     )
     finished = _run(program, timeout=5.0)
     assert all(worker.killed and worker.returncode == -9 for worker in finished)
-    # The system takes a moment to bury them.
+    # The system takes a moment to remove them.
     for pid in [int(worker.output) for worker in finished]:
         deadline = time.monotonic() + 10.0
         while _alive(pid) and time.monotonic() < deadline:

@@ -1,5 +1,6 @@
-"""Several processes of one program on this machine, as workers of one cluster."""
+"""Runs a program as several workers on this machine, to test it before it runs on several."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -9,8 +10,20 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 
-from keras_lipattn.distribution.finished_worker import FinishedWorker
-from keras_lipattn.layers._arguments import require_positive, require_positive_integer
+
+@dataclasses.dataclass(frozen=True)
+class FinishedWorker:
+    """Result of a worker.
+
+    Attributes:
+        returncode: Exit status, or minus the signal that ended the worker.
+        output: Standard output and standard error.
+        killed: Whether the worker did not end by itself.
+    """
+
+    returncode: int
+    output: str
+    killed: bool
 
 
 def run_workers(
@@ -23,22 +36,22 @@ def run_workers(
 ) -> list[FinishedWorker]:
     """Runs a program as several workers on this machine, and waits for all of them.
 
-    Each gets `TF_CONFIG`; they talk on 127.0.0.1, at free ports. Whatever happens, none is left
-    running, nor anything that it started. For trying out what is to run on several machines.
+    Each worker gets `TF_CONFIG`, with free ports of 127.0.0.1. At the end no worker is left
+    running, and no process that a worker started, even if this function raises.
 
     Args:
         command: Program and arguments, the same for each worker.
         workers: Number of workers. The first one is the chief.
-        timeout: Seconds after which workers still running are killed.
-        grace: Seconds which the others have to end after one of them failed. TensorFlow tells them
-            within half a minute.
+        timeout: Seconds until workers that still run are killed.
+        grace: Seconds until the other workers are killed after one has failed. TensorFlow notifies
+            them within half a minute.
         environment: Environment of the workers, by default that of this process.
 
     Returns:
         A list of `FinishedWorker`, in the order of the workers.
 
     Raises:
-        ValueError: If `workers`, `timeout` or `grace` is not positive.
+        ValueError: If `workers` is not a positive integer, or `timeout` or `grace` not positive.
         OSError: If the program cannot be started.
 
     Example:
@@ -48,9 +61,11 @@ def run_workers(
         print(worker.returncode, worker.output)
     ```
     """
-    require_positive_integer("workers", workers)
-    require_positive("timeout", timeout)
-    require_positive("grace", grace)
+    if not isinstance(workers, int) or min(workers, timeout, grace) <= 0:
+        raise ValueError(
+            "`workers` must be a positive integer, `timeout` and `grace` must be positive. "
+            f"Received: workers={workers}, timeout={timeout}, grace={grace}"
+        )
     addresses = [f"127.0.0.1:{port}" for port in _free_ports(workers)]
     started: list[_Worker] = []
     try:
@@ -70,7 +85,7 @@ def run_workers(
 def _free_ports(count: int) -> list[int]:
     sockets = [socket.socket() for _ in range(count)]
     try:
-        # All open at once, so that no two are the same.
+        # All open at the same time, so that no two ports are equal.
         for each in sockets:
             each.bind(("127.0.0.1", 0))
         return [each.getsockname()[1] for each in sockets]
@@ -93,10 +108,10 @@ def _wait(workers: Sequence["_Worker"], timeout: float, grace: float) -> None:
 
 
 class _Worker:
-    """A process in a group of its own, so that what it starts ends with it."""
+    """A process in its own group, so that the processes it starts end with it."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
-        # A file, not a pipe: nobody has to read it while the worker runs.
+        # A file: a pipe would have to be read while the worker runs.
         self._output = tempfile.TemporaryFile("w+", errors="replace")
         try:
             self._process = subprocess.Popen(
@@ -119,7 +134,7 @@ class _Worker:
         try:
             os.killpg(self._process.pid, signal.SIGKILL)
         except ProcessLookupError:
-            # All of the group have ended.
+            # The whole group has ended.
             pass
         returncode = self._process.wait()
         with self._output:

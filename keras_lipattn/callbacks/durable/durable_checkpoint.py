@@ -1,4 +1,4 @@
-"""A callback that saves models, each as a whole or not at all."""
+"""A callback that saves models and replaces each file atomically."""
 
 import io
 from typing import Any
@@ -9,15 +9,15 @@ from keras_lipattn._whole_file import whole_file
 
 
 class DurableCheckpoint(keras.callbacks.ModelCheckpoint):
-    """`keras.callbacks.ModelCheckpoint` whose files are never half-written.
+    """`keras.callbacks.ModelCheckpoint` that never leaves a half-written file.
 
-    Keras writes a model in place: a program killed meanwhile leaves neither the old file nor the
-    new one. Here the new one takes the place of the old one in one step. The arguments are those
-    of `ModelCheckpoint`; paths must be local. A model that cannot be written, as on a full disk,
-    is an `OSError`, as with Keras; the old file stays.
+    Keras writes a model in place: a program that is killed meanwhile leaves neither the old file
+    nor the new one. Here the new file replaces the old one atomically. The arguments are those of
+    `ModelCheckpoint`. Paths must be local. If a model cannot be written, for example because the
+    disk is full, an `OSError` is raised, as in Keras, and the old file stays.
 
-    Like that of Keras, it knows nothing of the best value of an earlier run: after an interruption
-    give it as `initial_value_threshold`.
+    Like `ModelCheckpoint`, it does not know the best value of an earlier run. After an interruption
+    pass it as `initial_value_threshold`.
 
     Raises:
         OSError: From `fit`, if a file cannot be written.
@@ -32,11 +32,11 @@ class DurableCheckpoint(keras.callbacks.ModelCheckpoint):
 
     @property
     def model(self) -> Any:
-        return _SavedWhole(super().model)
+        return _SavedAtomically(super().model)
 
 
-class _SavedWhole:
-    """A model, apart from how it is saved."""
+class _SavedAtomically:
+    """A model with other methods for saving."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -49,19 +49,19 @@ class _SavedWhole:
             self._model.save(path, **options)
 
     def save_weights(self, filepath: str, **options: Any) -> None:
-        content = _Named(filepath)
+        content = _NamedBuffer(filepath)
         self._model.save_weights(content, **options)
         with whole_file(filepath) as path:
             path.write_bytes(content.getvalue())
 
 
-class _Named(io.BytesIO):
-    """A file in memory: HDF5 dies of a segmentation fault when it writes to a full disk."""
+class _NamedBuffer(io.BytesIO):
+    """A file in memory, since HDF5 fails with a segmentation fault when the disk is full."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
         self._name = name
 
     def __str__(self) -> str:
-        # Keras looks for the ending.
+        # Keras checks the suffix.
         return self._name

@@ -1,8 +1,7 @@
-"""A callback from whose backups training goes on after any interruption."""
+"""A callback that backs up a training, to be resumed after any interruption."""
 
 import os
 import pathlib
-import re
 import shutil
 import warnings
 from typing import Any
@@ -13,36 +12,35 @@ from keras import ops
 
 from keras_lipattn._whole_file import remove_partial, whole_file
 
-_NAME = re.compile(r"epoch-(\d+)\.npz")
-
 
 class DurableBackup(keras.callbacks.Callback):
-    """Backs training up after every epoch, and goes on from the backup in a program run again.
+    """Backs up training after every epoch, and resumes it when the program is run again.
 
-    `keras.callbacks.BackupAndRestore` overwrites its weights in place and the number of its epoch
-    after them: a program killed in between finds broken weights, an empty file, or weights which
-    are one epoch ahead of their number. Here weights and epoch are one file, which takes its place
-    in one step, so that a program killed at any moment finds the newest whole backup.
+    `keras.callbacks.BackupAndRestore` overwrites its weights in place and then writes the number of
+    the epoch. A program that is killed in between leaves broken weights, an empty file, or weights
+    that are one epoch ahead of their number. This callback writes weights and epoch as one file,
+    which replaces the old one atomically. A program killed at any moment leaves a whole backup.
 
-    What is restored, bit for bit: all weights, hence running vectors and penalty coefficients too,
-    the state of the optimizer, that of the random numbers of layers such as `Dropout`, and the
-    number of epochs done. What is not: the order of the data, unless it depends on the epoch
-    alone; what other callbacks keep in attributes (the patience of `EarlyStopping`, the best value
-    of `ModelCheckpoint`); random numbers outside the model.
+    It restores, bit for bit: all weights, which include running vectors and penalty coefficients;
+    the state of the optimizer; the state of random number generators in layers such as `Dropout`;
+    and the number of completed epochs. It does not restore: the order of the data, unless that
+    depends on the epoch alone; attributes of other callbacks (the patience of `EarlyStopping`, the
+    best value of `ModelCheckpoint`); random number generators outside of the model.
 
-    Put it last in `callbacks`, so that what the others write for an epoch is written before the
-    epoch counts as done. A backup that cannot be written, as on a full disk, is a warning: the last
-    one stays, training goes on, and the next epoch tries again.
+    Put it last in `callbacks`: an epoch is complete once it is backed up, and by then the other
+    callbacks have written their files. If a backup cannot be written, for example because the disk
+    is full, there is a warning, the last backup stays, training continues, and the next epoch tries
+    again.
 
     Args:
-        backup_dir: Local folder of the backups of this one training, and of nothing else.
-        delete_checkpoint: Whether to remove the folder at the end of training. By default it stays:
-            a program which is killed after training, as during an export, then has trained
-            weights when it is run again, and trains for no more epochs.
+        backup_dir: Local folder for the backups of this training. It must hold nothing else.
+        delete_checkpoint: Whether to remove the folder at the end of training. By default it stays.
+            A program that is killed after training, for example during an export, then finds the
+            trained weights when it is run again, and does not train further.
 
     Raises:
         ValueError: If `backup_dir` is empty. From `fit`: if the model is not built, or differs from
-            the one in the backup.
+            the model in the backup.
         OSError: From `fit`, if the backup cannot be read.
 
     Example:
@@ -65,15 +63,15 @@ class DurableBackup(keras.callbacks.Callback):
 
     @property
     def completed(self) -> int:
-        """Number of epochs in the newest backup, 0 when there is none."""
+        """Number of epochs in the newest backup, 0 if there is none."""
         return max(self._backups(), default=0)
 
     def on_train_begin(self, logs=None):
         model: Any = self.model
         if not model.built:
             raise ValueError(
-                "A backup is of weights: build the model, or call it on data, before `fit`. "
-                f"Received: model {model.name!r}, which is not built"
+                "A backup needs a model with weights. Build the model, or call it on data, before "
+                f"`fit`. Received: model {model.name!r}, which is not built"
             )
         epochs = self.completed
         if epochs:
@@ -81,7 +79,7 @@ class DurableBackup(keras.callbacks.Callback):
             model._initial_epoch = epochs
 
     def on_epoch_begin(self, epoch, logs=None):
-        self._forget_initial_epoch()
+        self._reset_initial_epoch()
 
     def on_epoch_end(self, epoch, logs=None):
         folder = pathlib.Path(self.backup_dir)
@@ -96,30 +94,31 @@ class DurableBackup(keras.callbacks.Callback):
                     old.unlink()
         except OSError as error:
             warnings.warn(
-                f"There is no backup of epoch {epoch + 1}; training goes on, and the backup of "
+                f"Epoch {epoch + 1} could not be backed up. Training continues, and the backup of "
                 f"{self.completed or 'no'} epochs stays. Received: {error}",
                 stacklevel=2,
             )
 
     def on_train_end(self, logs=None):
-        self._forget_initial_epoch()
+        self._reset_initial_epoch()
         if self.delete_checkpoint:
             shutil.rmtree(self.backup_dir, ignore_errors=True)
 
-    def _forget_initial_epoch(self) -> None:
-        # Else the next `fit` of this model, whatever its callbacks, would begin there.
+    def _reset_initial_epoch(self) -> None:
+        # Otherwise the next `fit` of this model would begin there too.
         model: Any = self.model
         model._initial_epoch = None
 
     def _backups(self) -> dict[int, pathlib.Path]:
-        matches = {path: _NAME.fullmatch(path.name) for path in _entries(self.backup_dir)}
-        return {int(match[1]): path for path, match in matches.items() if match}
+        """Files by number of completed epochs."""
+        paths = pathlib.Path(self.backup_dir).glob("epoch-*.npz")
+        return {int(path.stem.removeprefix("epoch-")): path for path in paths}
 
     def _save(self, model: Any, path: pathlib.Path) -> None:
-        # Not as `.weights.h5`: HDF5 dies of a segmentation fault when the disk is full.
+        # Not as `.weights.h5`: HDF5 fails with a segmentation fault when the disk is full.
         arrays = {name: ops.convert_to_numpy(value) for name, value in _state(model).items()}
         with open(path, "wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
+            np.savez(file, **arrays)
 
     def _restore(self, model: Any, path: pathlib.Path) -> None:
         state = _state(model)
@@ -128,15 +127,15 @@ class DurableBackup(keras.callbacks.Callback):
                 differing = sorted(set(saved.files).symmetric_difference(state))
                 raise ValueError(
                     "The model differs from the one in the backup, or was compiled differently: "
-                    f"only one of them has {differing[:3]}. Received: {path}"
+                    f"only one of the two has {differing[:3]}. Received: {path}"
                 )
             for name, variable in state.items():
-                # NumPy forgets the type of bfloat16.
+                # Files of NumPy do not store bfloat16 as a dtype.
                 variable.assign(saved[name].view(ops.convert_to_numpy(variable).dtype))
 
 
 def _state(model: Any) -> dict[str, Any]:
-    """All variables that training changes, under names which are the same in every run."""
+    """All variables that training changes, by names that are the same in every run."""
     variables = list(model.variables)
     if model.optimizer is not None:
         if not model.optimizer.built:
@@ -146,7 +145,3 @@ def _state(model: Any) -> dict[str, Any]:
         f"{index:05d} {variable.name} {'x'.join(map(str, variable.shape))}": variable
         for index, variable in enumerate(variables)
     }
-
-
-def _entries(folder: str | os.PathLike) -> list[pathlib.Path]:
-    return sorted(pathlib.Path(folder).glob("epoch-*"))

@@ -1,4 +1,4 @@
-"""A callback that writes a history which survives interruptions."""
+"""A callback that writes the history of a training that may be interrupted."""
 
 import csv
 import os
@@ -17,20 +17,21 @@ _MISSING = "NA"
 class DurableCSVLogger(keras.callbacks.Callback):
     """Writes the logs of every epoch to a CSV file, one row each, across interruptions.
 
-    `keras.callbacks.CSVLogger` appends: a program killed between a row and its backup has the row
-    twice when it is run again, and a row longer than a buffer can stay half-written. Here the whole
-    table takes its place in one step at the end of every epoch, and an epoch that is trained again
-    replaces its row: `fit` from epoch `k` on keeps the rows before `k` and drops those from `k` on.
+    `keras.callbacks.CSVLogger` appends rows. A program that is killed between a row and its backup
+    writes the row twice when it is run again, and a row longer than a buffer may stay half-written.
+    Here the whole table is replaced atomically at the end of every epoch, and an epoch that is
+    trained again replaces its row: a `fit` from epoch `k` on keeps the rows before `k` and drops
+    those from `k` on.
 
-    A table that cannot be written, as on a full disk, is a warning: the file stays as it was,
-    training goes on, and the next epoch writes all rows.
+    If the table cannot be written, for example because the disk is full, there is a warning, the
+    file stays as it was, training continues, and the next epoch writes all rows.
 
     Args:
         filename: Local path of the file.
-        separator: What separates columns.
+        separator: Separator of the columns.
 
     Raises:
-        ValueError: From `fit`, if the file holds anything but such a table.
+        ValueError: From `fit`, if the file exists and is not such a table.
 
     Example:
 
@@ -64,8 +65,8 @@ class DurableCSVLogger(keras.callbacks.Callback):
                 writer.writerows(self._rows)
         except OSError as error:
             warnings.warn(
-                f"The history of epoch {epoch + 1} is not on disk; training goes on, and the next "
-                f"epoch writes it too. Received: {error}",
+                f"The history of epoch {epoch + 1} could not be written. Training continues, and "
+                f"the next epoch writes it too. Received: {error}",
                 stacklevel=2,
             )
 
@@ -78,8 +79,8 @@ class DurableCSVLogger(keras.callbacks.Callback):
         for row in rows:
             if None in row or None in row.values() or not str(row.get("epoch")).isdecimal():
                 raise ValueError(
-                    "The file of the history must be a table with a number of an epoch in every "
-                    f"row: move it away, or name another. Received: {path} with the row {row}"
+                    "The history file must be a table with the number of an epoch in every row. "
+                    f"Move it, or pass another path. Received: {path} with the row {row}"
                 )
         return rows
 
