@@ -1,4 +1,4 @@
-"""Products with the transposed Jacobian of a function, for every backend of Keras."""
+"""Vector-Jacobian products on every backend of Keras."""
 
 import contextlib
 
@@ -8,20 +8,20 @@ from keras_lipattn.layers._fused_attention import plain_attention
 
 
 def vector_jacobian(function, point, cotangent, *, differentiable=True):
-    """`J^T cotangent` for the Jacobian `J` of `function` at `point`, itself differentiable.
+    """The product `J^T cotangent`, where `J` is the Jacobian of `function` at `point`.
 
     Args:
         function: Function of one tensor that returns a tensor.
         point: Tensor.
         cotangent: Tensor of the shape of `function(point)`.
-        differentiable: Whether the product may be differentiated in turn. Attention then runs
-            without what has first derivatives only.
+        differentiable: Whether the product can be differentiated again. If so, attention runs
+            without its fused kernel, which has first derivatives only.
 
     Returns:
         Tensor of the shape of `point`.
 
     Raises:
-        RuntimeError: If the backend of Keras has no automatic derivatives.
+        RuntimeError: If the backend of Keras has no automatic differentiation.
     """
     with plain_attention() if differentiable else contextlib.nullcontext():
         return _vector_jacobian(function, point, cotangent)
@@ -45,13 +45,13 @@ def _vector_jacobian(function, point, cotangent):
     if backend == "torch":
         import torch  # pyright: ignore[reportMissingImports]
 
-        # The graph of the derivative is kept only where somebody is going to differentiate it.
+        # The graph of the derivative is kept only if gradients are being recorded.
         recording = torch.is_grad_enabled()
         with torch.enable_grad():
             watched = point if point.requires_grad else point.detach().requires_grad_()
             value = function(watched)
             if not value.requires_grad:
-                # It does not depend on any weight either: a constant has the derivative 0.
+                # The value depends neither on the point nor on a weight: its derivative is 0.
                 return torch.zeros_like(point)
             (product,) = torch.autograd.grad(
                 value,
