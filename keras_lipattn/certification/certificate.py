@@ -40,15 +40,15 @@ class Certificate:
         rows: one `CertificateRow` per call of a layer, in the order they run.
         head: `"softmax"`, `"sigmoid"`, `"logits"`, `"logit"` or `""`: what kind of classifier the
             model looks like.
-        pairs: for each pair of classes an upper bound of how fast the difference of their logits
-            can change; empty for models that are no classifiers.
+        pairwise_constants: for each pair of classes a Lipschitz constant of the difference of their
+            logits; empty for models that are not classifiers.
         fingerprint: SHA-256 of the weights, see `matches`.
 
     Example:
 
     >>> certificate = certify(model)
     >>> print(certificate)
-    >>> certificate.radius(logits)
+    >>> certificate.certified_radius(logits)
     """
 
     model: str
@@ -59,7 +59,7 @@ class Certificate:
     threat_model: ThreatModel
     rows: tuple[CertificateRow, ...]
     head: str = ""
-    pairs: tuple[tuple[float, ...], ...] = ()
+    pairwise_constants: tuple[tuple[float, ...], ...] = ()
     fingerprint: str = ""
 
     @property
@@ -159,7 +159,7 @@ class Certificate:
 
     # Classifiers ------------------------------------------------------------------------------
 
-    def pair_radius(self, logits: Any, *, allowance: float = 0.0) -> np.ndarray:
+    def pairwise_radius(self, logits: Any, *, allowance: float = 0.0) -> np.ndarray:
         """For each example and rival class, how far the input must move to make the rival win.
 
         Args:
@@ -176,7 +176,7 @@ class Certificate:
             ValueError: if the model is no classifier, or `logits` has another number of classes.
         """
         logits = np.asarray(logits, np.float64)
-        pairs = self._pairs_for(logits)
+        pairs = self._pairwise_constants_for(logits)
         classes = logits.shape[-1]
         winner = logits.argmax(axis=-1)
         with np.errstate(invalid="ignore"):
@@ -189,7 +189,7 @@ class Certificate:
         own = np.arange(classes) == winner[..., None]
         return np.where(own & np.isfinite(logits), np.inf, np.where(np.isnan(radii), 0.0, radii))
 
-    def radius(self, logits: Any, *, allowance: float = 0.0) -> np.ndarray:
+    def certified_radius(self, logits: Any, *, allowance: float = 0.0) -> np.ndarray:
         """Radius of the open ball around each input on which its class provably stays.
 
         The ball is one of the norm of the threat model, within the domain named there. A model
@@ -215,22 +215,23 @@ class Certificate:
                 radius = (np.abs(logits) - allowance) / self.total
             radius = np.where(np.isfinite(logits) & (radius > 0.0), radius, 0.0)
         else:
-            radius = self.pair_radius(logits, allowance=allowance).min(axis=-1)
+            radius = self.pairwise_radius(logits, allowance=allowance).min(axis=-1)
         return np.minimum(radius, self.threat_model.radius)
 
-    def _pairs_for(self, logits: np.ndarray) -> np.ndarray:
+    def _pairwise_constants_for(self, logits: np.ndarray) -> np.ndarray:
         if self.head not in ("softmax", "logits"):
             raise ValueError(
                 "Only a model with one vector of two or more logits per example has margins "
                 f"between classes. Received: a model whose head is {self.head!r}"
             )
         classes = logits.shape[-1] if logits.ndim else 0
-        if self.pairs:
-            if classes != len(self.pairs):
+        if self.pairwise_constants:
+            if classes != len(self.pairwise_constants):
                 raise ValueError(
-                    f"`logits` must have {len(self.pairs)} classes. Received: shape={logits.shape}"
+                    f"`logits` must have {len(self.pairwise_constants)} classes. "
+                    f"Received: shape={logits.shape}"
                 )
-            return np.asarray(self.pairs)
+            return np.asarray(self.pairwise_constants)
         if classes < 2:
             raise ValueError(
                 f"`logits` must have at least two classes. Received: shape={logits.shape}"

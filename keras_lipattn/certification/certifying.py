@@ -12,7 +12,7 @@ from keras_lipattn.certification import rules as _rules  # registers the rules
 from keras_lipattn.certification.centers import check_ball, describe, examples_of
 from keras_lipattn.certification.certificate import Certificate
 from keras_lipattn.certification.certificate_row import CertificateRow
-from keras_lipattn.certification.classifier_head import pair_constants
+from keras_lipattn.certification.classifier_head import pairwise_constants
 from keras_lipattn.certification.enclosure import Enclosure
 from keras_lipattn.certification.evaluation import require_float64
 from keras_lipattn.certification.fingerprint import fingerprint_of
@@ -43,7 +43,7 @@ def certify(
     assume_fixed_mask: bool = False,
     mask: Any = None,
     inputs: Any = None,
-    around: Any = None,
+    center: Any = None,
     radius: float | None = None,
     check: bool = False,
 ) -> Certificate:
@@ -57,7 +57,7 @@ def certify(
     `inf`. The model is not changed in any way: not its weights, losses, random state,
     traced functions, nor its graph.
 
-    With `around` and `radius` the certificate is a local one: for inputs in the ball of this
+    With `center` and `radius` the certificate is a local one: for inputs in the ball of this
     radius around a given input, in the chosen norm. It is never larger than the global one, and
     often much smaller: attention uses what it sees there (Theorem 6), normalizations the sizes of
     their tokens, products the sizes of their factors. Everything else keeps its global constant.
@@ -79,7 +79,7 @@ def certify(
             visible pairs. `None`: none from outside, and `"any"` for those in the graph.
         inputs: for subclassed models, what they are called on: arrays, or `keras.KerasTensor`s, in
             the structure of the call. By default the shape they were built with, as floats.
-        around: for a local certificate, the center: one example (no batch axis) in the structure of
+        center: for a local certificate, the center: one example (no batch axis) in the structure of
             the call, or a batch of examples. For a batch the certificate holds in each of the
             balls: its total and its pairs are the largest of all, its rows are those of the
             example with the largest total. Lengths and masks are those of the examples; integers
@@ -94,7 +94,7 @@ def certify(
 
     Raises:
         ValueError: if `model` is not a built model, an argument is out of range, or only one of
-            `around` and `radius` is given.
+            `center` and `radius` is given.
         CertificateRefuted: with `check=True`, if a measurement contradicts the certificate. That is
             an error of this package; please report it.
 
@@ -111,7 +111,7 @@ def certify(
         everything else.
     """
     _check_arguments(model, norm, sequence_length, input_radius, mask)
-    check_ball(around, radius)
+    check_ball(center, radius)
     options = Options(
         norm=norm,
         sequence_length=sequence_length,
@@ -119,8 +119,8 @@ def certify(
         assume_fixed_mask=assume_fixed_mask,
         mask=mask,
     )
-    if around is not None:
-        return local_certificate(model, options, inputs, around, float(radius or 0.0))[0]
+    if center is not None:
+        return local_certificate(model, options, inputs, center, float(radius or 0.0))[0]
     traced = TracedModel(model, inputs, sequence_length)
     propagation, certificate = _certify_traced(traced, options)
     if check:
@@ -157,16 +157,16 @@ def _refused(traced: TracedModel, propagation: Propagation) -> list[TensorState]
 
 
 def local_certificate(
-    model: keras.Model, options: Options, inputs: Any, around: Any, radius: float
+    model: keras.Model, options: Options, inputs: Any, center: Any, radius: float
 ) -> tuple[Certificate, list[Enclosure | None]]:
     """The certificate near some inputs, and for each of them what is known about the output."""
     require_float64()
     if options.sequence_length is not None:
         raise ValueError(
-            "`around` has a length of its own. "
-            f"Received: sequence_length={options.sequence_length} together with `around`"
+            "`center` has a length of its own. "
+            f"Received: sequence_length={options.sequence_length} together with `center`"
         )
-    structure, examples = examples_of(model, around)
+    structure, examples = examples_of(model, center)
     _check_inside(options.input_radius, examples)
     if inputs is None:
         inputs = _specs(model, structure)
@@ -189,22 +189,22 @@ def local_certificate(
         threat = dataclasses.replace(certificate.threat_model, lost=tuple(local.lost.items()))
         certificates.append(dataclasses.replace(certificate, threat_model=threat))
     worst = max(certificates, key=lambda one: one.total)
-    pairs = np.max([one.pairs for one in certificates], axis=0)
+    pairs = np.max([one.pairwise_constants for one in certificates], axis=0)
     # Dot-product attention is bounded by where its tokens are: a smaller ball with another center
     # may give more than the larger one.
     _, everywhere = _certify_traced(traced, options)
     lost = {path: reason for one in certificates for path, reason in one.threat_model.lost}
     if everywhere.total < worst.total:
         worst = everywhere
-    if everywhere.pairs and everywhere.is_finite:
-        pairs = np.minimum(pairs, everywhere.pairs)
+    if everywhere.pairwise_constants and everywhere.is_finite:
+        pairs = np.minimum(pairs, everywhere.pairwise_constants)
     threat = dataclasses.replace(
-        worst.threat_model, around=describe(examples), radius=radius, lost=tuple(lost.items())
+        worst.threat_model, center=describe(examples), radius=radius, lost=tuple(lost.items())
     )
     total = dataclasses.replace(
         worst,
         threat_model=threat,
-        pairs=tuple(tuple(float(value) for value in row) for row in pairs),
+        pairwise_constants=tuple(tuple(float(value) for value in row) for row in pairs),
     )
     return total, enclosures
 
@@ -219,7 +219,7 @@ def _check_inside(input_radius, examples) -> None:
             largest = float(np.linalg.norm(array, axis=-1).max(initial=0.0))
             if largest > input_radius * (1.0 + 1e-9):
                 raise ValueError(
-                    "The tokens of `around` must have a norm of at most `input_radius`. "
+                    "The tokens of `center` must have a norm of at most `input_radius`. "
                     f"Received: input_radius={input_radius}, largest norm {largest:g}"
                 )
 
@@ -273,6 +273,7 @@ def _certificate(
     lengths = [*propagation.max_tokens]
     if options.sequence_length is not None:
         lengths.append(int(options.sequence_length))
+    pairs = pairwise_constants(outputs[0], total, norm) if head in ("softmax", "logits") else ()
     return Certificate(
         model=model.name,
         total=total,
@@ -282,17 +283,17 @@ def _certificate(
         threat_model=ThreatModel(
             norm=norm,
             inputs=tuple(used),
-            held=tuple(propagation.fixed_inputs),
+            fixed_inputs=tuple(propagation.fixed_inputs),
             output=_OUTPUTS[head],
             input_radius=math.inf if options.input_radius is None else float(options.input_radius),
-            longest=min(lengths, default=None),
+            max_tokens=min(lengths, default=None),
             shapes=traced.shapes if traced.only_for_its_shapes else (),
             mask=options.mask if isinstance(options.mask, str | None) else "given",
             assumed_masks=tuple(dict.fromkeys(propagation.assumed_masks)),
         ),
         rows=_rows(propagation, costs, log),
         head=head,
-        pairs=pair_constants(outputs[0], total, norm) if head in ("softmax", "logits") else (),
+        pairwise_constants=pairs,
         fingerprint=fingerprint_of(model),
     )
 

@@ -71,7 +71,9 @@ def _activation_kind(call: TracedCall, classes: int) -> str:
     return ""
 
 
-def pair_constants(state: TensorState, total: float, norm: str) -> tuple[tuple[float, ...], ...]:
+def pairwise_constants(
+    state: TensorState, total: float, norm: str
+) -> tuple[tuple[float, ...], ...]:
     """For each pair of classes an upper bound of how fast `z_y - z_j` can change.
 
     With features of constant `L` and the kernel `w` of the last linear map it is `L |w_y - w_j|`

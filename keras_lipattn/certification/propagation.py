@@ -286,18 +286,18 @@ class Propagation:
         if not layout.fold or index in self._comparison.refusals or _is_integer(layout.dtype):
             return output
         # Rules speak of tensors that change; one that changes by nothing has the same range.
-        moving = {
+        perturbed = {
             id(leaf): leaf.replace(kind=Kind.PERTURBED)
             for leaf in keras.tree.flatten(list(arguments.values()))
             if isinstance(leaf, TensorState) and not _is_integer(leaf.dtype) and leaf.fold
         }
-        if not moving:
+        if not perturbed:
             return output
-        arguments = keras.tree.map_structure(lambda leaf: moving.get(id(leaf), leaf), arguments)
+        arguments = keras.tree.map_structure(lambda leaf: perturbed.get(id(leaf), leaf), arguments)
         rule_map = self._ask_rule(index, call, arguments, layout)
         if rule_map.resets_input or math.isinf(rule_map.constant):
             return output
-        given = list(moving.values())
+        given = list(perturbed.values())
         after = rule_map.propagate(given, -1, self.options.norm, layout.fields())
         return output.replace(range=output.range.smaller(after.range))
 

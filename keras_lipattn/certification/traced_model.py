@@ -177,7 +177,7 @@ def _sized(model, arguments, sequence_length, shapes) -> tuple[Any, list[Shape]]
         sizes = tuple(leaf.shape[1:])
         integers = not keras.backend.is_float_dtype(keras.backend.standardize_dtype(leaf.dtype))
         if shapes is not None:
-            sizes = varying = tuple(shapes[index])
+            sizes = open_sizes = tuple(shapes[index])
         else:
             if (
                 not has_graph
@@ -187,9 +187,9 @@ def _sized(model, arguments, sequence_length, shapes) -> tuple[Any, list[Shape]]
             ):
                 # The length it was first called with is not the only one it takes.
                 sizes = (None, *sizes[1:])
-            varying = sizes
+            open_sizes = sizes
             if sizes.count(None) == 1 and sequence_length is not None:
                 sizes = tuple(sequence_length if size is None else size for size in sizes)
         sized.append(KerasTensor((leaf.shape[0], *sizes), dtype=leaf.dtype))
-        flexible.append(varying)
+        flexible.append(open_sizes)
     return keras.tree.pack_sequence_as(arguments, sized), flexible

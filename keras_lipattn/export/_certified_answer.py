@@ -81,8 +81,8 @@ class CertifiedAnswer:
         lead = tf.reduce_max(z, axis=-1, keepdims=True) - z
         infinite = tf.fill(tf.shape(z), tf.constant(math.inf, z.dtype))
         lead = tf.where(own, infinite, lead)
-        if self.certificate.pairs:
-            pairs = _rounded_up(np.asarray(self.certificate.pairs), z.dtype)
+        if self.certificate.pairwise_constants:
+            pairs = _rounded_up(np.asarray(self.certificate.pairwise_constants), z.dtype)
             speed = tf.gather(tf.constant(pairs), winner)
         else:
             factor = 2.0 if self.certificate.norm == "linf" else math.sqrt(2.0) * (1.0 + 1e-9)

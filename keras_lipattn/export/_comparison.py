@@ -133,7 +133,7 @@ def _difference(name: str, served: np.ndarray, wanted: np.ndarray, tolerance: fl
 def _check_radius(answer: Mapping[str, np.ndarray], certificate: Certificate) -> None:
     """The served radius is never above the one the certificate gives for the served logits."""
     radius = answer["embedding_radius" if "embedding_radius" in answer else "radius"]
-    allowed = certificate.radius(answer["logits"])
+    allowed = certificate.certified_radius(answer["logits"])
     if not (radius <= allowed).all():
         worst = int(np.argmax(radius - allowed))
         raise ExportError(

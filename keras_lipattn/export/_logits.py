@@ -35,7 +35,7 @@ def ending_of(model: keras.Model, structure: Any, certificate: Certificate) -> E
     """
     if not certificate.head:
         return Ending(refusal="its output is not one vector of numbers per example")
-    length = certificate.threat_model.longest
+    length = certificate.threat_model.max_tokens
     traced = TracedModel(model, (structure,), sequence_length=length)
     calls = traced.trace.calls
     if traced.logit_call is None:

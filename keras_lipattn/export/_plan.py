@@ -127,7 +127,7 @@ def _unbounded_length(
     ports: Sequence[Port], certificate: Certificate, sequence_length: int | None
 ) -> str:
     """Why it cannot be seen from a request whether it is short enough; empty when it can."""
-    longest = certificate.threat_model.longest
+    longest = certificate.threat_model.max_tokens
     varying = max((len(port.dynamic_axes) for port in ports), default=0)
     if longest is None or varying == 0 or (varying == 1 and sequence_length is not None):
         return ""

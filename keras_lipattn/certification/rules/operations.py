@@ -167,10 +167,10 @@ def _rearranged(equation: str, call: LayerCall) -> LipschitzMap:
 
 @register_operation("Slice")
 def slice_operation(operation, call):
-    starts = call.argument("start_indices")
-    if any(isinstance(leaf, TensorState) for leaf in keras.tree.flatten(starts)):
+    start_indices = call.argument("start_indices")
+    if any(isinstance(leaf, TensorState) for leaf in keras.tree.flatten(start_indices)):
         return unbounded("where it begins to cut is not a constant of the model")
-    if int(np.ravel(call.constant(starts))[0]) != 0:
+    if int(np.ravel(call.constant(start_indices))[0]) != 0:
         return unbounded(BATCH)
     return LipschitzMap(
         constant=1.0, theorem="entries are dropped", exact=True, range=_about_origin(call)
