@@ -22,7 +22,7 @@ from keras import layers
 import keras_lipattn
 from keras_lipattn.certification import Certificate, CertificateRow, certify
 from keras_lipattn.certification.classifier_head import MOST_PAIRED_CLASSES
-from keras_lipattn.certification.replacements import REPLACEMENTS
+from keras_lipattn.certification.reasons import REPLACEMENTS
 
 TOOL = pathlib.Path(__file__).parents[1] / "tools" / "certify.py"
 

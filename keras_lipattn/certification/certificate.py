@@ -14,7 +14,7 @@ import numpy as np
 from keras_lipattn.bounds.lipschitz_bound import NORMS
 from keras_lipattn.certification.certificate_row import CertificateRow
 from keras_lipattn.certification.fingerprint import fingerprint_of
-from keras_lipattn.certification.replacements import REPLACEMENTS
+from keras_lipattn.certification.reasons import REPLACEMENTS
 from keras_lipattn.certification.threat_model import ThreatModel
 from keras_lipattn.linalg import SAFETY
 
@@ -309,10 +309,7 @@ class Certificate:
 
 def _proposals_without_bound(classes: dict[str, list[CertificateRow]]):
     for layer, rows in classes.items():
-        # Where a reason says something else to do, another layer would not help.
-        replacements = [
-            row.reason.partition("; use ")[2] for row in rows if not row.is_finite and row.reason
-        ]
+        replacements = [row.replacement for row in rows if not row.is_finite]
         for replacement in dict.fromkeys(filter(None, replacements)):
             count = replacements.count(replacement)
             yield f"{count} {layer}, no bound: use {replacement}"

@@ -20,6 +20,7 @@ class CertificateRow:
         tokens: largest number of tokens of its input, `None` if it is not known.
         theorem: where the constant comes from.
         reason: why it is `inf` and what to do, in one line.
+        replacement: for a row that is `inf`, what to use in place of the layer, if that helps.
         exact: whether the constant is attained or approached by the call alone.
         cost: what the call adds to the natural logarithm of the total. The costs of all rows
             sum to it: those of the branches of a sum count by their weight in the sum, and
@@ -35,6 +36,7 @@ class CertificateRow:
     tokens: int | None = None
     theorem: str = ""
     reason: str = ""
+    replacement: str = ""
     exact: bool = False
     cost: float = 0.0
     explained_by: str = ""

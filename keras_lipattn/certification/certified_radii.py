@@ -31,8 +31,8 @@ def certified_radius(
     holds for all inputs. This function uses the smaller constants `L(r)` of
     `certify(model, center=x, radius=r)` and finds the largest `r` for which the margin exceeds
     `sqrt(2) L(r) r`, or the corresponding bound for each pair of classes. The search is a
-    bisection, since `L(r)` usually grows with `r`. Every radius it tries is certified, and the result
-    is never smaller than the radius that the global certificate gives.
+    bisection, since `L(r)` usually grows with `r`. Every radius it tries is certified, and the
+    result is never smaller than the radius that the global certificate gives.
 
     Args:
         model: a built classifier.

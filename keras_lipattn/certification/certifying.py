@@ -19,6 +19,7 @@ from keras_lipattn.certification.fingerprint import fingerprint_of
 from keras_lipattn.certification.local_pass import LocalPass
 from keras_lipattn.certification.maps import side_by_side, unbounded
 from keras_lipattn.certification.propagation import Options, Propagation, Row
+from keras_lipattn.certification.reasons import Cause, Reason
 from keras_lipattn.certification.self_check import check_certificate
 from keras_lipattn.certification.tensor_state import TensorState
 from keras_lipattn.certification.threat_model import ThreatModel
@@ -147,11 +148,13 @@ def _refused(traced: TracedModel, propagation: Propagation) -> list[TensorState]
         for name, tensor in zip(traced.names, traced.trace.inputs, strict=True)
     ]
     model = traced.model
-    refusal = unbounded(traced.failure)
-    mend = "write it with `keras.ops`, and pass `inputs` if it takes other shapes or dtypes"
-    reason = f"{traced.failure}; {mend}" if "traced" in traced.failure else traced.failure
-    row = Row(model.name, type(model).__name__, refusal, reason, math.inf, None)
-    propagation.rows.append(row)
+    reason = traced.failure or Reason()
+    if reason.cause in (Cause.CODE, Cause.LAYER) and reason.remedy is None:
+        remedy = "write it with `keras.ops`, and pass `inputs` if it takes other shapes or dtypes"
+        reason = dataclasses.replace(reason, remedy=remedy)
+    reason = reason.with_remedy(model, has_rule=False)
+    refusal = unbounded(reason)
+    propagation.rows.append(Row(model.name, type(model).__name__, refusal, reason))
     layout = dict(shape=(), dynamic=(), fold=1, dtype="float32")
     return [refusal.propagate(states, 0, propagation.options.norm, layout)]
 
@@ -242,13 +245,12 @@ def _certificate(
     conflicts = sorted(propagation.computed_inputs & set(propagation.looked_up_inputs))
     if conflicts:
         names = ", ".join(propagation.inputs[index] for index in conflicts)
-        reason = (
-            f"the integer input {names} is looked up in one place and computed with in another; "
-            "make two inputs of it"
+        reason = Reason(
+            f"the integer input {names} is looked up in one place and computed with in another",
+            remedy="make two inputs of it",
         )
         refusal = unbounded(reason)
-        row = Row("inputs", type(model).__name__, refusal, reason, math.inf, None)
-        propagation.rows.append(row)
+        propagation.rows.append(Row("inputs", type(model).__name__, refusal, reason))
         layout = dict(shape=(), dynamic=(), fold=1, dtype="float32")
         outputs = [refusal.propagate(outputs, len(propagation.rows) - 1, norm, layout)]
         head = ""
@@ -313,7 +315,8 @@ def _rows(propagation: Propagation, costs: dict[int, float], log: float):
                 radius=row.radius,
                 tokens=row.tokens,
                 theorem=row.map.theorem,
-                reason=row.reason,
+                reason=str(row.reason),
+                replacement=row.reason.replacement,
                 exact=row.map.exact,
                 cost=cost,
                 explained_by=row.explained_by,

@@ -14,6 +14,7 @@ import numpy as np
 from keras_lipattn.certification import linear_map
 from keras_lipattn.certification.gain import Gain
 from keras_lipattn.certification.linear_map import LinearMap
+from keras_lipattn.certification.reasons import Reason
 from keras_lipattn.certification.tensor_state import Kind, TensorState
 from keras_lipattn.certification.token_range import TokenRange
 from keras_lipattn.linalg import SAFETY
@@ -45,7 +46,7 @@ class LipschitzMap:
         constant: Lipschitz constant in the norm of the certificate, with respect to all
             perturbed inputs side by side. NaN counts as `inf`.
         theorem: where the number comes from, in a few words.
-        reason: why no finite constant is known.
+        reason: why no finite constant is known: a clause, or a `Reason` that also says what to do.
         published: the constant by the published bound, where it differs; NaN stands for the same.
         exact: whether the constant is attained or approached.
         range: where the tokens of the output can be, as far as the layer itself tells.
@@ -65,7 +66,7 @@ class LipschitzMap:
 
     constant: float
     theorem: str = ""
-    reason: str = ""
+    reason: Reason | str = ""
     published: float = math.nan
     exact: bool = False
     range: TokenRange | None = None
@@ -84,12 +85,13 @@ class LipschitzMap:
             # Arithmetic on NaN weights ends here, never in a certificate.
             constant = math.inf
         object.__setattr__(self, "constant", constant)
+        object.__setattr__(self, "reason", Reason.of(self.reason))
         if math.isnan(self.published):
             object.__setattr__(self, "published", constant)
         if math.isinf(constant) and not self.reason:
             raise ValueError(
                 "A rule without a finite constant must say why in `reason`. "
-                f"Received: constant={self.constant}, reason={self.reason!r}"
+                f"Received: constant={self.constant}, reason={str(self.reason)!r}"
             )
 
     # What changes -----------------------------------------------------------------------------
@@ -400,20 +402,24 @@ def chain(
     if constant is not None:
         ours, published = min(ours, constant), min(published, constant)
     names = dict.fromkeys(stage.theorem for stage in stages if stage.theorem)
-    reasons = dict.fromkeys(stage.reason for stage in stages if stage.reason)
+    reasons = list(dict.fromkeys(Reason.of(stage.reason) for stage in stages if stage.reason))
+    reason = Reason()
+    if math.isinf(ours):
+        text = "; ".join(one.text for one in reasons)
+        reason = dataclasses.replace(reasons[0], text=text)
     return Composite(
         constant=ours,
         published=published,
         theorem=theorem or ", then ".join(names),
-        reason="; ".join(reasons) if math.isinf(ours) else "",
+        reason=reason,
         stages=stages,
         **fields,
     )
 
 
-def unbounded(reason: str) -> LipschitzMap:
-    """A call for which no constant is known."""
-    return LipschitzMap(constant=math.inf, reason=reason)
+def unbounded(reason: Reason | str, **fields) -> LipschitzMap:
+    """The map of a call without a known constant; `fields` are further ones of a `Reason`."""
+    return LipschitzMap(constant=math.inf, reason=dataclasses.replace(Reason.of(reason), **fields))
 
 
 def side_by_side(norm: str, states: Sequence[TensorState], *, entrywise: bool = False):

@@ -8,23 +8,26 @@ from typing import Any
 import keras
 from keras import KerasTensor
 
-from keras_lipattn.certification.batch_axis import MOVES_BATCH, BatchComparison, Layout
+from keras_lipattn.certification.batch_axis import BatchComparison, Layout
 from keras_lipattn.certification.fixed_entries import interval_after
 from keras_lipattn.certification.gain import Gain
 from keras_lipattn.certification.layer_call import LayerCall, is_mask
 from keras_lipattn.certification.local_pass import LocalPass
 from keras_lipattn.certification.maps import LipschitzMap, unbounded
+from keras_lipattn.certification.reasons import (
+    COMPUTES_INTEGERS,
+    COMPUTES_MASK,
+    CONDITION_JUMPS,
+    MOVES_BATCH,
+    REPEATS,
+    TAKES_MASK,
+    Cause,
+    Reason,
+)
 from keras_lipattn.certification.registry import find_rule
-from keras_lipattn.certification.replacements import REPLACEMENTS
 from keras_lipattn.certification.tensor_state import Interval, Kind, TensorState
 from keras_lipattn.certification.token_range import TokenRange
 from keras_lipattn.certification.tracing import Trace, TracedCall
-from keras_lipattn.layers._as_run import is_finite_as_run
-
-_MASK_CHANGES = "its mask is computed from a certified input and jumps when the input changes"
-_INTEGERS_JUMP = (
-    "it computes integers or a mask from a certified input, which jump when the input changes"
-)
 
 # Operations that move integers around and do not look at them.
 _MOVES = frozenset(
@@ -75,9 +78,9 @@ class Row:
     path: str
     layer_class: str
     map: LipschitzMap
-    reason: str
-    radius: float
-    tokens: int | None
+    reason: Reason
+    radius: float = math.inf
+    tokens: int | None = None
     explained_by: str = ""
 
 
@@ -256,7 +259,7 @@ class Propagation:
             if not outputs[0].range.bounded and not call.refusal:
                 outputs[0] = self._ranged(index, call, arguments, outputs[0])
             return self._enclosed(index, None, given, outputs)
-        refusal = call.refusal or self._comparison.refusals.get(index, "")
+        refusal = call.refusal or self._comparison.refusals.get(index)
         if not refusal and any(layout.fold == 0 for layout in layouts):
             refusal = MOVES_BATCH
         if refusal:
@@ -274,7 +277,7 @@ class Propagation:
         ]
         masks += [self.state_of(mask) for mask in call.keras_masks]
         if any(isinstance(mask, TensorState) and not mask.is_fixed for mask in masks):
-            return self._record(call, unbounded(_MASK_CHANGES), given, layouts, index)
+            return self._record(call, unbounded(TAKES_MASK), given, layouts, index)
         if all(_is_integer(layout.dtype) for layout in layouts):
             return self._integers(index, call, given, layouts, arguments)
         rule_map = self._ask_rule(index, call, arguments, layouts[0])
@@ -307,7 +310,7 @@ class Propagation:
     def _ask_rule(self, index: int, call: TracedCall, arguments, layout: Layout) -> LipschitzMap:
         rule, missing = find_rule(call.operation)
         if rule is None:
-            return unbounded(missing)
+            return unbounded(missing, cause=Cause.NO_RULE)
         layer_call = self._layer_call(
             arguments,
             layout,
@@ -335,7 +338,8 @@ class Propagation:
         """The map of a layer on one input, for layers that hold another one as activation."""
         rule, missing = find_rule(layer)
         if rule is None:
-            return unbounded(f"{type(layer).__name__} {layer.name!r} inside it: {missing}")
+            reason = f"{type(layer).__name__} {layer.name!r} inside it: {missing}"
+            return unbounded(reason, cause=Cause.NO_RULE)
         layout = Layout(state.shape, state.dynamic, state.fold, state.dtype)
         call = self._layer_call(
             {next(iter(layer._call_signature.parameters)): state},
@@ -359,7 +363,7 @@ class Propagation:
         else:
             outputs = self._sign(call, arguments, layouts)
             if outputs is None:
-                return self._record(call, unbounded(_INTEGERS_JUMP), given, layouts, index)
+                return self._record(call, unbounded(COMPUTES_INTEGERS), given, layouts, index)
         return self._enclosed(index, None, given, outputs)
 
     def _sign(self, call, arguments, layouts) -> list[TensorState] | None:
@@ -467,13 +471,16 @@ class Propagation:
         self._explain(call, index)
         return self._enclosed(index, rule_map, given, outputs)
 
-    def _reason(self, call: TracedCall, rule_map: LipschitzMap) -> str:
-        """Why the call has no constant and the one thing to do about it, in one line."""
-        reason = rule_map.reason
+    def _reason(self, call: TracedCall, rule_map: LipschitzMap) -> Reason:
+        """Why the call has no constant, with what to do about it."""
+        reason = Reason.of(rule_map.reason)
         if not math.isinf(rule_map.constant):
             return reason
-        mend = _mend(call.operation, reason, self.options.sequence_length)
-        return f"{reason}; {mend}" if mend else reason
+        return reason.with_remedy(
+            call.operation,
+            has_rule=find_rule(call.operation)[0] is not None,
+            sequence_length=self.options.sequence_length,
+        )
 
     def _explain(self, call: TracedCall, index: int) -> None:
         """Notes where the cause of the last row is, if it is in another row."""
@@ -486,36 +493,38 @@ class Propagation:
         )
         if math.isinf(row.map.constant):
             for cause in (self.rows[other] for other in sorted(causes)):
-                jumps = cause.map.reason == _INTEGERS_JUMP
-                if row.map.reason == _MASK_CHANGES and _MASKING in cause.map.reason:
-                    row.explained_by = row.explained_by or cause.path
-                elif jumps and row.map.reason == _MASK_CHANGES:
+                if cause.map.reason == COMPUTES_INTEGERS and row.map.reason == TAKES_MASK:
                     # The call that takes the mask says more.
                     cause.explained_by = row.path
-                elif (jumps and any(words in row.map.reason for words in _AFTER_JUMPS)) or (
-                    "batch" in cause.map.reason
-                    and (index in self._comparison.refusals or _REPEATS in row.map.reason)
-                ):
+                elif self._follows(row, index, cause):
                     row.explained_by = row.explained_by or cause.path
             causes |= {number}
         if causes:
             self._causes.update(dict.fromkeys(map(id, call.outputs), causes))
 
+    def _follows(self, row: Row, index: int, cause: Row) -> bool:
+        """Whether a row has no bound only because an earlier one has none."""
+        reason = row.reason
+        if cause.map.reason == COMPUTES_MASK:
+            return row.map.reason == TAKES_MASK
+        if cause.map.reason == COMPUTES_INTEGERS:
+            return reason.cause is Cause.UNBOUNDED or row.map.reason in (
+                COMPUTES_INTEGERS,
+                CONDITION_JUMPS,
+            )
+        return cause.reason.cause is Cause.BATCH and (
+            index in self._comparison.refusals or row.map.reason == REPEATS
+        )
+
     def _of_one_example(self, state: TensorState) -> TensorState:
         """An output that has not one row for each example has no bound."""
         if state.fold == 1 or state.is_fixed or math.isinf(state.gain.log):
             return state
-        refusal = unbounded("the output of the model has not one row for each example")
-        self.rows.append(
-            Row(
-                path=self._unique("output"),
-                layer_class="output",
-                map=refusal,
-                reason=f"{refusal.reason}; {_KEEP_APART}",
-                radius=math.inf,
-                tokens=None,
-            )
-        )
+        reason = Reason(
+            "the output of the model does not have one row for each example", cause=Cause.BATCH
+        ).with_remedy(None, has_rule=False)
+        refusal = unbounded(reason)
+        self.rows.append(Row(self._unique("output"), "output", refusal, reason))
         layout = Layout(state.shape, state.dynamic, state.fold, state.dtype)
         return refusal.propagate([state], len(self.rows) - 1, self.options.norm, layout.fields())
 
@@ -542,80 +551,6 @@ def _as_map(answer: Any) -> LipschitzMap:
         theorem="as its rule states",
         reason="its rule returns no finite constant" if not math.isfinite(value) else "",
     )
-
-
-# Reasons of rows that have no bound only because of integers or masks computed before them.
-_AFTER_JUMPS = (_INTEGERS_JUMP, "not bounded", "its condition changes")
-_REPEATS = "it repeats an input along an axis"
-_MASKING = "it computes a mask from its input"
-# Reasons with one of these say what to do.
-_REMEDIES = ("pass `", "`assume_fixed_mask=True`", "`input_radius`", ": use `", ": declare ")
-_UNKNOWN_SIZES = (
-    "number of tokens",
-    "length of",
-    "its window",
-    "how many entries",
-    "how often",
-    "size of",
-    "unknown size",
-    "size that varies",
-)
-_KEEP_APART = "keep the examples of a batch apart"
-_ATTENTION = REPLACEMENTS["MultiHeadAttention"]
-_ACTIVATION = f"use {REPLACEMENTS['Activation']}"
-# From words of a reason to what to do, where the class of the call does not tell.
-_MENDS = {
-    "training=True": "call it without `training=True`",
-    "quantized": "certify the model before it is quantized",
-    "tokens are unbounded": f"use {_ATTENTION}, or bound its tokens by a normalization before it "
-    "or by `input_radius`",
-    "multiplies two tensors": f"use {_ATTENTION} if this is attention, else put it into a layer "
-    "of its own with a rule, see `register_rule`",
-    "self-attention": "attend to both sequences joined along the tokens",
-    "different tensors": "attend to all of them joined along the tokens",
-    "attention scores": "leave out `return_attention_scores=True`",
-    "random numbers": "do that only when `training` is true",
-    "activation": _ACTIVATION,
-    "slope": _ACTIVATION,
-    "interpolation": 'use `interpolation="nearest"`',
-    "moves the batch axis": _KEEP_APART,
-    "over the batch axis": _KEEP_APART,
-    "along the batch axis": _KEEP_APART,
-    "in the batch": _KEEP_APART,
-    "mixes examples": _KEEP_APART,
-}
-
-
-def _mend(operation: Any, reason: str, sequence_length: int | None) -> str:
-    """What gives the call a constant; empty where the reason says it or nothing does."""
-    cls = type(operation)
-    is_layer = isinstance(operation, keras.layers.Layer)
-    if reason in (_MASK_CHANGES, _INTEGERS_JUMP):
-        takes_causal = is_layer and "use_causal_mask" in operation._call_signature.parameters
-        causal = "pass `use_causal_mask=True` if it is the causal mask, else " * takes_causal
-        return f"{causal}pass `assume_fixed_mask=True` to certify for a fixed mask"
-    if any(words in reason for words in _REMEDIES):
-        return ""
-    for words, mend in _MENDS.items():
-        if words in reason:
-            return mend
-    if is_layer and not all(
-        is_finite_as_run(weight, operation.compute_dtype) for weight in operation.weights
-    ):
-        return ""
-    if any(words in reason for words in _UNKNOWN_SIZES):
-        if sequence_length is None and "varies" not in reason:
-            return "pass `sequence_length`"
-        return "build the model with fixed sizes"
-    if cls.__module__.startswith("keras.") and cls.__name__ in REPLACEMENTS:
-        return f"use {REPLACEMENTS[cls.__name__]}"
-    if not is_layer:
-        return "put it into a layer of its own with a rule, see `register_rule`"
-    if "cannot be followed" in reason:
-        return f"write it with `keras.ops`, or give it a rule with `register_rule({cls.__name__})`"
-    # A rule that knows no constant has said so.
-    known = find_rule(operation)[0] is not None and "no rule" not in reason
-    return "" if known else f"give it a rule with `register_rule({cls.__name__})`"
 
 
 def _looks_up(operation: Any) -> bool:

@@ -1,5 +1,6 @@
 """A model, traced on batches of two sizes, ready to be certified."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -8,8 +9,9 @@ import keras
 from keras import KerasTensor
 
 from keras_lipattn._seen_calls import remembered_call
-from keras_lipattn.certification.batch_axis import DEPENDS_ON_BATCH, BatchComparison
+from keras_lipattn.certification.batch_axis import BatchComparison
 from keras_lipattn.certification.classifier_head import find_head
+from keras_lipattn.certification.reasons import DEPENDS_ON_BATCH, UNKNOWN_ACTIVATION, Reason
 from keras_lipattn.certification.registry import find_rule
 from keras_lipattn.certification.rules.activations import name_of
 from keras_lipattn.certification.tracing import (
@@ -40,7 +42,7 @@ class TracedModel:
 
     Attributes:
         names: of the inputs, in flat order.
-        failure: why the model cannot be traced; empty when it can.
+        failure: why the model cannot be traced; `None` when it can.
         trace: the trace that is certified.
         comparison: of that trace with one on another number of examples.
         head: how the model ends, see `find_head`.
@@ -57,7 +59,8 @@ class TracedModel:
     ):
         self.model = model
         arguments, self.names = call_specs(model, inputs)
-        self.failure, self.head, self.logit_call = "", "", None
+        self.failure: Reason | None = None
+        self.head, self.logit_call = "", None
         # As `predict` calls it.
         self.call_options = {"training": False} if model._call_has_training_arg else {}
         fixed = [leaf.shape[0] for leaf in keras.tree.flatten(arguments) if leaf.shape[0]]
@@ -68,7 +71,10 @@ class TracedModel:
             if inputs is None and _guesses_dtypes(model) and self._look_up_integers():
                 self.trace = self._trace(sizes[0])
         except TraceError as error:
-            self.failure = f"it cannot be traced on a batch of {sizes[0]} examples: {error}"
+            self.failure = dataclasses.replace(
+                error.reason,
+                text=f"it cannot be traced on a batch of {sizes[0]} examples: {error}",
+            )
             self.trace = self._empty(sizes[0])
             self.comparison = BatchComparison(self.trace, self.trace)
             return
@@ -164,7 +170,7 @@ def _refusal_of(layer: keras.layers.Layer) -> str:
     if type(layer) in _SPELLED_OUT and not (
         activation is None or isinstance(activation, keras.layers.Layer) or name_of(activation)
     ):
-        return "the constant of its activation is not known"
+        return UNKNOWN_ACTIVATION.text
     return find_rule(layer)[1]
 
 

@@ -23,6 +23,7 @@ from keras.src.ops import core
 
 from keras_lipattn._seen_calls import remembered_call, specs_of
 from keras_lipattn.certification.paths import sibling_names
+from keras_lipattn.certification.reasons import NOT_QUANTIZED, Cause, Reason
 
 # What code written for data may raise when it is called on symbols.
 TRACE_ERRORS = (
@@ -41,15 +42,27 @@ TRACE_ERRORS = (
 BATCH_SIZES = (5, 7)
 
 
+_CHANGES_STATE = Reason(
+    "it changes its state or draws random numbers at inference",
+    remedy="do that only when `training` is true",
+)
 # Operations that return their input, perhaps in another dtype.
 _COPIES = ("Cast", "ConvertToTensor", "Copy", "SaturateCast", "StopGradient")
 
 
 class TraceError(Exception):
-    """A layer cannot be called on symbolic tensors. The message says why."""
+    """A layer cannot be called on symbolic tensors.
+
+    Args:
+        reason: why.
+    """
 
     # Keras then leaves the message as it is.
     _keras_call_info_injected = True
+
+    def __init__(self, reason: Reason | str):
+        self.reason = Reason.of(reason)
+        super().__init__(self.reason.text)
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -63,7 +76,7 @@ class TracedCall:
         outputs: the tensors it returns, flat.
         path: name of the layer or operation, after those of the layers it is called in.
         compute_dtype: dtype to which variables are cast there, `None` for no cast.
-        refusal: why the layer could not be looked into; empty for calls with a rule.
+        refusal: why the layer could not be looked into; `None` for calls with a rule.
         recorded: whether the operation belongs to the model, and not to one run of its code.
         masks: for a layer, the masks that came with its tensors when it was called, by `id` of the
             tensor. Its `call` may look at them; later calls may have changed them.
@@ -75,7 +88,7 @@ class TracedCall:
     outputs: list[KerasTensor]
     path: str
     compute_dtype: str | None = None
-    refusal: str = ""
+    refusal: Reason | None = None
     recorded: bool = True
     masks: dict[int, KerasTensor] = dataclasses.field(default_factory=dict)
 
@@ -330,12 +343,12 @@ class _Tracer:
                 outputs = self._run_inside(layer, args, kwargs)
                 self._collect(symbols_in(outputs))
             except (TraceError, *TRACE_ERRORS) as error:
-                refusal = str(error) if isinstance(error, TraceError) else _explain(error)
+                refusal = error.reason if isinstance(error, TraceError) else _explain(error)
             else:
                 changed = set(backend.get_stateless_scope().state_mapping) - state
                 if not changed:
                     return outputs
-                refusal = "it changes its state or draws random numbers at inference"
+                refusal = _CHANGES_STATE
             finally:
                 self._stack.pop()
         if layer is self._model:
@@ -344,12 +357,13 @@ class _Tracer:
         del self.trace.calls[calls:]
         self.trace.exact_length = exact_length
         _forget_changes(state)
-        return self._record(layer, args, kwargs, refusal=f"{missing}, and {refusal}")
+        refusal = dataclasses.replace(refusal, text=f"{missing}, and {refusal.text}")
+        return self._record(layer, args, kwargs, refusal=refusal)
 
     def _run_inside(self, layer, args, kwargs) -> Any:
         expand = _expansions.get(type(layer))
         if getattr(layer, "quantization_mode", None) is not None:
-            raise TraceError("it is quantized")
+            raise TraceError(Reason("it is quantized", remedy=NOT_QUANTIZED))
         outputs = expand(layer, *args, **kwargs) if expand else layer.call(*args, **kwargs)
         # What does not depend on the inputs comes out as a constant; Keras wants tensors.
         return keras.tree.map_structure(self._symbol, outputs)
@@ -364,18 +378,18 @@ class _Tracer:
         self._alive.append(tensor)
         return tensor
 
-    def _refuse_lengths(self, layer, arguments) -> str:
+    def _refuse_lengths(self, layer, arguments) -> Reason | None:
         """Notes that Python code sees a size that varies; why it cannot, where it is not known."""
         if _is_graph(layer) or type(layer) in _expansions:
-            return ""
+            return None
         tensors = symbols_in(arguments)
         if any(None in tensor.shape for tensor in tensors):
-            return "what it does may depend on the length of its input: pass `sequence_length`"
+            return Reason("its result may depend on the length of its input", cause=Cause.SIZE)
         if any(None in self._flexible_shape(tensor) for tensor in tensors):
             self.trace.exact_length = True
-        return ""
+        return None
 
-    def _record(self, layer, args, kwargs, refusal: str = "") -> Any:
+    def _record(self, layer, args, kwargs, refusal: Reason | None = None) -> Any:
         given = [(tensor, backend.get_keras_mask(tensor)) for tensor in symbols_in((args, kwargs))]
         outputs = type(layer).symbolic_call(layer, *args, **kwargs)
         # A layer may return what it was given.
@@ -565,13 +579,14 @@ def _copies_a_number(operation, inputs, outputs) -> bool:
     return dtypes[0] == dtypes[1] or all(map(keras.backend.is_float_dtype, dtypes))
 
 
-def _explain(error: Exception) -> str:
-    """Why code cannot be followed, in our words: those of Keras are about building models."""
+def _explain(error: Exception) -> Reason:
+    """The reason why code cannot be traced; the message of Keras is about building models."""
     if isinstance(error, NotImplementedError):
-        return "it has no `call` that can be followed"
-    return (
-        "its code cannot be followed: it uses other functions than `keras.ops`, or looks at the "
-        "values of its input"
+        return Reason("its `call` is not implemented")
+    return Reason(
+        "its code uses functions other than those of `keras.ops`, or looks at the values of its "
+        "input",
+        cause=Cause.CODE,
     )
 
 

@@ -7,7 +7,6 @@ import keras
 import numpy as np
 
 from keras_lipattn.bounds import layer_constants
-from keras_lipattn.certification.batch_axis import MOVES_BATCH as BATCH
 from keras_lipattn.certification.layer_call import LayerCall
 from keras_lipattn.certification.linear_map import matrix_norm
 from keras_lipattn.certification.maps import (
@@ -17,9 +16,15 @@ from keras_lipattn.certification.maps import (
     TokenMixing,
     unbounded,
 )
+from keras_lipattn.certification.reasons import (
+    MOVES_BATCH,
+    NOT_FINITE,
+    UNKNOWN_TOKENS,
+    Cause,
+)
 from keras_lipattn.certification.registry import register_operation
 from keras_lipattn.certification.rules.activations import convert, slope
-from keras_lipattn.certification.rules.linear import NOT_FINITE, einsum_step, matrix_step, spell_out
+from keras_lipattn.certification.rules.linear import einsum_step, matrix_step, spell_out
 from keras_lipattn.certification.rules.linear_operations import copies
 from keras_lipattn.certification.rules.merging import product_step
 from keras_lipattn.certification.rules.pooling import entries_range
@@ -79,7 +84,7 @@ def square(operation, call):
 @register_operation("FullLike")
 def filled(operation, call):
     # With a constant value it is fixed and never comes here.
-    return unbounded("it fills a tensor with one of the model")
+    return unbounded("it fills a tensor with values that change with the input")
 
 
 @register_operation("Matmul")
@@ -88,7 +93,7 @@ def matmul(operation, call):
     if right.values is not None:
         if right.values.ndim == 2 and left.rank >= 2:
             return matrix_step(right.values, None, call.norm)
-        return unbounded("it multiplies with a batch of matrices")
+        return unbounded("it multiplies by an array of matrices, not by one matrix")
     if left.values is not None and left.values.ndim == 2 and right.rank == 3:
         return _mix_tokens(left.values, call)
     return matrix_product([left, right], call)
@@ -115,7 +120,10 @@ def dot_operation(operation, call):
     pairs = [np.ravel(a).tolist() for a in axes] if isinstance(axes, list | tuple) else []
     plain = axes == 1 or pairs in ([[-1], [0]], [[left.rank - 1], [0]])
     if right.values is None or right.values.ndim != 2 or left.rank < 2 or not plain:
-        return unbounded("only products of the last axis with a constant matrix have a rule")
+        return unbounded(
+            "only the product of the last axis with a constant matrix has a rule",
+            cause=Cause.NO_RULE,
+        )
     return matrix_step(right.values, None, call.norm)
 
 
@@ -147,18 +155,18 @@ def _rearranged(equation: str, call: LayerCall) -> LipschitzMap:
     if len(set(inputs)) < len(inputs) or len(set(result)) < len(result):
         return unbounded(f"the equation {equation!r} takes a diagonal")
     if inputs[0] != result[:1]:
-        return unbounded(BATCH)
+        return unbounded(MOVES_BATCH)
     sizes = dict(zip(inputs[1:], state.shape, strict=True))
     summed = product(tuple(size for letter, size in sizes.items() if letter not in result))
     if summed is None:
-        return unbounded("how many entries it adds is not known")
+        return unbounded("the number of entries it adds is not known", cause=Cause.SIZE)
     constants = {"l2": SAFETY * math.sqrt(summed), "linf": float(summed)}
     if inputs[-1] == result[-1]:
         constants["token"] = float(summed)
     else:
         constants["token"] = SAFETY * constants["l2"] * convert("l2", "token", state)
     if math.isinf(constants[call.norm]):
-        return unbounded("its number of tokens is not known")
+        return unbounded(UNKNOWN_TOKENS)
     token_range = entries_range(call, summed)
     if inputs[-1] == result[-1]:
         token_range = state.range.about_origin().scaled(SAFETY * summed)
@@ -169,9 +177,9 @@ def _rearranged(equation: str, call: LayerCall) -> LipschitzMap:
 def slice_operation(operation, call):
     start_indices = call.argument("start_indices")
     if any(isinstance(leaf, TensorState) for leaf in keras.tree.flatten(start_indices)):
-        return unbounded("where it begins to cut is not a constant of the model")
+        return unbounded("its start indices are not constants of the model")
     if int(np.ravel(call.constant(start_indices))[0]) != 0:
-        return unbounded(BATCH)
+        return unbounded(MOVES_BATCH)
     return LipschitzMap(
         constant=1.0, theorem="entries are dropped", exact=True, range=_about_origin(call)
     )
@@ -195,7 +203,7 @@ def get_item(operation, call):
     else:
         keys += [slice(None)] * (rank - used)
     if keys[0] != slice(None):
-        return unbounded(BATCH)
+        return unbounded(MOVES_BATCH)
     last = keys[-1]
     if isinstance(last, slice) and last == slice(None) and len(keys) > 1:
         return tokens_move(call, "tokens are dropped")
@@ -206,7 +214,7 @@ def get_item(operation, call):
     # The last axis goes: entries of different tokens share one.
     merged = call.shape[-1] if call.shape else 1
     if call.norm == "token" and merged is None:
-        return unbounded("its number of tokens is not known")
+        return unbounded(UNKNOWN_TOKENS)
     return LipschitzMap(
         constant=layer_constants.regroup_constant(call.norm, merged or 1),
         theorem="entries are dropped",
@@ -218,7 +226,7 @@ def _picked(operation, call: LayerCall) -> LipschitzMap:
     """Entries picked by arrays."""
     key = call.argument("key")
     if any(isinstance(leaf, TensorState) for leaf in keras.tree.flatten(key)):
-        return unbounded("it picks entries by a tensor of the model")
+        return unbounded("its indices are not constants of the model")
     return copies(call, lambda x: operation.call(x, key), "entries by constant indices")
 
 
@@ -233,12 +241,12 @@ def split(operation, call):
     given = {"Hsplit": 1, "Vsplit": 0, "Dsplit": 2}
     axis = (given[name] if name in given else operation.axis) % rank
     if axis == 0:
-        return unbounded(BATCH)
+        return unbounded(MOVES_BATCH)
     if axis == rank - 1 and name == "Unstack":
         # Entries of different tokens share one.
         merged = call.shape[-1] if call.shape else 1
         if call.norm == "token" and merged is None:
-            return unbounded("its number of tokens is not known")
+            return unbounded(UNKNOWN_TOKENS)
         return LipschitzMap(
             constant=layer_constants.regroup_constant(call.norm, merged or 1),
             theorem="entries are dropped",
@@ -270,12 +278,12 @@ def pad(operation, call):
     if len(widths) == 1:
         widths = widths * rank
     if len(widths) != rank or widths[0] != (0, 0):
-        return unbounded("it pads the batch axis")
+        return unbounded("it pads the batch axis", cause=Cause.BATCH)
     if operation.mode != "constant":
         return copies(call, operation.call, "each entry repeated")
     value = call.argument("constant_values")
     if isinstance(value, TensorState):
-        return unbounded("it pads with a tensor of the model")
+        return unbounded("it pads with a value that is not a constant of the model")
     if value not in (None, 0, 0.0):
         largest = max(abs(float(value)), call.state.range.largest)
         return LipschitzMap(
@@ -298,11 +306,11 @@ def repeat(operation, call):
     if name == "Tile":
         repeats = np.ravel(operation.repeats)
         if len(repeats) > state.rank or (len(repeats) == state.rank and repeats[0] != 1):
-            return unbounded(BATCH)
+            return unbounded(MOVES_BATCH)
     if name == "BroadcastTo" and (state.fold != call.fold or state.rank != call.rank):
-        return unbounded(BATCH)
+        return unbounded(MOVES_BATCH)
     if state.entries is None or None in call.shape or any(state.dynamic) or any(call.dynamic):
-        return unbounded("how often it repeats an entry is not known")
+        return unbounded("the number of times it repeats an entry is not known", cause=Cause.SIZE)
     times = call.fold * product(call.shape) / (state.fold * state.entries)
     old, new = (shape[-1] if shape else 1 for shape in (state.shape, call.shape))
     constant = 1.0
@@ -326,7 +334,7 @@ def mean_or_sum(operation, call):
     mean = type(operation).__name__ == "Mean"
     if most is None:
         if not mean:
-            return unbounded("how many entries it adds is not known")
+            return unbounded("the number of entries it adds is not known", cause=Cause.SIZE)
         # Not needed for a mean.
         most = 1
     l2 = 1.0 / math.sqrt(fewest) if mean else math.sqrt(most)
@@ -340,12 +348,12 @@ def mean_or_sum(operation, call):
     elif operation.keepdims:
         last = state.shape[-1]
         if last is None or state.dynamic[-1]:
-            return unbounded("the size of its last axis is not known")
+            return unbounded("the size of its last axis is not known", cause=Cause.SIZE)
         constant = 1.0 / math.sqrt(last) if mean else most / math.sqrt(last)
     else:
         constant = l2 * convert("l2", "token", state)
     if math.isinf(constant):
-        return unbounded("its number of tokens is not known")
+        return unbounded(UNKNOWN_TOKENS)
     exact = rank - 1 not in axes and not any(state.dynamic)
     constant *= SAFETY
     if rank - 1 in axes:
@@ -372,7 +380,10 @@ def sort(operation, call):
         sizes = [size for size in (state.shape[axis - 1], state.width) if size is not None]
         if call.norm == "token":
             if not sizes:
-                return unbounded("neither the axis nor its channels are known")
+                return unbounded(
+                    "neither the size of its axis nor its number of channels is known",
+                    cause=Cause.SIZE,
+                )
             constant = SAFETY * math.sqrt(min(sizes))
     return LipschitzMap(
         constant=constant, theorem="sorting moves no entry further", range=token_range
@@ -381,7 +392,7 @@ def sort(operation, call):
 
 @register_operation("TopK")
 def top_k(operation, call):
-    return unbounded("its indices jump when the input changes: use `keras.ops.sort`")
+    return unbounded("its indices jump when the input changes", remedy="use `keras.ops.sort`")
 
 
 @register_operation("Norm")
@@ -390,7 +401,7 @@ def vector_norm(operation, call):
     if refusal is not None:
         return refusal
     if operation.ord not in ((None, 2) if len(axes) == 1 else (None, "fro")):
-        return unbounded(f"no rule for its order {operation.ord!r}")
+        return unbounded(f"the norm of order {operation.ord!r} has no rule", cause=Cause.NO_RULE)
     return _euclidean(call, axes, operation.keepdims, 1.0, "norm of a vector")
 
 
@@ -400,7 +411,9 @@ def deviation(operation, call):
     if refusal is not None:
         return refusal
     if getattr(operation, "synchronized", False):
-        return unbounded("it takes moments over the examples of several replicas")
+        return unbounded(
+            "it takes moments over the examples of several replicas", cause=Cause.BATCH
+        )
     state = call.state
     sizes = [1 if state.dynamic[a - 1] else state.shape[a - 1] or 1 for a in axes]
     # The deviation from the mean, over the root of the number of entries.
@@ -413,7 +426,7 @@ def deviation(operation, call):
     largest = state.range.largest
     if not math.isfinite(largest):
         return unbounded(
-            "a variance has no constant on inputs that are not bounded; `input_radius` bounds them"
+            "a variance has no constant on inputs that are not bounded", cause=Cause.UNBOUNDED
         )
     # Its gradient is twice the deviation, which is at most the largest entry; a mean has slope 1.
     slope_there = max(2.0 * largest, 1.0 if name == "Moments" else 0.0)
@@ -433,12 +446,12 @@ def _euclidean(call: LayerCall, axes: set, keepdims: bool, factor: float, theore
     last = state.rank - 1
     size = product(tuple(state.shape[a - 1] for a in axes))
     if size is None:
-        return unbounded("how many entries it adds is not known")
+        return unbounded("the number of entries it adds is not known", cause=Cause.SIZE)
     tokens = product(tuple(state.shape[a - 1] for a in axes if a != last)) or 1
     if call.norm == "token" and last in axes and not keepdims:
         constant = convert("l2", "token", state)
         if math.isinf(constant):
-            return unbounded("its number of tokens is not known")
+            return unbounded(UNKNOWN_TOKENS)
     else:
         constant = {"l2": 1.0, "token": math.sqrt(tokens), "linf": math.sqrt(size)}[call.norm]
     token_range = None
@@ -476,13 +489,15 @@ def extremum(operation, call):
         sizes = [product(tuple(state.shape[a - 1] for a in axes)), state.width]
         known = [size for size in sizes if size is not None]
         if not known:
-            return unbounded("neither its window nor its channels are known")
+            return unbounded(
+                "neither its window nor its number of channels is known", cause=Cause.SIZE
+            )
         return LipschitzMap(constant=SAFETY * math.sqrt(min(known)), **fields)
     if operation.keepdims:
         return LipschitzMap(constant=1.0, exact=True, **fields)
     price = convert("l2", "token", state)
     if math.isinf(price):
-        return unbounded("its number of tokens is not known")
+        return unbounded(UNKNOWN_TOKENS)
     return LipschitzMap(constant=price, **fields)
 
 
@@ -490,8 +505,8 @@ def _reduced_axes(operation, call: LayerCall):
     rank = call.state.rank
     axes = operation.axes if hasattr(operation, "axes") else operation.axis
     if axes is None:
-        return set(), unbounded(BATCH)
+        return set(), unbounded(MOVES_BATCH)
     axes = {int(a) % rank for a in (axes if isinstance(axes, list | tuple) else [axes])}
     if 0 in axes:
-        return set(), unbounded(BATCH)
+        return set(), unbounded(MOVES_BATCH)
     return axes, None

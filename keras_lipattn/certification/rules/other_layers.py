@@ -3,9 +3,11 @@
 import keras
 
 from keras_lipattn.certification.maps import Affine, LipschitzMap, TokenMixing, unbounded
+from keras_lipattn.certification.reasons import (
+    COMPUTES_MASK,
+    in_training,
+)
 from keras_lipattn.certification.registry import register_operation, register_rule
-
-RUNS_AS_IN_TRAINING = "the model calls it with `training=True`, also at inference"
 
 
 def identity(theorem: str = "identity at inference") -> LipschitzMap:
@@ -24,7 +26,7 @@ def identity(theorem: str = "identity at inference") -> LipschitzMap:
 )
 def dropout(layer, call):
     if call.training:
-        return unbounded(f"{RUNS_AS_IN_TRAINING}: it draws random numbers")
+        return unbounded(in_training("it draws random numbers"))
     return identity()
 
 
@@ -63,10 +65,7 @@ def masking(layer, call):
             range=call.state.range.about_origin(),
             assumes_fixed_mask=True,
         )
-    return unbounded(
-        "it computes a mask from its input, which jumps when the input changes; "
-        "pass `assume_fixed_mask=True` to certify for a fixed mask"
-    )
+    return unbounded(COMPUTES_MASK)
 
 
 @register_rule(
@@ -82,6 +81,6 @@ def masking(layer, call):
 )
 def recurrent(layer, call):
     return unbounded(
-        "the gates of a recurrent layer multiply functions of its input, and its constant grows "
-        "with every step of the sequence"
+        "it is a recurrent layer: its gates multiply functions of its input, and its constant "
+        "grows with every step of the sequence"
     )

@@ -2,6 +2,7 @@
 
 import keras
 
+from keras_lipattn.certification.reasons import Cause, Reason, in_training
 from keras_lipattn.certification.tracing import TraceError, register_expansion
 
 
@@ -9,7 +10,7 @@ from keras_lipattn.certification.tracing import TraceError, register_expansion
 def spectral_normalization(layer, inputs, training=False):
     # At inference it runs the wrapped layer with the kernel as stored, normalized or not.
     if training:
-        raise TraceError("it is called with `training=True` and overwrites its kernel")
+        raise TraceError(in_training("it overwrites its kernel"))
     return layer.layer(inputs)
 
 
@@ -23,7 +24,7 @@ def time_distributed(layer, inputs, training=None, mask=None):
         raise TraceError("the layer inside has a dtype of its own")
     batch, time, *sizes = inputs.shape
     if time is None:
-        raise TraceError("how many slices it has is not known: pass `sequence_length`")
+        raise TraceError(Reason("its number of slices is not known", cause=Cause.SIZE))
     options = {"training": training} if inner._call_has_training_arg else {}
     # Not `__call__`, which would cast the slices to the dtype of the layer inside.
     outputs = inner.symbolic_call(keras.ops.reshape(inputs, (batch * time, *sizes)), **options)
