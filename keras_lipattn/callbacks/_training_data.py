@@ -8,7 +8,7 @@ import keras
 from keras.src import backend
 
 from keras_lipattn._seen_calls import remember_call, specs_of
-from keras_lipattn.certification import tracing
+from keras_lipattn.certification.keras_models import function_of
 
 
 def meet_training_data(model: keras.Model) -> bool:
@@ -24,7 +24,7 @@ def meet_training_data(model: keras.Model) -> bool:
         the model does not take them: its `train_step` then calls it on something else, or the first
         batch raises the error.
     """
-    if tracing.function_of(model) is not None:
+    if function_of(model) is not None:
         return False
     x = _input_specs(model)
     if x is None:

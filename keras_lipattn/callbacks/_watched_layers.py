@@ -5,7 +5,7 @@ import re
 
 import keras
 
-from keras_lipattn.certification.paths import sibling_names
+from keras_lipattn.certification.keras_models import sibling_names
 from keras_lipattn.layers.lipschitz_layer import LipschitzLayer
 
 

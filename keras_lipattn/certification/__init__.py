@@ -1,7 +1,6 @@
 """From a model to a certificate: rules for layers, propagation of constants, a value to keep."""
 
-from keras_lipattn.certification.certificate import Certificate
-from keras_lipattn.certification.certificate_row import CertificateRow
+from keras_lipattn.certification.certificate import Certificate, CertificateRow
 from keras_lipattn.certification.certified_radii import certified_radius
 from keras_lipattn.certification.certifying import certify
 from keras_lipattn.certification.fingerprint import fingerprint_of

@@ -8,7 +8,7 @@ import numpy as np
 from keras import KerasTensor
 
 from keras_lipattn.certification.reasons import DEPENDS_ON_BATCH, MOVES_BATCH, Reason
-from keras_lipattn.certification.tracing import Trace, TracedCall
+from keras_lipattn.certification.trace import Trace, TracedCall
 
 # Attributes that hold a shape, whose first entry may be a multiple of the batch size.
 _TARGET_SHAPES = {"Reshape": "newshape", "BroadcastTo": "shape"}

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_lipattn.certification.tracing import function_of, input_keys
+from keras_lipattn.certification.keras_models import function_of, input_keys
 
 
 def check_ball(center: Any, radius: Any) -> None:

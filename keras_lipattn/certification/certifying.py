@@ -10,21 +10,19 @@ import numpy as np
 from keras_lipattn.bounds.lipschitz_bound import NORMS
 from keras_lipattn.certification import rules as _rules  # registers the rules
 from keras_lipattn.certification.centers import check_ball, describe, examples_of
-from keras_lipattn.certification.certificate import Certificate
-from keras_lipattn.certification.certificate_row import CertificateRow
+from keras_lipattn.certification.certificate import Certificate, CertificateRow
 from keras_lipattn.certification.classifier_head import pairwise_constants
-from keras_lipattn.certification.enclosure import Enclosure
 from keras_lipattn.certification.evaluation import require_float64
 from keras_lipattn.certification.fingerprint import fingerprint_of
 from keras_lipattn.certification.local_pass import LocalPass
-from keras_lipattn.certification.maps import side_by_side, unbounded
-from keras_lipattn.certification.propagation import Options, Propagation, Row
+from keras_lipattn.certification.maps import side_by_side
+from keras_lipattn.certification.propagation import Options, Propagation
 from keras_lipattn.certification.reasons import Cause, Reason
 from keras_lipattn.certification.self_check import check_certificate
-from keras_lipattn.certification.tensor_state import TensorState
+from keras_lipattn.certification.tensor_state import Enclosure, TensorState
 from keras_lipattn.certification.threat_model import ThreatModel
+from keras_lipattn.certification.trace import TraceError
 from keras_lipattn.certification.traced_model import TracedModel
-from keras_lipattn.certification.tracing import TraceError
 from keras_lipattn.linalg import SAFETY
 
 _OUTPUTS = {
@@ -153,10 +151,7 @@ def _refused(traced: TracedModel, propagation: Propagation) -> list[TensorState]
         remedy = "write it with `keras.ops`, and pass `inputs` if it takes other shapes or dtypes"
         reason = dataclasses.replace(reason, remedy=remedy)
     reason = reason.with_remedy(model, has_rule=False)
-    refusal = unbounded(reason)
-    propagation.rows.append(Row(model.name, type(model).__name__, refusal, reason))
-    layout = dict(shape=(), dynamic=(), fold=1, dtype="float32")
-    return [refusal.propagate(states, 0, propagation.options.norm, layout)]
+    return [propagation.refuse(model.name, type(model).__name__, reason, states)]
 
 
 def local_certificate(
@@ -249,10 +244,7 @@ def _certificate(
             f"the integer input {names} is looked up in one place and computed with in another",
             remedy="make two inputs of it",
         )
-        refusal = unbounded(reason)
-        propagation.rows.append(Row("inputs", type(model).__name__, refusal, reason))
-        layout = dict(shape=(), dynamic=(), fold=1, dtype="float32")
-        outputs = [refusal.propagate(outputs, len(propagation.rows) - 1, norm, layout)]
+        outputs = [propagation.refuse("inputs", type(model).__name__, reason, outputs)]
         head = ""
     used = [
         name

@@ -16,39 +16,23 @@ from keras_lipattn.certification.local_pass import LocalPass
 from keras_lipattn.certification.maps import LipschitzMap, unbounded
 from keras_lipattn.certification.reasons import (
     COMPUTES_INTEGERS,
-    COMPUTES_MASK,
-    CONDITION_JUMPS,
     MOVES_BATCH,
-    REPEATS,
     TAKES_MASK,
     Cause,
     Reason,
 )
 from keras_lipattn.certification.registry import find_rule
+from keras_lipattn.certification.rows import Rows
 from keras_lipattn.certification.tensor_state import Interval, Kind, TensorState
 from keras_lipattn.certification.token_range import TokenRange
-from keras_lipattn.certification.tracing import Trace, TracedCall
+from keras_lipattn.certification.trace import Trace, TracedCall
 
 # Operations that move integers around and do not look at them.
 _MOVES = frozenset(
-    {
-        "BroadcastTo",
-        "Cast",
-        "Concatenate",
-        "ConvertToTensor",
-        "ExpandDims",
-        "Flatten",
-        "GetItem",
-        "Identity",
-        "Permute",
-        "Reshape",
-        "Slice",
-        "Split",
-        "Squeeze",
-        "StopGradient",
-        "Swapaxes",
-        "Transpose",
-    }
+    (
+        "BroadcastTo Cast Concatenate ConvertToTensor ExpandDims Flatten GetItem Identity Permute "
+        "Reshape Slice Split Squeeze StopGradient Swapaxes Transpose"
+    ).split()
 )
 _COMPARISONS = frozenset({"Greater", "GreaterEqual", "Less", "LessEqual"})
 # Operations whose output depends on the shape of the input alone.
@@ -60,6 +44,10 @@ _FILLED = {
 }
 
 
+# An output of which nothing is known.
+_NUMBER = Layout((), (), 1, "float32")
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """The choices of the caller of `certify`."""
@@ -69,19 +57,6 @@ class Options:
     input_radius: float | None = None
     assume_fixed_mask: bool = False
     mask: Any = None
-
-
-@dataclasses.dataclass
-class Row:
-    """A row of the certificate in the making."""
-
-    path: str
-    layer_class: str
-    map: LipschitzMap
-    reason: Reason
-    radius: float = math.inf
-    tokens: int | None = None
-    explained_by: str = ""
 
 
 class Propagation:
@@ -106,7 +81,7 @@ class Propagation:
         self.trace = trace
         self.options = options
         self.local = local
-        self.rows: list[Row] = []
+        self.rows = Rows(trace, comparison.refusals, options.sequence_length)
         self.inputs: list[str] = []
         self.looked_up_inputs: dict[int, str] = {}
         self.computed_inputs: set[int] = set()
@@ -120,9 +95,6 @@ class Propagation:
         self.resets: set[int] = set()
         self._comparison = comparison
         self._logit_call = logit_call
-        self._paths: set[str] = set()
-        # Rows without a bound that a tensor depends on.
-        self._causes: dict[int, frozenset[int]] = {}
 
     def run(self, names: Sequence[str]) -> list[TensorState]:
         """The states of the outputs.
@@ -138,7 +110,7 @@ class Propagation:
             states = self.local.begin(states)
         for tensor, state in zip(self.trace.inputs, states, strict=True):
             self.states[id(tensor)] = state
-        self.needed = self._needed()
+        self.needed = self.trace.needed_calls()
         for index, call in enumerate(self.trace.calls):
             if index in self.needed:
                 outputs = self._apply(index, call)
@@ -150,7 +122,7 @@ class Propagation:
 
     def state_of(self, tensor: KerasTensor) -> TensorState:
         """The state of a tensor of the trace."""
-        tensor = self._resolve(tensor)
+        tensor = self.trace.resolve(tensor)
         if id(tensor) not in self.states:
             # A constant that came out of a layer.
             values = keras.ops.convert_to_numpy(self.trace.constants[id(tensor)])
@@ -162,28 +134,6 @@ class Propagation:
                 range=TokenRange.of_values(values) if numbers else TokenRange(),
             )
         return self.states[id(tensor)]
-
-    def _resolve(self, tensor: KerasTensor) -> KerasTensor:
-        while id(tensor) in self.trace.aliases:
-            tensor = self.trace.aliases[id(tensor)]
-        return tensor
-
-    def _needed(self) -> set[int]:
-        """Indices of the calls which the outputs depend on."""
-        producers = {
-            id(tensor): index
-            for index, call in enumerate(self.trace.calls)
-            for tensor in call.outputs
-        }
-        needed: set[int] = set()
-        stack = list(self.trace.outputs)
-        while stack:
-            index = producers.get(id(self._resolve(stack.pop())))
-            if index is not None and index not in needed:
-                needed.add(index)
-                call = self.trace.calls[index]
-                stack += [*call.tensors, *call.keras_masks]
-        return needed
 
     def _layout(self, tensor: KerasTensor) -> Layout:
         known = self._comparison.layouts.get(id(tensor))
@@ -229,11 +179,8 @@ class Propagation:
         low, high = interval
         token_range = TokenRange(largest=max(-low, high))
         width = layout.shape[-1] if layout.shape else 1
-        if (
-            math.isfinite(token_range.largest)
-            and width is not None
-            and not any(layout.dynamic[-1:])
-        ):
+        known = width is not None and not any(layout.dynamic[-1:])
+        if known and math.isfinite(token_range.largest):
             token_range = TokenRange.of_entries(low, high, width)
         return self._fixed(layout, kind=kind, range=token_range, interval=interval)
 
@@ -379,7 +326,11 @@ class Propagation:
             return None
         zero = others[0].values if isinstance(others[0], TensorState) else others[0]
         (output,) = call.outputs
-        if zero is None or keras.ops.convert_to_numpy(zero).any() or not self._decides(output):
+        if (
+            zero is None
+            or keras.ops.convert_to_numpy(zero).any()
+            or not self.trace.is_only_a_condition(output)
+        ):
             return None
         nothing = Gain.unbounded(self.options.norm, [tensors[0].gain])
         return [
@@ -391,20 +342,6 @@ class Propagation:
             )
             for layout in layouts
         ]
-
-    def _decides(self, tensor: KerasTensor) -> bool:
-        """Whether a tensor is nothing but the condition of `where`."""
-        if any(self._resolve(output) is tensor for output in self.trace.outputs):
-            return False
-        for call in self.trace.calls:
-            used = sum(self._resolve(one) is tensor for one in (*call.tensors, *call.keras_masks))
-            condition = call.arguments.get("condition")
-            decides = type(call.operation).__name__ == "Where" and isinstance(
-                condition, KerasTensor
-            )
-            if used and not (used == 1 and decides and self._resolve(condition) is tensor):
-                return False
-        return True
 
     def _moved(self, index, call, arguments, perturbed, layouts) -> list[TensorState] | None:
         """Integers of one input that were moved around, `None` if anything else happened."""
@@ -435,7 +372,7 @@ class Propagation:
         """Adds the row of a call and returns the states of its outputs."""
         perturbed = [state for state in given if not state.is_fixed]
         row = len(self.rows)
-        path = self._unique(call.path)
+        path = self.rows.unique(call.path)
         name = type(call.operation).__name__
         if rule_map.resets_input:
             self.resets.add(index)
@@ -458,88 +395,36 @@ class Propagation:
             self.max_tokens.append(rule_map.max_tokens)
         if rule_map.assumes_fixed_mask:
             self.assumed_masks.append(path)
-        self.rows.append(
-            Row(
-                path=path,
-                layer_class=name,
-                map=rule_map,
-                reason=self._reason(call, rule_map),
-                radius=max((state.range.radius for state in perturbed), default=0.0),
-                tokens=perturbed[0].tokens if perturbed else None,
-            )
-        )
-        self._explain(call, index)
+        self.rows.add(index, call, path, rule_map, perturbed)
         return self._enclosed(index, rule_map, given, outputs)
 
-    def _reason(self, call: TracedCall, rule_map: LipschitzMap) -> Reason:
-        """Why the call has no constant, with what to do about it."""
-        reason = Reason.of(rule_map.reason)
-        if not math.isinf(rule_map.constant):
-            return reason
-        return reason.with_remedy(
-            call.operation,
-            has_rule=find_rule(call.operation)[0] is not None,
-            sequence_length=self.options.sequence_length,
-        )
-
-    def _explain(self, call: TracedCall, index: int) -> None:
-        """Notes where the cause of the last row is, if it is in another row."""
-        number, row = len(self.rows) - 1, self.rows[-1]
-        causes = frozenset().union(
-            *(
-                self._causes.get(id(self._resolve(tensor)), frozenset())
-                for tensor in (*call.tensors, *call.keras_masks)
-            )
-        )
-        if math.isinf(row.map.constant):
-            for cause in (self.rows[other] for other in sorted(causes)):
-                if cause.map.reason == COMPUTES_INTEGERS and row.map.reason == TAKES_MASK:
-                    # The call that takes the mask says more.
-                    cause.explained_by = row.path
-                elif self._follows(row, index, cause):
-                    row.explained_by = row.explained_by or cause.path
-            causes |= {number}
-        if causes:
-            self._causes.update(dict.fromkeys(map(id, call.outputs), causes))
-
-    def _follows(self, row: Row, index: int, cause: Row) -> bool:
-        """Whether a row has no bound only because an earlier one has none."""
-        reason = row.reason
-        if cause.map.reason == COMPUTES_MASK:
-            return row.map.reason == TAKES_MASK
-        if cause.map.reason == COMPUTES_INTEGERS:
-            return reason.cause is Cause.UNBOUNDED or row.map.reason in (
-                COMPUTES_INTEGERS,
-                CONDITION_JUMPS,
-            )
-        return cause.reason.cause is Cause.BATCH and (
-            index in self._comparison.refusals or row.map.reason == REPEATS
-        )
-
     def _of_one_example(self, state: TensorState) -> TensorState:
-        """An output that has not one row for each example has no bound."""
+        """The state of an output, which has no bound without one row for each example."""
         if state.fold == 1 or state.is_fixed or math.isinf(state.gain.log):
             return state
         reason = Reason(
             "the output of the model does not have one row for each example", cause=Cause.BATCH
         ).with_remedy(None, has_rule=False)
-        refusal = unbounded(reason)
-        self.rows.append(Row(self._unique("output"), "output", refusal, reason))
         layout = Layout(state.shape, state.dynamic, state.fold, state.dtype)
-        return refusal.propagate([state], len(self.rows) - 1, self.options.norm, layout.fields())
+        return self.refuse("output", "output", reason, [state], layout)
+
+    def refuse(
+        self,
+        path: str,
+        layer_class: str,
+        reason: Reason,
+        states: Sequence[TensorState],
+        layout: Layout = _NUMBER,
+    ) -> TensorState:
+        """Adds a row without a bound that belongs to no call, and returns the output it gives."""
+        self.rows.add_refusal(path, layer_class, reason)
+        row = len(self.rows) - 1
+        return unbounded(reason).propagate(states, row, self.options.norm, layout.fields())
 
     def _enclosed(self, index, rule_map, given, outputs) -> list[TensorState]:
         if self.local is None:
             return outputs
         return self.local.after(index, rule_map, given, outputs)
-
-    def _unique(self, path: str) -> str:
-        candidate, calls = path, 1
-        while candidate in self._paths:
-            calls += 1
-            candidate = f"{path}:call{calls}"
-        self._paths.add(candidate)
-        return candidate
 
 
 def _as_map(answer: Any) -> LipschitzMap:

@@ -11,20 +11,18 @@ from keras import KerasTensor
 from keras_lipattn._seen_calls import remembered_call
 from keras_lipattn.certification.batch_axis import BatchComparison
 from keras_lipattn.certification.classifier_head import find_head
+from keras_lipattn.certification.keras_models import call_specs, function_of, names_kept
 from keras_lipattn.certification.reasons import DEPENDS_ON_BATCH, UNKNOWN_ACTIVATION, Reason
 from keras_lipattn.certification.registry import find_rule
 from keras_lipattn.certification.rules.activations import name_of
-from keras_lipattn.certification.tracing import (
-    BATCH_SIZES,
-    Trace,
-    TraceError,
-    call_specs,
-    function_of,
-    names_kept,
-    trace,
-)
+from keras_lipattn.certification.trace import Trace, TraceError
+from keras_lipattn.certification.tracing import trace
 
 Shape = tuple[int | None, ...]
+
+# A graph that depends on the size of the batch differs between these two: primes, which are rarely
+# the size of anything else.
+BATCH_SIZES = (5, 7)
 
 # Layers whose code is a few operations with rules: with an activation of the user's own they are
 # looked into like any other code.

@@ -6,8 +6,8 @@ from typing import Any
 import keras
 
 from keras_lipattn.certification import Certificate
+from keras_lipattn.certification.trace import Trace
 from keras_lipattn.certification.traced_model import TracedModel
-from keras_lipattn.certification.tracing import Trace
 
 _LINEAR = (None, keras.activations.linear)
 

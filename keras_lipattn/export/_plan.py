@@ -9,7 +9,7 @@ import numpy as np
 
 from keras_lipattn.bounds.lipschitz_bound import NORMS
 from keras_lipattn.certification import Certificate
-from keras_lipattn.certification.tracing import call_specs
+from keras_lipattn.certification.keras_models import call_specs
 from keras_lipattn.certification.weights import cast_to_compute_dtype
 from keras_lipattn.export._logits import Ending, ending_of
 from keras_lipattn.export._ports import Port

@@ -12,7 +12,7 @@ from typing import Any
 import keras
 
 from keras_lipattn.certification import Certificate, certify
-from keras_lipattn.certification.tracing import call_specs, function_of
+from keras_lipattn.certification.keras_models import call_specs, function_of
 from keras_lipattn.export._comparison import Comparison, compare, default_tolerance, live_outputs
 from keras_lipattn.export._example import example_arrays, made_up_arrays
 from keras_lipattn.export._plan import Plan, make_plan

@@ -8,7 +8,6 @@ import keras
 import numpy as np
 from keras.src.utils import image_utils
 
-from keras_lipattn.certification.enclosure import Enclosure
 from keras_lipattn.certification.layer_call import LayerCall
 from keras_lipattn.certification.maps import CenterValue, LipschitzMap, unbounded
 from keras_lipattn.certification.reasons import (
@@ -22,7 +21,7 @@ from keras_lipattn.certification.rules.linear import matrix_step
 from keras_lipattn.certification.rules.linear_operations import axes_step
 from keras_lipattn.certification.rules.other_layers import identity
 from keras_lipattn.certification.rules.reshaping import repeated, spatial_last
-from keras_lipattn.certification.tensor_state import TensorState
+from keras_lipattn.certification.tensor_state import Enclosure, TensorState
 from keras_lipattn.certification.token_range import TokenRange
 from keras_lipattn.linalg import SAFETY
 

@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 import keras_lipattn
-from keras_lipattn.certification.tracing import augments
+from keras_lipattn.certification.keras_models import augments
 from tools.soundness.rules.norms import Geometry
 from tools.soundness.rules.subjects import BATCH, Illegal, RuleSubject, first_line
 
