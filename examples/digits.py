@@ -190,7 +190,7 @@ def _report(
     images, labels = data.test
     logits = model.predict(images, batch_size=500, verbose=0)
     right = logits.argmax(axis=-1) == labels
-    radii = np.where(right, certificate.radius(logits), 0.0)
+    radii = np.where(right, certificate.certified_radius(logits), 0.0)
     print(f"\n{_DATASET.value}: {len(labels)} test images, radii in the 2-norm, pixels in [0, 1]")
     print(f"  test accuracy                     {right.mean():.4f}")
     print(f"  certified Lipschitz constant      {certificate.total:.4g}")

@@ -88,7 +88,7 @@ def deviations(build: Callable[[], Any], model: Any, images: np.ndarray) -> Iter
         largest = np.maximum(1.0, np.abs(logits).max(axis=1))
         allowance = 2.0 * kappa * (certificate.total * norms + largest)
         radius = [
-            certificate.radius(row, allowance=float(taken))
+            certificate.certified_radius(row, allowance=float(taken))
             for row, taken in zip(logits, allowance, strict=True)
         ]
         yield Deviation(

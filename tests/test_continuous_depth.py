@@ -429,7 +429,7 @@ def test_certificate_knows_its_length():
     assert "length" in unknown.rows[0].reason
     known = certify(model, sequence_length=6)
     assert known.total == pytest.approx(layer.lipschitz(6).value, rel=1e-8)
-    assert known.threat_model.longest == 6
+    assert known.threat_model.max_tokens == 6
     assert layer.lipschitz(6).value < layer.lipschitz(60).value
 
 

@@ -108,7 +108,7 @@ def test_every_ending_stands_for_the_same_logits(client, folder, ending):
     logits = predicted(plain, x)
     assert close(answer["logits"], logits)
     assert (answer["class"] == logits.argmax(axis=-1)).all()
-    assert (answer["radius"] <= export.certificate.radius(answer["logits"])).all()
+    assert (answer["radius"] <= export.certificate.certified_radius(answer["logits"])).all()
     assert (answer["radius"] > 0.0).all()
 
 
@@ -150,7 +150,7 @@ def test_other_precisions_are_served(client, folder, policy):
     export = Export(model, folder / policy)
     x = np.random.default_rng(3).normal(size=(9, 4)).astype(np.float32)
     answer = client.serve(export.path, {"certified": {"x": x}})["certified"]
-    allowed = export.certificate.radius(answer["logits"])
+    allowed = export.certificate.certified_radius(answer["logits"])
     assert (answer["radius"] <= allowed).all()
     if policy == "float64":
         assert export.record["rounding"]["kappa"] < 1e-12
@@ -173,11 +173,11 @@ def test_radius_is_the_certificates_less_the_allowance(client, sequences):
     allowance = 2.0 * kappa * (sequences.certificate.total * sizes + largest)
     for row in range(32):
         logits = answer["logits"][row]
-        wanted = sequences.certificate.radius(logits, allowance=allowance[row])
+        wanted = sequences.certificate.certified_radius(logits, allowance=allowance[row])
         # Four roundings in float32, and one factor 1 - 1e-6.
         assert answer["radius"][row] <= wanted * (1.0 + 1e-6)
         assert answer["radius"][row] >= wanted * (1.0 - 3e-6) - 1e-7
-        assert answer["radius"][row] <= sequences.certificate.radius(logits)
+        assert answer["radius"][row] <= sequences.certificate.certified_radius(logits)
 
 
 def test_no_attack_within_the_radius_changes_the_class(client, sequences):
@@ -291,7 +291,7 @@ def test_a_grid_of_unknown_size_has_no_radius(client, folder):
     batch = np.ones((1, 2, 3, cases.WIDTH), np.float32)
     export = Export(model, folder / "grid", example_batch=batch)
     assert "let one axis vary" in export.record["certified_signature"]["missing"]
-    assert export.certificate.threat_model.longest == cases.LENGTH
+    assert export.certificate.threat_model.max_tokens == cases.LENGTH
 
 
 # Files -----------------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ def test_the_total_is_that_of_a_certificate_for_the_dtypes_of_the_data(case):
     assert total == kl.certify(model, norm="token", inputs=(x,)).total
     words = [array for array in keras.tree.flatten(x) if array.dtype == np.int32]
     assert monitor.certificate is not None
-    assert len(monitor.certificate.threat_model.held) == len(words)
+    assert len(monitor.certificate.threat_model.fixed_inputs) == len(words)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -171,7 +171,7 @@ def test_lengths_that_vary_are_left_open():
     model, monitor = compiled(OfWords()), kl.LipschitzMonitor(sequence_length=7)
     history = model.fit(dataset, verbose=0, shuffle=False, callbacks=[monitor]).history
     assert monitor.certificate is not None
-    assert monitor.certificate.threat_model.longest == 7
+    assert monitor.certificate.threat_model.max_tokens == 7
     assert history["lipschitz_attention"] == [model.attention.lipschitz(7).value]
     with pytest.warns(UserWarning, match="no finite Lipschitz bound"):
         history = model.fit(

@@ -12,7 +12,7 @@ import numpy as np
 from keras import ops
 
 from keras_lipattn.certification import Certificate, CertificateRow, certify
-from keras_lipattn.certification.paths import sibling_names
+from keras_lipattn.certification.keras_models import sibling_names
 from keras_lipattn.estimation import estimate_lipschitz
 from keras_lipattn.estimation._losses import losses_kept
 from keras_lipattn.layers import L2MultiHeadAttention, condensed

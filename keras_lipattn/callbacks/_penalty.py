@@ -14,7 +14,7 @@ from keras.src import backend
 
 from keras_lipattn._seen_calls import remember_call, specs_of
 from keras_lipattn.callbacks._layer_bounds import WatchedLayer
-from keras_lipattn.certification import tracing
+from keras_lipattn.certification.keras_models import function_of
 from keras_lipattn.layers.lipschitz_layer import LipschitzLayer, Tracking
 
 Penalty = float | Callable[[int], Any] | Callable[[int, float], Any] | None
@@ -238,7 +238,7 @@ def sees_inputs_first(model: keras.Model) -> bool:
 
     With other backends than TensorFlow, `fit` builds the model before it calls any callback.
     """
-    return keras.backend.backend() == "tensorflow" and tracing.function_of(model) is None
+    return keras.backend.backend() == "tensorflow" and function_of(model) is None
 
 
 def _call_on_inputs(model: keras.Model, iterator: Any) -> bool:

@@ -11,8 +11,9 @@ import numpy as np
 from keras_lipattn.bounds.lipschitz_bound import NORMS
 from keras_lipattn.certification import Certificate
 from keras_lipattn.certification.classifier_head import without_activation
+from keras_lipattn.certification.keras_models import call_specs
+from keras_lipattn.certification.trace import Trace
 from keras_lipattn.certification.traced_model import TracedModel
-from keras_lipattn.certification.tracing import Trace, call_specs
 from keras_lipattn.certification.weights import cast_to_compute_dtype
 from keras_lipattn.export.serving_graph import ServedInput, ServedModel
 
@@ -145,8 +146,8 @@ class CertifiedSignature:
         lead = tf.reduce_max(z, axis=-1, keepdims=True) - z
         infinite = tf.fill(tf.shape(z), tf.constant(math.inf, z.dtype))
         lead = tf.where(own, infinite, lead)
-        if self.certificate.pairs:
-            pairs = _rounded_up(np.asarray(self.certificate.pairs), z.dtype)
+        if self.certificate.pairwise_constants:
+            pairs = _rounded_up(np.asarray(self.certificate.pairwise_constants), z.dtype)
             speed = tf.gather(tf.constant(pairs), winner)
         else:
             factor = 2.0 if self.certificate.norm == "linf" else math.sqrt(2.0) * (1.0 + 1e-9)
@@ -273,7 +274,7 @@ def _find_logits(served: ServedModel, certificate: Certificate) -> tuple[Any, st
     """The layer or operation whose activation hides the logits, and why there are no logits."""
     if not certificate.head:
         return None, "its output is not one vector of numbers per example"
-    length = certificate.threat_model.longest
+    length = certificate.threat_model.max_tokens
     traced = TracedModel(served.model, (served.structure,), sequence_length=length)
     calls = traced.trace.calls
     if traced.logit_call is None:
@@ -310,7 +311,7 @@ def _ending_obstacle(trace: Trace, head: str) -> str:
 
 def _length_obstacle(served: ServedModel, certificate: Certificate) -> str:
     """Why a request does not show if it is short enough; empty if it does."""
-    longest = certificate.threat_model.longest
+    longest = certificate.threat_model.max_tokens
     varying = max((len(entry.dynamic_axes) for entry in served.inputs), default=0)
     if longest is None or varying == 0 or (varying == 1 and served.sequence_length is not None):
         return ""

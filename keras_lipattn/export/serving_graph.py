@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_lipattn.certification.tracing import call_specs, function_of
+from keras_lipattn.certification.keras_models import call_specs, function_of
 from keras_lipattn.layers import lipschitz_layers
 from keras_lipattn.linalg.precision import UNIT_ROUNDOFF
 

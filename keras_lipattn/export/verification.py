@@ -201,7 +201,7 @@ def _difference(name: str, got: np.ndarray, expected: np.ndarray, tolerance: flo
 def _check_radius(
     answer: Mapping[str, np.ndarray], radius_name: str, certificate: Certificate
 ) -> None:
-    radius, allowed = answer[radius_name], certificate.radius(answer["logits"])
+    radius, allowed = answer[radius_name], certificate.certified_radius(answer["logits"])
     if not (radius <= allowed).all():
         worst = int(np.argmax(radius - allowed))
         raise ExportError(

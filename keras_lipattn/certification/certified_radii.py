@@ -10,13 +10,13 @@ import numpy as np
 from keras_lipattn.certification.centers import examples_of
 from keras_lipattn.certification.certificate import Certificate
 from keras_lipattn.certification.certifying import certify, local_certificate
-from keras_lipattn.certification.enclosure import Enclosure
 from keras_lipattn.certification.propagation import Options
+from keras_lipattn.certification.tensor_state import Enclosure
 from keras_lipattn.layers._arguments import require_positive_integer
 from keras_lipattn.linalg import SAFETY
 
 
-def local_radius(
+def certified_radius(
     model: keras.Model,
     x: Any,
     norm: str = "l2",
@@ -27,11 +27,12 @@ def local_radius(
 ) -> np.ndarray:
     """Radii around inputs within which a classifier provably keeps its class.
 
-    `certify(model).radius(logits)` divides the margin of the logits by a constant for all inputs.
-    Here the constant `L(r)` is that of `certify(model, around=x, radius=r)`, and the largest `r`
-    is sought for which the margin is above `sqrt(2) L(r) r`, or its like for each pair of classes.
-    Bisection finds it where `L(r)` grows with `r`; every radius on the way is certified, and the
-    result is never below that of the global certificate.
+    `certify(model).certified_radius(logits)` divides the margin of the logits by a constant that
+    holds for all inputs. This function uses the smaller constants `L(r)` of
+    `certify(model, center=x, radius=r)` and finds the largest `r` for which the margin exceeds
+    `sqrt(2) L(r) r`, or the corresponding bound for each pair of classes. The search is a
+    bisection, since `L(r)` usually grows with `r`. Every radius it tries is certified, and the
+    result is never smaller than the radius that the global certificate gives.
 
     Args:
         model: a built classifier.
@@ -51,7 +52,7 @@ def local_radius(
 
     Example:
 
-    >>> radii = local_radius(model, x_test[:10])
+    >>> radii = certified_radius(model, x_test[:10])
 
     Reference: docs/theory.md, sections 6 and 8.
     """
@@ -96,7 +97,7 @@ def _radius(near, globally: Certificate, steps: int, allowance: float) -> float:
     certificate, center = near(0.0)
     logits = center.value[0]
     allowance = allowance + 2.0 * SAFETY * center.rounding_error
-    low = float(globally.radius(logits, allowance=allowance))
+    low = float(globally.certified_radius(logits, allowance=allowance))
     high = _uncapped(certificate, logits, allowance)
     if math.isinf(high):
         high = 10.0 * (1.0 + float(np.linalg.norm(logits)))
@@ -117,4 +118,4 @@ def _uncapped(certificate: Certificate, logits: np.ndarray, allowance: float) ->
     """The radius that the constant gives, be it larger than where it holds."""
     everywhere = dataclasses.replace(certificate.threat_model, radius=math.inf)
     certificate = dataclasses.replace(certificate, threat_model=everywhere)
-    return float(certificate.radius(logits, allowance=allowance))
+    return float(certificate.certified_radius(logits, allowance=allowance))
