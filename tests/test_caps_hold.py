@@ -7,7 +7,7 @@ import tensorflow as tf
 
 import keras_lipattn as kl
 from keras_lipattn.bounds import certified_layer_bound
-from keras_lipattn.layers._masks import Visibility
+from keras_lipattn.layers._masks import MaskClass
 
 LENGTH, FEATURES, HEADS, KEY_DIM = 6, 8, 2, 4
 CAP = 0.5
@@ -26,7 +26,7 @@ def _capped(norm="l2", **options):
 
 def _running_matrices(layer, mask="full"):
     """Function that returns the very matrices which the inference graph multiplies with."""
-    return tf.function(lambda: layer._weights(Visibility(mask), training=False)[:2])
+    return tf.function(lambda: layer._weights(MaskClass(mask), training=False)[:2])
 
 
 def _bound_of(matrices, norm, mask="full"):
@@ -76,7 +76,7 @@ def test_a_cap_holds_right_after_weights_are_set(norm, scale, condense):
     if condense:
         layer.condense()
     for mask in ("full", "causal", "any"):
-        matrices = layer._weights(Visibility(mask), training=False)[:2]
+        matrices = layer._weights(MaskClass(mask), training=False)[:2]
         assert _bound_of(matrices, norm, mask) <= CAP * SLACK
 
 
@@ -114,7 +114,7 @@ def test_weights_under_their_cap_run_as_they_are():
     sizes = [
         np.linalg.norm(np.reshape(k.numpy(), s), 2)
         for k, s in zip(
-            free._kernels(), [(FEATURES, -1), (FEATURES, -1), (HEADS * KEY_DIM, -1)], strict=True
+            free.kernels, [(FEATURES, -1), (FEATURES, -1), (HEADS * KEY_DIM, -1)], strict=True
         )
     ]
     capped = kl.L2MultiHeadAttention(

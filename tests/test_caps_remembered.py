@@ -8,8 +8,8 @@ from helpers.layer_cases import CAPS, FEATURES, LENGTH, Case, randomise
 
 from keras_lipattn import SpectralDense
 from keras_lipattn.layers import _norm_cache
+from keras_lipattn.layers._masks import MaskClass
 from keras_lipattn.layers._norms import ConvergedNorms
-from keras_lipattn.layers._masks import Visibility
 
 # Gram iteration overestimates each of the norms of these small matrices by less than this.
 GRAM_SLACK = 2e-3
@@ -81,7 +81,7 @@ def test_the_memory_serves_every_precision(dtype, x, gram_used):
         assert gram_used(lambda layer=layer: layer(x))
         layer.condense()
         assert not gram_used(lambda layer=layer: layer(x))
-        kernel = layer._kernels()[0]
+        kernel = layer.kernels[0]
         before = np.copy(kernel)
         kernel.assign(2.0 * before)
         assert gram_used(lambda layer=layer: layer(x))
@@ -152,7 +152,7 @@ def test_unremembered_factors_are_smaller_but_hardly(cap):
     layer = Case(cap=cap).layer()
 
     def matrices():
-        b, c, _ = layer._weights(Visibility("full"), training=False)
+        b, c, _ = layer._weights(MaskClass("full"), training=False)
         return np.asarray(b), np.asarray(c)
 
     loose = matrices()

@@ -11,7 +11,7 @@ from helpers import bounds_cases
 from helpers.layer_cases import CAPS, FEATURES, LENGTH, Case, randomise
 
 from keras_lipattn import L2MultiHeadAttention, SpectralDense
-from keras_lipattn.layers._masks import Visibility
+from keras_lipattn.layers._masks import MaskClass
 from keras_lipattn.linalg import operator_norm
 
 STEPS = 50
@@ -40,7 +40,7 @@ def test_no_step_pushes_a_layer_over_its_caps(cap):
     rng = np.random.default_rng(0)
     x = tf.constant(rng.normal(size=(8, LENGTH, FEATURES)), "float32")
     step = _pushed(layer, x, 9.0 * tf.sign(x))
-    graph = tf.function(lambda: layer._weights(Visibility("full"), training=False)[:2])
+    graph = tf.function(lambda: layer._weights(MaskClass("full"), training=False)[:2])
     full = np.ones((LENGTH, LENGTH), bool)
     witness = bounds_cases.inputs(LENGTH, FEATURES, rng)[2:9:3]
     for index in range(STEPS):
@@ -57,7 +57,7 @@ def test_no_step_pushes_a_layer_over_its_caps(cap):
                 found = bounds_cases.jacobian_norm(tokens, heads, out, full, layer.lipschitz_norm)
                 assert found <= layer.lipschitz_bound * SLACK
     # Pushed hard enough to need the caps.
-    assert min(operator_norm(np.reshape(k, (k.shape[0], -1))) for k in layer._kernels()[:2]) > 1.0
+    assert min(operator_norm(np.reshape(k, (k.shape[0], -1))) for k in layer.kernels[:2]) > 1.0
 
 
 def test_every_kernel_is_capped_as_the_matrix_it_is():
@@ -100,7 +100,7 @@ def test_caps_hold_right_after_weights_are_set(norm, dtype):
     )
     layer.build((None, LENGTH, FEATURES))
     rng = np.random.default_rng(0)
-    graph = tf.function(lambda: layer._weights(Visibility("full"), training=False)[:2])
+    graph = tf.function(lambda: layer._weights(MaskClass("full"), training=False)[:2])
     for scale in (1e-9, 1e-3, 1.0, 1e4) if "float16" in dtype else (1e-30, 1e-9, 1.0, 1e9, 1e30):
         # Running vectors and everything else too: nothing of it may matter.
         layer.set_weights([rng.normal(size=w.shape) * scale for w in layer.weights])
@@ -134,7 +134,7 @@ def _leading_vectors(layer):
         vectors[name] = right[..., 0, :]
         return values[..., 0]
 
-    layer._request_norms(layer._host_kernels(), norm, list(layer._norm_shapes()), np)
+    layer._request_norms(layer.host_kernels(), norm, list(layer._norm_shapes()), np)
     return vectors
 
 
@@ -149,7 +149,7 @@ def test_gradients_flow_through_the_caps(cap, mode):
         # Running norms are exact once their vectors have converged.
         for name, norm in _leading_vectors(layer).items():
             layer._vectors[name].assign(norm)
-    kernels = layer._kernels()
+    kernels = layer.kernels
     with tf.GradientTape() as tape:
         total = tf.reduce_sum(layer(x, training=mode == "training") * cotangent)
     gradients = tape.gradient(total, [kernel.value for kernel in kernels])

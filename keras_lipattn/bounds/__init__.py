@@ -5,8 +5,8 @@ from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
 from keras_lipattn.bounds.multihead import (
     bound_linf,
     certified_layer_bound,
-    published_layer_bound,
     layer_matrices,
+    published_layer_bound,
     running_layer_bound,
     split_bound,
 )
@@ -24,11 +24,11 @@ __all__ = [
     "bound_linf",
     "certified_layer_bound",
     "frobenius_scaling",
+    "layer_matrices",
     "mask_degrees",
     "phi_inv",
     "published_head_bound",
     "published_layer_bound",
-    "layer_matrices",
     "running_layer_bound",
     "s_star",
     "split_bound",

@@ -7,16 +7,16 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lipattn.estimation._derivatives import Derivatives
-from keras_lipattn.estimation._losses import losses_kept
-from keras_lipattn.estimation._norms import against, along, covectors, norm_of, within
-from keras_lipattn.estimation.lipschitz_estimate import LipschitzEstimate
 from keras_lipattn._arguments import (
     describe,
     require_norm,
     require_positive,
     require_positive_integer,
 )
+from keras_lipattn.estimation._derivatives import Derivatives
+from keras_lipattn.estimation._losses import losses_kept
+from keras_lipattn.estimation._norms import against, along, covectors, norm_of, within
+from keras_lipattn.estimation.lipschitz_estimate import LipschitzEstimate
 
 
 def estimate_lipschitz(
@@ -56,7 +56,7 @@ def estimate_lipschitz(
             `certify`. The points in `x` must.
         radius: If given, each point stays within this distance, in the norm `norm`, of the point in
             `x` that it began from: a lower estimate of a local constant, as
-            `certify(around=x, radius=radius)` bounds it.
+            `certify(center=x, radius=radius)` bounds it.
         call_kwargs: Further arguments of `function`, such as masks.
         seed: Seed of the search.
 

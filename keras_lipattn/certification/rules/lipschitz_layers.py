@@ -12,12 +12,19 @@ from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
 from keras_lipattn.certification.layer_call import LayerCall
 from keras_lipattn.certification.linear_map import matrix_norm
 from keras_lipattn.certification.maps import Affine, CenterValue, LipschitzMap, unbounded
+from keras_lipattn.certification.reasons import (
+    JOIN_TOKENS,
+    NOT_FINITE,
+    RETURNS_SCORES,
+    Cause,
+    Reason,
+    in_training,
+)
 from keras_lipattn.certification.registry import register_own_bound, register_rule
 from keras_lipattn.certification.rules.activations import with_activation
-from keras_lipattn.certification.rules.linear import NOT_FINITE, matrix_step
+from keras_lipattn.certification.rules.linear import matrix_step
 from keras_lipattn.certification.rules.local_attention import CAP_ROUNDING, UNSETTLED, near_input
 from keras_lipattn.certification.rules.merging import operands_of, weighted_sum
-from keras_lipattn.certification.rules.other_layers import RUNS_AS_IN_TRAINING
 from keras_lipattn.certification.tensor_state import TensorState, product
 from keras_lipattn.certification.token_range import TokenRange
 from keras_lipattn.certification.weights import bias_of, cast_to_compute_dtype
@@ -42,19 +49,19 @@ from keras_lipattn.linalg import SAFETY, operator_norm
 def lipschitz_layer(layer, call):
     """A layer with a method `lipschitz` like that of the layers of this package."""
     if call.training:
-        return unbounded(RUNS_AS_IN_TRAINING)
+        return unbounded(in_training())
     bound = layer.lipschitz(
         sequence_length=call.state.tokens,
         norm=call.norm,
         mask="full" if call.mask is None else call.mask,
     )
     if not isinstance(bound, LipschitzBound) or bound.kind != "certified":
-        return unbounded("its method `lipschitz` returns no certified LipschitzBound")
+        return unbounded("its method `lipschitz` does not return a certified `LipschitzBound`")
     return LipschitzMap(
         constant=bound.value,
         published=bound.published if math.isfinite(bound.published) else math.nan,
         theorem=bound.theorem,
-        reason=bound.reason,
+        reason=_reason(bound, call.state.tokens),
         max_tokens=call.state.tokens if any(call.state.dynamic) else None,
     )
 
@@ -62,31 +69,28 @@ def lipschitz_layer(layer, call):
 @register_rule(L2MultiHeadAttention, ScaledCosineAttention)
 def self_attention(layer, call):
     if call.argument("return_attention_scores"):
-        return unbounded("it also returns its attention scores, for which no bound is known")
-    if call.training and (layer.dropout > 0.0 or layer._cache is not None):
-        return unbounded(f"{RUNS_AS_IN_TRAINING}: it uses dropout or running norms")
+        return unbounded(RETURNS_SCORES)
+    if call.training and (layer.dropout > 0.0 or layer.has_caps):
+        return unbounded(in_training("it uses dropout or running norms"))
     if len(tokens_of_attention(call)) != 1:
-        return unbounded("query, value and key are different tensors")
+        return unbounded("query, value and key are different tensors", remedy=JOIN_TOKENS)
     mask = attention_mask_class(call)
     if call.argument("token_weights") is not None:
         return _weighted(layer, call, mask)
     tokens = attention_length(layer.attention_axes, call.state)
-    visibility, most = layer._asked(tokens, call.norm, mask)
+    known, most = layer.mask_and_length(tokens, call.norm, mask)
     # The cap that runs is that of the call, whatever masks the certificate is to cover.
     given = call.argument("attention_mask")
-    capped_for = layer.capped_for(given, bool(call.argument("use_causal_mask")))
+    cap_mask = layer.cap_mask_class(given, bool(call.argument("use_causal_mask")))
     if given is not None and not isinstance(mask, str):
-        visibility = visibility.within(capped_for)
-    bound = layer.certified(call.norm, visibility, most, capped_for)
-    reason = bound.reason
-    if math.isinf(bound.value) and tokens is None:
-        reason += ": pass `sequence_length`"
+        known = known.intersect(cap_mask)
+    bound = layer.certified(call.norm, known, most, cap_mask)
     step = LipschitzMap(
         constant=bound.value,
         # `inf` stands for "not evaluated" too.
         published=bound.published if isinstance(layer, L2MultiHeadAttention) else math.nan,
         theorem=bound.theorem,
-        reason=reason,
+        reason=_reason(bound, tokens),
         # Query, value and key are one tensor.
         operands=(call.state,),
         # Without a length in the graph the layer took its own.
@@ -97,17 +101,22 @@ def self_attention(layer, call):
     return near_input(layer, call, step, mask) if isinstance(layer, L2MultiHeadAttention) else step
 
 
+def _reason(bound: LipschitzBound, tokens: int | None) -> Reason:
+    """The reason of a layer's own bound, which may only lack the number of tokens."""
+    return Reason(bound.reason, cause=Cause.SIZE if tokens is None else Cause.LAYER)
+
+
 def _attended(layer, call: LayerCall) -> TokenRange | None:
     """Where the output is: heads map averages of tokens, of length 1 for cosines, linearly.
 
     Caps make it no larger. Padded tokens give zeros.
     """
-    if layer._condensed is not None or layer.compute_dtype not in ("float32", "float64"):
+    if layer.is_condensed or layer.compute_dtype not in ("float32", "float64"):
         return None
     if isinstance(layer, L2MultiHeadAttention):
-        kernels = layer._host_kernels()
+        kernels = layer.host_kernels()
         kernels[0] = kernels[0] * layer.key_dim**-0.25
-        query, value, output = layer._by_head(kernels, np)
+        query, value, output = layer.by_head(kernels, np)
         if not all(np.isfinite(kernel).all() for kernel in (query, value, output)):
             return None
         # query = Q R with orthonormal columns Q: the norm of query M is that of R M.
@@ -115,7 +124,7 @@ def _attended(layer, call: LayerCall) -> TokenRange | None:
         heads = triangle @ (np.swapaxes(query, 1, 2) @ value @ output)
         reach = call.state.range.outer_radius
     else:
-        heads = layer._host_kernels()[3]
+        heads = layer.host_kernels()[3]
         heads = heads.reshape(*heads.shape[:2], -1)
         reach = 1.0
     if not math.isfinite(reach) or not np.isfinite(heads).all():
@@ -136,8 +145,8 @@ def _weighted(layer, call: LayerCall, mask) -> LipschitzMap:
     weights = call.argument("token_weights")
     if isinstance(weights, TensorState) or len(call.state.shape) > 2:
         return unbounded(
-            "the weights of its tokens are no constants of the model, or several sequences of an "
-            "example share them: only for given weights of one sequence there is a constant"
+            "the weights of its tokens are not constants of the model, or an example has several "
+            "sequences: only constant weights of a single sequence have a rule"
         )
     bound = layer.lipschitz(norm=call.norm, mask=mask, token_weights=call.constant(weights))
     return LipschitzMap(
@@ -219,23 +228,23 @@ def invertible(layer, call):
 
 def _own_constant(bound: LipschitzBound, call: LayerCall) -> LipschitzMap:
     if call.training:
-        return unbounded(RUNS_AS_IN_TRAINING)
+        return unbounded(in_training())
     return LipschitzMap(
         constant=bound.value,
         theorem=bound.theorem,
-        reason=bound.reason,
+        reason=_reason(bound, call.state.tokens),
         max_tokens=call.state.tokens if any(call.state.dynamic) else None,
     )
 
 
 @register_rule(SpectralDense)
 def spectral_dense(layer, call):
-    if call.training and layer._cache is not None:
-        return unbounded(f"{RUNS_AS_IN_TRAINING}: its cap uses running norms")
-    kernel = (layer._condensed or layer._condense()).kernel.astype(np.float64)
+    if call.training and layer.has_caps:
+        return unbounded(in_training("its cap uses running norms"))
+    kernel = layer.host_weights().weights().output.astype(np.float64)
     step = matrix_step(kernel, bias_of(layer), call.norm)
     capped = layer.spectral_norm is not None and step.constant > 0.99 * layer.spectral_norm
-    if capped and layer._condensed is None:
+    if capped and not layer.is_condensed:
         # The cap may be at work, and then with an upper bound of the norm: the kernel that runs is
         # this one times an unknown number in (0, 1], which rules out adding it to others.
         step = LipschitzMap(
@@ -255,7 +264,7 @@ def _near_input(
     near = call.state.enclosure
     if near is None or math.isinf(step.constant):
         return step
-    if not layer._is_settled():
+    if not layer.caps_are_exact():
         return dataclasses.replace(step, center=CenterValue(reason=UNSETTLED))
     if isinstance(layer.activation, keras.layers.Layer):
         reason = "its activation is a layer with a dtype of its own"
@@ -264,7 +273,7 @@ def _near_input(
     value = near.value @ kernel + (0.0 if bias is None else bias)
     if not call.drop_activation:
         value = keras.ops.convert_to_numpy(layer.activation(keras.ops.convert_to_tensor(value)))
-    error = CAP_ROUNDING * step.constant * near.size if layer._cache is not None else 0.0
+    error = CAP_ROUNDING * step.constant * near.size if layer.has_caps else 0.0
     return dataclasses.replace(step, center=CenterValue(value=value, rounding_error=error))
 
 
