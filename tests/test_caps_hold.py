@@ -4,10 +4,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers.layer_cases import running_matrices
 
 import keras_lipattn as kl
 from keras_lipattn.bounds import certified_layer_bound
-from keras_lipattn.layers._masks import MaskClass
 
 LENGTH, FEATURES, HEADS, KEY_DIM = 6, 8, 2, 4
 CAP = 0.5
@@ -25,8 +25,8 @@ def _capped(norm="l2", **options):
 
 
 def _running_matrices(layer, mask="full"):
-    """Function that returns the very matrices which the inference graph multiplies with."""
-    return tf.function(lambda: layer._weights(MaskClass(mask), training=False)[:2])
+    """Function that returns the matrices that the inference graph multiplies with."""
+    return tf.function(lambda: running_matrices(layer, mask))
 
 
 def _bound_of(matrices, norm, mask="full"):
@@ -76,7 +76,7 @@ def test_a_cap_holds_right_after_weights_are_set(norm, scale, condense):
     if condense:
         layer.condense()
     for mask in ("full", "causal", "any"):
-        matrices = layer._weights(MaskClass(mask), training=False)[:2]
+        matrices = running_matrices(layer, mask)
         assert _bound_of(matrices, norm, mask) <= CAP * SLACK
 
 

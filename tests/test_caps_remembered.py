@@ -7,7 +7,7 @@ import tensorflow as tf
 from helpers.layer_cases import CAPS, FEATURES, LENGTH, Case, randomise
 
 from keras_lipattn import SpectralDense
-from keras_lipattn.layers import _norm_cache
+from keras_lipattn.layers import _norms
 from keras_lipattn.layers._masks import MaskClass
 from keras_lipattn.layers._norms import ConvergedNorms
 
@@ -25,7 +25,7 @@ def gram_used(monkeypatch):
             used.append(True)
             super().__init__()
 
-    monkeypatch.setattr(_norm_cache, "ConvergedNorms", Spied)
+    monkeypatch.setattr(_norms, "ConvergedNorms", Spied)
 
     def asked(function):
         used.clear()

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from helpers import bounds_cases
-from helpers.layer_cases import CAPS, FEATURES, LENGTH, Case, randomise
+from helpers.layer_cases import CAPS, FEATURES, LENGTH, Case, randomise, running_matrices
 
 from keras_lipattn import L2MultiHeadAttention, SpectralDense
-from keras_lipattn.layers._masks import MaskClass
 from keras_lipattn.linalg import operator_norm
+from keras_lipattn.linalg.power import ScaledMatrix
 
 STEPS = 50
 SLACK = 1.0 + 1e-6
@@ -40,7 +40,7 @@ def test_no_step_pushes_a_layer_over_its_caps(cap):
     rng = np.random.default_rng(0)
     x = tf.constant(rng.normal(size=(8, LENGTH, FEATURES)), "float32")
     step = _pushed(layer, x, 9.0 * tf.sign(x))
-    graph = tf.function(lambda: layer._weights(MaskClass("full"), training=False)[:2])
+    graph = tf.function(lambda: running_matrices(layer))
     full = np.ones((LENGTH, LENGTH), bool)
     witness = bounds_cases.inputs(LENGTH, FEATURES, rng)[2:9:3]
     for index in range(STEPS):
@@ -66,9 +66,9 @@ def test_every_kernel_is_capped_as_the_matrix_it_is():
         if remembered:
             layer.condense()
         kernels = layer._graph_kernels()
-        query, value, output = layer._capped(
-            kernels, layer._norms_for(kernels, training=False), keras.ops
-        )
+        factors = layer._cap_factors(kernels, layer._norms_for(kernels, training=False), keras.ops)
+        capped = [kernel * factor for kernel, factor in zip(kernels, factors, strict=True)]
+        query, value, output = layer.by_head(capped, keras.ops)
         beside = (np.reshape(np.transpose(k, (1, 0, 2)), (FEATURES, -1)) for k in (query, value))
         for matrix in (*beside, np.reshape(output, (-1, FEATURES))):
             norm = operator_norm(matrix)
@@ -83,7 +83,7 @@ def test_a_dense_layer_stays_under_its_cap_while_pushed(cap):
     x = tf.random.normal((16, 5))
     layer(x)
     step = _pushed(layer, x, 100.0 * tf.sign(tf.random.normal((16, 6))))
-    read = tf.function(lambda: layer._call_kernel(training=False))
+    read = tf.function(lambda: layer.effective_weights().output)
     for _ in range(STEPS):
         step()
         assert operator_norm(read()) <= cap * SLACK
@@ -100,7 +100,7 @@ def test_caps_hold_right_after_weights_are_set(norm, dtype):
     )
     layer.build((None, LENGTH, FEATURES))
     rng = np.random.default_rng(0)
-    graph = tf.function(lambda: layer._weights(MaskClass("full"), training=False)[:2])
+    graph = tf.function(lambda: running_matrices(layer))
     for scale in (1e-9, 1e-3, 1.0, 1e4) if "float16" in dtype else (1e-30, 1e-9, 1.0, 1e9, 1e30):
         # Running vectors and everything else too: nothing of it may matter.
         layer.set_weights([rng.normal(size=w.shape) * scale for w in layer.weights])
@@ -127,15 +127,14 @@ def test_weights_under_their_caps_run_untouched(cap):
 
 
 def _leading_vectors(layer):
-    vectors = {}
-
-    def norm(name, matrix):
-        _, values, right = np.linalg.svd(matrix)
-        vectors[name] = right[..., 0, :]
-        return values[..., 0]
-
-    layer._request_norms(layer.host_kernels(), norm, list(layer._norm_shapes()), np)
-    return vectors
+    weights = layer.host_weights().exact
+    matrices = layer._operators(layer.host_kernels(), np)
+    for norm in ("l2", "token", "linf"):
+        matrices |= layer.matrices(weights, norm, np)
+    return {
+        name: np.linalg.svd(m.formed(np) if isinstance(m, ScaledMatrix) else m)[2][..., 0, :]
+        for name, m in matrices.items()
+    }
 
 
 @pytest.mark.parametrize("cap", CAPS)

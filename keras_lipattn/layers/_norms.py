@@ -62,8 +62,6 @@ class RunningNorms(Norms):
         self._next = {}
 
     def _measure(self, name, matrix):
-        if not isinstance(matrix, ScaledMatrix):
-            matrix = ScaledMatrix(matrix)
         vector = ops.cast(ops.convert_to_tensor(self._vectors[name]), matrix.dtype)
         norm, self._next[name] = power_step(matrix, vector)
         return norm

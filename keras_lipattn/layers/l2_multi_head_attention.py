@@ -292,7 +292,7 @@ class L2MultiHeadAttention(SelfAttention):
         degrees = {"n_keys": mask.n_keys, "n_queries": mask.n_queries}
         return weights_by_lag(*seen, tokens, xp, **degrees, epsilon=epsilon)
 
-    def score_biases(self, xp):
+    def score_biases(self, xp) -> Any:
         if self.relative_bias is None:
             return None
         if self._condensed is not None:

@@ -171,9 +171,9 @@ class ScaledCosineAttention(SelfAttention):
         projections = [xp.transpose(kernel, (1, 0, 2)) for kernel in projections]
         joint = xp.transpose(xp.concatenate(projections, axis=2), (1, 0, 2))
         projection = xp.reshape(joint, (self.features, -1))
-        return Folded(
-            projection, *projections, xp.reshape(output, (self.num_heads, self.value_dim, -1))
-        )
+        query, key, value = projections
+        output = xp.reshape(output, (self.num_heads, self.value_dim, -1))
+        return Folded(projection, query, key, value, output)
 
     def matrices(self, weights, norm, xp):
         return cosine_matrices(*self._slopes(weights, xp), weights.output, norm, xp)

@@ -55,7 +55,7 @@ def power_step(matrix, vector):
     estimate.
 
     Args:
-        matrix: `ScaledMatrix` of tensors, `W`.
+        matrix: Tensor `(..., m, n)` or `ScaledMatrix` of tensors, `W`.
         vector: Tensor `(..., n)`, estimate of the right singular vector. Any vector that is not
             orthogonal to the leading one will do.
 
@@ -63,18 +63,20 @@ def power_step(matrix, vector):
         A pair: the estimate `(...)` and the new vector `(..., n)`, through which no gradient flows.
         A fixed vector replaces one of zeros or NaN, given or found (for a zero matrix, say).
     """
+    if not isinstance(matrix, ScaledMatrix):
+        matrix = ScaledMatrix(matrix)
     *batch, height, width = matrix.shape
     # Vectors are rows `(..., 1, n)`; a product may need a column.
     rows, columns = (_as_row(weights) for weights in (matrix.rows, matrix.columns))
     fixed, fixed_rows, fixed_columns = map(_fixed, (matrix.matrix, rows, columns))
     image = ops.matmul(fixed, _turned(_times(_as_row(vector), fixed_columns)))
     image = _times(_turned(image), fixed_rows)
-    # Divided by a number of their size first, entries have squares that neither under- nor overflow.
+    # Divided by a number of their size first, so that squares neither under- nor overflow.
     if matrix.frobenius is None:
         frobenius = _frobenius(fixed, fixed_rows, fixed_columns)
         size = ops.max(ops.abs(image), axis=-1, keepdims=True)
     else:
-        frobenius = _fixed(matrix.frobenius)
+        frobenius = ops.stop_gradient(matrix.frobenius)
         size = ops.reshape(frobenius, (*batch, 1, 1))
     smallest = float(np.finfo(keras.backend.standardize_dtype(image.dtype)).tiny)
     size = ops.maximum(size, smallest)
