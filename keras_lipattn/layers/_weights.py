@@ -34,6 +34,7 @@ class HostWeights:
     The certificate is computed from these arrays, and a condensed layer runs with them.
 
     Attributes:
+        kernels: The kernels in float64, without caps.
         factors: The factors of `spectral_norm`, one for each kernel.
         exact: Result of `fold` in float64.
         rounded: The same in the norm dtype, as a condensed graph holds it.
@@ -47,9 +48,9 @@ class HostWeights:
         self.variables = []
         self.relative_bias = layer.score_biases(np)
         with ignore_floating_point_errors():
-            kernels = layer.host_kernels()
-            self.factors = layer._cap_factors(kernels, ExactNorms(), np)
-            self.exact = layer.fold(kernels, self.factors, np)
+            self.kernels = layer.host_kernels()
+            self.factors = layer._cap_factors(self.kernels, ExactNorms(), np)
+            self.exact = layer.fold(self.kernels, self.factors, np)
             self.rounded = _cast(self.exact, self._dtype)
         # Of the rounded weights, once for all masks.
         self._norms = ExactNorms()

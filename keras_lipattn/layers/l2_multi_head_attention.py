@@ -407,7 +407,7 @@ class L2MultiHeadAttention(SelfAttention):
 
     def _capped_kernels(self, state):
         """Kernels under `spectral_norm`, by head, on the host."""
-        kernels = self.host_kernels()
+        kernels = state.kernels
         if self.spectral_norm is not None:
             kernels = [
                 kernel * factor for kernel, factor in zip(kernels, state.factors, strict=True)
