@@ -14,10 +14,9 @@ from keras_lipattn.bounds.key_weights import (
 )
 from keras_lipattn.bounds.local import local_layer_bound
 from keras_lipattn.bounds.unit_head import unit_head_bound
-from keras_lipattn.certification.enclosure import Enclosure
 from keras_lipattn.certification.layer_call import LayerCall
 from keras_lipattn.certification.maps import CenterValue, LipschitzMap
-from keras_lipattn.certification.tensor_state import TensorState
+from keras_lipattn.certification.tensor_state import Enclosure, TensorState
 from keras_lipattn.certification.weights import cast_to_compute_dtype
 from keras_lipattn.layers import L2MultiHeadAttention
 from keras_lipattn.layers._visibility import classify
