@@ -1,6 +1,6 @@
 """Self-attention with a proven Lipschitz constant, for Keras 3."""
 
-from keras_lipattn import distribution
+from keras_lipattn import callbacks, certification, distribution, layers, losses, metrics
 from keras_lipattn.bounds import LipschitzBound
 from keras_lipattn.callbacks import (
     DurableBackup,
@@ -15,12 +15,9 @@ from keras_lipattn.export import ExportError, export_saved_model
 from keras_lipattn.layers import (
     CenterNormalization,
     ContinuousDepth,
-    Inversion,
-    InversionError,
     InvertibleResidual,
     InvertibleSequential,
     L2MultiHeadAttention,
-    LogDeterminant,
     MaxMin,
     PositionEmbedding,
     Residual,
@@ -39,27 +36,29 @@ __all__ = [
     "DurableCSVLogger",
     "DurableCheckpoint",
     "ExportError",
-    "Inversion",
-    "InversionError",
     "InvertibleResidual",
     "InvertibleSequential",
     "L2MultiHeadAttention",
     "LipschitzBound",
     "LipschitzEstimate",
     "LipschitzMonitor",
-    "LogDeterminant",
     "MaxMin",
     "PositionEmbedding",
     "Residual",
     "ScaledCosineAttention",
     "SpectralDense",
     "__version__",
+    "callbacks",
+    "certification",
     "certify",
     "condensed",
     "convert_attention",
     "distribution",
     "estimate_lipschitz",
     "export_saved_model",
+    "layers",
     "local_radius",
+    "losses",
+    "metrics",
     "register_rule",
 ]

@@ -40,7 +40,8 @@ def wheel(tmp_path_factory):
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "keras_lipattn").rglob("*.py")}
+    files = [*(ROOT / "keras_lipattn").rglob("*.py"), ROOT / "keras_lipattn" / "py.typed"]
+    sources = {str(path.relative_to(ROOT)) for path in files}
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert packed == sources
