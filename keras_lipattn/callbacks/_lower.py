@@ -11,7 +11,7 @@ from keras import ops
 
 from keras_lipattn.callbacks._watched_layers import WatchedLayer
 from keras_lipattn.estimation import estimate_lipschitz
-from keras_lipattn.estimation._losses import losses_kept
+from keras_lipattn.estimation.derivatives import preserve_losses
 from keras_lipattn.layers import L2MultiHeadAttention, condensed
 from keras_lipattn.layers._arguments import describe
 from keras_lipattn.layers.lipschitz_layer import LipschitzLayer
@@ -96,7 +96,7 @@ def _estimate(function: Any, x: Any, norm: str, kwargs: dict[str, Any]) -> float
 def _calls(model: keras.Model, layers: Sequence[LipschitzLayer], sample: Any) -> _Calls:
     """How the model calls its layers on the sample: layer, input and further arguments."""
     calls: _Calls = []
-    with _recorded(layers, calls), losses_kept(model), keras.StatelessScope():
+    with _recorded(layers, calls), preserve_losses(model), keras.StatelessScope():
         model(keras.tree.map_structure(ops.convert_to_tensor, sample), training=False)
     return calls
 
