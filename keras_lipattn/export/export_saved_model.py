@@ -116,8 +116,13 @@ def export_saved_model(
 
     Example:
 
-    >>> certificate = export_saved_model(model, "build/classifier")
-    >>> certificate.total
+    >>> inputs = keras.Input((6, 8))
+    >>> x = keras_lipattn.L2MultiHeadAttention(num_heads=2, key_dim=4, lipschitz_bound=1.0)(inputs)
+    >>> x = keras.layers.GlobalAveragePooling1D()(x)
+    >>> model = keras.Model(inputs, keras_lipattn.SpectralDense(3)(x))
+    >>> certificate = keras_lipattn.export_saved_model(model, "build/classifier", verbose=False)
+    >>> certificate.matches(model)
+    True
     """
     if keras.config.backend() != "tensorflow":
         raise RuntimeError(_OTHER_BACKEND.format(backend=keras.config.backend()))

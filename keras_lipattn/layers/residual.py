@@ -32,6 +32,8 @@ class Residual(keras.layers.Layer):
 
     >>> x = keras.Input((10, 64))
     >>> y = Residual(alpha=0.5)([x, SpectralDense(64)(x)])
+    >>> y.shape
+    (None, 10, 64)
     """
 
     def __init__(self, alpha=None, trainable_alpha=False, **kwargs):
