@@ -323,7 +323,7 @@ def refused(call):
             "a3",
             "gate",
         ),
-        (lambda x: Louder(2, 4, name="a4")(x, x), "a4", "subclass, Louder"),
+        (lambda x: Louder(2, 4, name="a4")(x, x), "a4", "subclass Louder"),
     ],
 )
 def test_what_cannot_be_converted_stays_with_its_reason(call, path, reason):
