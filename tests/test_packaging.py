@@ -18,6 +18,7 @@ import keras_lipattn
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SETUP = configparser.ConfigParser()
 SETUP.read(ROOT / "setup.cfg")
+FOLDERS = ("keras_lipattn", "examples", "tools", "tests", "tests_backends")
 SOURCES = ("keras_lipattn", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 
 
@@ -103,9 +104,8 @@ def _imported(*folders, at_import_time=False):
     """Distributions that files of the repository import, other than their own modules."""
     files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     names = {name for path in files for name in _imports(path, at_import_time=at_import_time)}
-    own = {path.stem for path in ROOT.rglob("*.py")} | {path.name for path in ROOT.glob("*/*/")}
-    own |= {path.name for path in ROOT.glob("*/")}
-    names -= own | set(sys.stdlib_module_names)
+    names -= {path.stem for folder in FOLDERS for path in (ROOT / folder).rglob("*")}
+    names -= {*FOLDERS, *sys.stdlib_module_names}
     return {_DISTRIBUTIONS.get(name, name).replace("_", "-") for name in names}
 
 
