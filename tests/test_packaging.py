@@ -30,7 +30,7 @@ def _requirements(text):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    # A copy: building leaves files beside the sources.
+    # From a copy, since building leaves files among the sources.
     source = tmp_path_factory.mktemp("source")
     for name in SOURCES:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
@@ -162,10 +162,21 @@ def test_backends_get_all_requirements_but_tensorflow():
     assert set(needs.split()) == wanted - {"tensorflow"}
 
 
-def test_everything_public_exists_and_is_documented():
-    assert sorted(keras_lipattn.__all__) == list(keras_lipattn.__all__)
-    for name in keras_lipattn.__all__:
-        assert name == "__version__" or getattr(keras_lipattn, name).__doc__
+NAMESPACES = ("callbacks", "certification", "distribution", "layers", "losses", "metrics")
+
+
+@pytest.mark.parametrize("namespace", [None, *NAMESPACES])
+def test_everything_public_exists_and_is_documented(namespace):
+    module = getattr(keras_lipattn, namespace) if namespace else keras_lipattn
+    assert sorted(module.__all__) == list(module.__all__)
+    for name in module.__all__:
+        assert name == "__version__" or getattr(module, name).__doc__
+
+
+def test_namespaces_are_public_and_the_readme_lists_them():
+    assert set(NAMESPACES) < set(keras_lipattn.__all__)
+    table = re.findall(r"^\| `keras_lipattn\.(\w+)` \|", (ROOT / "README.md").read_text(), re.M)
+    assert sorted(table) == sorted(NAMESPACES)
 
 
 def test_ci_runs_what_the_readme_tells():
