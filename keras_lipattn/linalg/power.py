@@ -35,9 +35,15 @@ def power_step(matrix, vector, *, rows=None, columns=None):
     rows, columns = (_as_row(weights) for weights in (rows, columns))
     fixed, fixed_rows, fixed_columns = map(_fixed, (matrix, rows, columns))
     image = ops.matmul(fixed, _turned(_times(_as_row(vector), fixed_columns)))
-    left = _unit(_times(_turned(image), fixed_rows))
+    image = _times(_turned(image), fixed_rows)
+    # Scaling by the largest entry first keeps squares from under- or overflowing.
+    smallest = float(np.finfo(keras.backend.standardize_dtype(image.dtype)).tiny)
+    peak = ops.maximum(ops.max(ops.abs(image), axis=-1, keepdims=True), smallest)
+    left, length, usable = _unit(image / peak)
+    # The next image is no shorter than this one, and not much longer: it is scaled by its length.
+    length = ops.where(usable, peak * length, 1.0)
     image = _times(ops.matmul(_times(left, rows), matrix), columns)
-    right = _unit(ops.stop_gradient(image))
+    right, _, _ = _unit(ops.stop_gradient(image) / length)
     sigma = ops.reshape(ops.matmul(image, _turned(right)), tuple(batch))
     floor = _frobenius(fixed, fixed_rows, fixed_columns) / math.sqrt(min(height, width))
     missing = ops.maximum(floor - ops.stop_gradient(sigma), 0.0)
@@ -84,15 +90,17 @@ def _times(row, weights):
 
 
 def _unit(row):
-    """A row `(..., 1, n)` at length one; the cold vector for zero or NaN."""
-    # Scaling by the largest entry first keeps the squares from under- or overflowing: their sum is
-    # at least 1, or the row is zero.
-    smallest = float(np.finfo(keras.backend.standardize_dtype(row.dtype)).tiny)
-    row = row / ops.maximum(ops.max(ops.abs(row), axis=-1, keepdims=True), smallest)
-    squares = ops.sum(ops.square(row), axis=-1, keepdims=True)
-    cold = ops.convert_to_tensor(cold_vector(row.shape[-1:]), dtype=row.dtype)
+    """A row `(..., 1, n)` at length one, its length, and whether that is neither zero nor NaN.
+
+    The cold vector takes the place of a row that has no direction. Squares are summed by a product:
+    XLA compiles it faster than a reduction.
+    """
+    squares = ops.matmul(row, _turned(row))
     # A comparison with NaN is false.
-    return ops.where(squares > 0.0, row / ops.sqrt(ops.maximum(squares, 0.5)), cold)
+    usable = squares > 0.0
+    length = ops.sqrt(ops.where(usable, squares, 1.0))
+    cold = ops.convert_to_tensor(cold_vector(row.shape[-1:]), dtype=row.dtype)
+    return ops.where(usable, row / length, cold), length, usable
 
 
 def _frobenius(matrix, rows, columns):
