@@ -46,9 +46,13 @@ class Certificate:
 
     Example:
 
-    >>> certificate = certify(model)
-    >>> print(certificate)
-    >>> certificate.radius(logits)
+    >>> logits = keras_lipattn.SpectralDense(3, name="logits")
+    >>> model = keras.Sequential([keras.Input((4,)), logits])
+    >>> certificate = keras_lipattn.certify(model)
+    >>> [row.path for row in certificate.rows], certificate.total <= 1.0
+    (['logits'], True)
+    >>> certificate.radius(np.array([[2.0, 1.0, 0.0]])).round(2)
+    array([0.71])
     """
 
     model: str
