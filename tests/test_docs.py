@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import keras
 import numpy as np
@@ -20,7 +21,7 @@ PROGRAMS = {key: code for key, code in documents.programs().items() if "backends
 NAMES = {"keras": keras, "np": np, "keras_lipattn": kl, **{n: getattr(kl, n) for n in kl.__all__}}
 
 
-def docstrings():
+def docstrings() -> Iterator[doctest.DocTest]:
     package = documents.ROOT / "keras_lipattn"
     finder = doctest.DocTestFinder()
     for path in sorted(package.rglob("*.py")):
@@ -30,10 +31,10 @@ def docstrings():
         module = importlib.import_module(name.removesuffix(".__init__"))
         for test in finder.find(module, globs=dict(NAMES)):
             if test.examples:
-                yield pytest.param(test, id=test.name)
+                yield test
 
 
-@pytest.mark.parametrize("test", list(docstrings()))
+@pytest.mark.parametrize("test", [pytest.param(test, id=test.name) for test in docstrings()])
 def test_examples_in_docstrings_print_what_they_say(test, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     report = []
@@ -43,7 +44,7 @@ def test_examples_in_docstrings_print_what_they_say(test, tmp_path, monkeypatch)
 
 def test_examples_in_docstrings_are_found():
     source = "".join(p.read_text() for p in (documents.ROOT / "keras_lipattn").rglob("*.py"))
-    found = sum(len(param.values[0].examples) for param in docstrings())
+    found = sum(len(test.examples) for test in docstrings())
     assert found == len(re.findall(r"^\s*>>> ", source, re.MULTILINE)) > 0
 
 

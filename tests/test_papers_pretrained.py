@@ -47,7 +47,10 @@ def test_without_a_reader_it_says_what_to_install(missing, monkeypatch, tmp_path
 
 def _bert(rng, pieces, width=6, layers=2):
     """Random weights of a BERT by the names in its files."""
-    shapes = {"embeddings.LayerNorm.weight": (width,), "embeddings.LayerNorm.bias": (width,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "embeddings.LayerNorm.weight": (width,),
+        "embeddings.LayerNorm.bias": (width,),
+    }
     for name, rows in (("word", len(pieces)), ("position", 16), ("token_type", 2)):
         shapes[f"embeddings.{name}_embeddings.weight"] = (rows, width)
     for index in range(layers):

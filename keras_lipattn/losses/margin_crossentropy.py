@@ -56,7 +56,7 @@ class MarginCrossentropy(keras.losses.Loss):
         radius,
         temperature=1.0,
         lipschitz=1.0,
-        reduction="sum_over_batch_size",
+        reduction: str | None = "sum_over_batch_size",
         name="margin_crossentropy",
         dtype=None,
     ):
