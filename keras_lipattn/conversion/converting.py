@@ -9,7 +9,7 @@ import numpy as np
 from keras.src import backend
 
 from keras_lipattn._seen_calls import specs_of
-from keras_lipattn.certification import tracing
+from keras_lipattn.certification.keras_models import call_specs, function_of, names_kept
 from keras_lipattn.conversion.slots import (
     as_converted,
     attention_slots,
@@ -100,7 +100,7 @@ def convert_attention(model: keras.Model, x: Any = None) -> Conversion:
         raise ValueError(f"`model` must be a built `keras.Model`. Received: model={model!r}")
     arguments = _arguments(model, x)
     olds = attention_slots(model)
-    with tracing.names_kept():
+    with names_kept():
         copy = _copy(model, arguments)
         pairs = list(zip(model._flatten_layers(), copy._flatten_layers(), strict=True))
         # The names that Keras generates differ in the copy. The order is the same.
@@ -128,12 +128,12 @@ def convert_attention(model: keras.Model, x: Any = None) -> Conversion:
 
 def _arguments(model: keras.Model, x: Any) -> tuple:
     """The positional arguments of a call of `model`, as symbolic tensors."""
-    function = tracing.function_of(model)
+    function = function_of(model)
     if function is not None:
         return (keras.tree.map_structure(lambda tensor: tensor, function._inputs_struct),)
     if x is not None:
         return specs_of((keras.tree.map_structure(keras.ops.convert_to_tensor, x),))
-    return tracing.call_specs(model)[0]
+    return call_specs(model)[0]
 
 
 def _call_symbolically(model: keras.Model, arguments: tuple) -> None:

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lipattn.layers._vector_jacobian import vector_jacobian
+from keras_lipattn.layers._autodiff import vector_jacobian
 
 
 class Derivatives:
