@@ -23,7 +23,7 @@ import keras_lipattn as kl
 from keras_lipattn.certification import Certificate, certify
 from keras_lipattn.certification.certifying import local_certificate
 from keras_lipattn.certification.propagation import Options
-from keras_lipattn.estimation._norms import norm_of
+from keras_lipattn.estimation.norms import norm_of
 
 CASES = {case.name: case for case in layer_cases()}
 NORMS = ("l2", "token", "linf")

@@ -88,9 +88,13 @@ class Certificate:
 
     Example:
 
-    >>> certificate = certify(model)
-    >>> print(certificate)
-    >>> certificate.certified_radius(logits)
+    >>> logits = keras_lipattn.SpectralDense(3, name="logits")
+    >>> model = keras.Sequential([keras.Input((4,)), logits])
+    >>> certificate = keras_lipattn.certify(model)
+    >>> [row.path for row in certificate.rows], certificate.total <= 1.0
+    (['logits'], True)
+    >>> certificate.certified_radius(np.array([[2.0, 1.0, 0.0]])).round(2)
+    array([0.71])
     """
 
     model: str
