@@ -107,6 +107,22 @@ def test_rules_hold_near_an_input_and_values_are_those_of_the_model(name):
     assert found <= certificate.total * rounding
 
 
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(4, 4), (6, 5)])
+def test_pixels_rounded_to_float32_are_within_the_rounding_error(size, interpolation):
+    inputs = keras.Input((4, 4, 1), dtype="float64")
+    resizing = layers.Resizing(*size, interpolation=interpolation, dtype="float64")
+    model = keras.Model(inputs, resizing(inputs))
+    x = np.random.default_rng(0).normal(size=(4, 4, 1))
+    _, (near,) = values_near(model, x, 0.0)
+    assert near is not None
+    gap = np.linalg.norm(near.value - np.asarray(model(x[None], training=False)))
+    assert gap <= near.rounding_error
+    # The nearest pixel is not rounded.
+    precision = 1e-9 if interpolation == "nearest" else 1e-5
+    assert near.rounding_error <= precision * np.linalg.norm(near.value)
+
+
 def attention_model(tokens=5, features=4, dtype="float64", seed=0, build=None, **options):
     """Two attention layers with a normalisation and a dense layer between them."""
     with default_dtype(dtype):
