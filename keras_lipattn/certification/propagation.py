@@ -179,8 +179,8 @@ class Propagation:
         low, high = interval
         token_range = TokenRange(largest=max(-low, high))
         width = layout.shape[-1] if layout.shape else 1
-        known = width is not None and not any(layout.dynamic[-1:])
-        if known and math.isfinite(token_range.largest):
+        bounded = math.isfinite(token_range.largest)
+        if bounded and width is not None and not any(layout.dynamic[-1:]):
             token_range = TokenRange.of_entries(low, high, width)
         return self._fixed(layout, kind=kind, range=token_range, interval=interval)
 
