@@ -1,4 +1,4 @@
-"""From a layer class or an operation to the rule which bounds it."""
+"""The registry of rules for layer classes and operations."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ _layer_rules: dict[type, tuple[Rule, bool]] = {}
 _operation_rules: dict[str, Rule] = {}
 _own_bound: list[Rule] = []
 
-# What a subclass may define without changing the function that the layer computes.
+# Methods that a subclass may override without changing the function that the layer computes.
 _HARMLESS = frozenset(
     {
         "__init__",
@@ -82,7 +82,7 @@ def register_rule(*layer_classes: type, subclasses: bool = False) -> Callable[[R
 
 
 def register_operation(*names: str) -> Callable[[Rule], Rule]:
-    """Registers the rule for nodes of `keras.ops`, by the names of their classes."""
+    """Registers a rule for nodes of `keras.ops`, by the names of their classes."""
 
     def decorate(rule: Rule) -> Rule:
         for name in names:
@@ -93,7 +93,7 @@ def register_operation(*names: str) -> Callable[[Rule], Rule]:
 
 
 def register_own_bound(rule: Rule) -> Rule:
-    """Registers the rule for layers which bring a method `lipschitz` and have no other rule."""
+    """Registers the rule for layers that have a method `lipschitz` and no other rule."""
     _own_bound[:] = [rule]
     return rule
 
@@ -102,7 +102,7 @@ def find_rule(operation: Any) -> tuple[Rule | None, str]:
     """The rule for a layer or a node of `keras.ops`.
 
     Returns:
-        The rule and an empty string, or `None` and why there is no rule.
+        The rule and an empty string, or `None` and the reason why there is no rule.
     """
     cls = type(operation)
     if not isinstance(operation, keras.layers.Layer):
