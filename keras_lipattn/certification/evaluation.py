@@ -33,7 +33,7 @@ def require_float64() -> None:
     """Raises a `ValueError` if the backend has no float64."""
     if keras.backend.standardize_dtype(keras.ops.convert_to_tensor(np.zeros(1)).dtype) != "float64":
         raise ValueError(
-            "A local certificate evaluates the model in float64, which is disabled in this backend. "
+            "A local certificate needs float64, which is disabled in this backend. "
             f"Received: backend={keras.backend.backend()!r}"
         )
 

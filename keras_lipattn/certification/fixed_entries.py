@@ -13,9 +13,9 @@ from keras_lipattn.certification.tensor_state import ANYTHING, Interval, TensorS
 # Operations that only move, repeat, drop or average entries.
 _KEEPS = frozenset(
     (
-        "Amax Amin BroadcastTo Cast Concatenate ConvertToTensor Copy ExpandDims Flatten Flip GetItem "
-        "Identity Max Mean Min Moveaxis Permute Repeat Reshape Roll Slice Split Squeeze Stack "
-        "StopGradient Swapaxes Tile Transpose Unstack Where"
+        "Amax Amin BroadcastTo Cast Concatenate ConvertToTensor Copy ExpandDims Flatten Flip "
+        "GetItem Identity Max Mean Min Moveaxis Permute Repeat Reshape Roll Slice Split Squeeze "
+        "Stack StopGradient Swapaxes Tile Transpose Unstack Where"
     ).split()
 )
 _LAYERS = frozenset(

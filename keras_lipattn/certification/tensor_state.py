@@ -73,7 +73,7 @@ class TensorState:
     Args:
         gain: Lipschitz constant of the tensor with respect to the certified inputs.
         published: the gain with the published bound for every attention layer.
-        shape: sizes of the axes after the first one: the largest sizes where they vary, `None` where
+        shape: sizes of the axes after the first one: the largest ones where they vary, `None` where
             they are not known. For a tensor without a batch axis (`fold=0`), sizes of all axes.
         dynamic: for each of these axes, whether the size varies from call to call.
         fold: entries of the first axis per example; 0 for a tensor that is the same for every
