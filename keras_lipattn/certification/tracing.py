@@ -372,11 +372,12 @@ def _copies_a_number(operation, inputs, outputs) -> bool:
 
 
 def _explain(error: Exception) -> Reason:
-    """The reason why code cannot be traced; the message of Keras is about building models."""
+    """The reason why code cannot be traced. Messages of Keras are about building models."""
     if isinstance(error, NotImplementedError):
         return Reason("its `call` is not implemented")
     return Reason(
-        "its code uses functions other than those of `keras.ops`, or looks at the values of its "
+        f"its code raises {type(error).__name__} on symbolic tensors of this shape, for instance "
+        "because it uses functions other than those of `keras.ops` or looks at the values of its "
         "input",
         cause=Cause.CODE,
     )
