@@ -30,7 +30,7 @@ NORMS = ("l2", "token", "linf")
 # Of a measured derivative in float64, as for global certificates.
 ROUNDING = 1.0 + 1e-9
 # Layers whose caps are only known to their graph or whose values have no rule, and what TensorFlow
-# has in float32 alone: values are lost there, so that what follows gets its global constants.
+# has only in float32: the values are not known there, and later layers get global constants.
 LOST = {
     "average_pool3d",
     "cosine_attention",
@@ -426,5 +426,5 @@ def test_what_has_no_meaning_is_refused():
     with pytest.raises(ValueError, match="head"):
         kl.certified_radius(keras.Model(inputs, layers.Dense(2)(inputs)), x)
     unknown = keras.Model(inputs, layers.Dense(2)(layers.Flatten()(layers.LSTM(3)(inputs))))
-    with pytest.raises(ValueError, match="values are lost after lstm"):
+    with pytest.raises(ValueError, match="values are not known after lstm"):
         kl.certified_radius(unknown, x)

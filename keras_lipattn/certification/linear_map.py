@@ -1,4 +1,4 @@
-"""Linear maps of the last axis, remembered so that consecutive ones merge."""
+"""Linear maps of the last axis, stored so that consecutive ones merge."""
 
 import math
 
@@ -55,7 +55,7 @@ def matrix_norm(linear: LinearMap, norm: str) -> float:
         return float(np.abs(linear).max())
     if norm == "linf":
         return SAFETY * float(np.abs(linear).sum(axis=0).max())
-    # Certificates of the same weights near many inputs ask again and again.
+    # Local certificates of one model need the same norms for every center.
     return cached_by_content(_spectral_norm, linear)
 
 
@@ -67,8 +67,8 @@ def centered_diagonal_norm(gamma: np.ndarray) -> float:
     """`|| diag(gamma) (I - 11^T / d) ||`, exact up to rounding upwards.
 
     Its square is the largest eigenvalue of `D^2 - g g^T / d` with `D = diag(gamma)`, the root of
-    `1 + sum_i (g_i^2 / d) / (x - g_i^2)` between the two largest `g_i^2`: the sum decreases there,
-    and the upper end of the interval that bisection leaves is returned.
+    `1 + sum_i (g_i^2 / d) / (x - g_i^2)` between the two largest `g_i^2`, where the sum decreases.
+    The result is the upper end of an interval of bisection.
 
     Args:
         gamma: float64, finite, shape `(d,)`.
@@ -87,6 +87,6 @@ def centered_diagonal_norm(gamma: np.ndarray) -> float:
             sums = 1.0 + float(np.sum(squares / (middle - squares))) / squares.size
         if not low < middle < high:
             break
-        # Beyond the root the term of the largest entry drags the sum under 0.
+        # Above the root the term of the largest entry makes the sum negative.
         low, high = (middle, high) if sums > 0.0 else (low, middle)
     return SAFETY * scale * math.sqrt(high)
