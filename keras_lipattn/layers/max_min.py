@@ -19,7 +19,7 @@ class MaxMin(keras.layers.Layer):
 
     Example:
 
-    >>> keras.ops.convert_to_numpy(MaxMin()([[1.0, 2.0, 3.0, 0.0]])).tolist()
+    >>> keras.ops.convert_to_numpy(MaxMin()(np.array([[1.0, 2.0, 3.0, 0.0]]))).tolist()
     [[3.0, 2.0, 1.0, 0.0]]
 
     Reference:
