@@ -14,10 +14,7 @@ from keras_lipattn._arguments import (
     require_positive,
     require_positive_integer,
 )
-from keras_lipattn.estimation._derivatives import Derivatives
-from keras_lipattn.estimation._norms import norm_of
 from keras_lipattn.estimation.derivatives import Derivatives, preserve_losses
-from keras_lipattn.estimation.lipschitz_estimate import LipschitzEstimate
 from keras_lipattn.estimation.norms import (
     initial_covectors,
     norm_of,
