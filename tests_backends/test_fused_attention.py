@@ -9,7 +9,7 @@ from helpers.layer_cases import Case, cases
 from keras import ops
 
 import keras_lipattn as kl
-from keras_lipattn.layers import _fused_attention, l2_multi_head_attention
+from keras_lipattn.layers import _distance_attention, _fused_attention, l2_multi_head_attention
 from keras_lipattn.layers._fused_attention import (
     fused_attention,
     plain_attention,
