@@ -1,4 +1,4 @@
-"""The bound near one input: sound inside its ball, sharp at its centre, shift invariant."""
+"""The bound near one input: sound inside its ball, sharp at its center, shift invariant."""
 
 import math
 
@@ -16,10 +16,10 @@ ROUNDING = 1e-9
 UNCAPPED = 1e12
 
 
-def into_ball(centre, radius):
+def into_ball(center, radius):
     def project(x):
-        step = x - centre
-        return centre + step * min(1.0, radius / max(np.linalg.norm(step), 1e-300))
+        step = x - center
+        return center + step * min(1.0, radius / max(np.linalg.norm(step), 1e-300))
 
     return project
 
@@ -63,7 +63,7 @@ def test_dominates_the_jacobian_under_ascent_inside_the_ball():
             assert found <= (1 + ROUNDING) * bound, name
 
 
-def test_is_close_to_the_jacobian_at_the_centre():
+def test_is_close_to_the_jacobian_at_the_center():
     rng = np.random.default_rng(2)
     ratios = []
     for tokens, width in ((4, 1), (8, 3), (12, 5)):
