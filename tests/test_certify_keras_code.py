@@ -677,8 +677,10 @@ def test_radius_in_an_export_holds_where_a_layer_looks_at_its_length(tmp_path):
     with default_dtype("float32"):
         y = layers.GlobalAveragePooling1D()(TimesPosition()(x))
         model = keras.Model(x, layers.Dense(2, kernel_initializer="identity")(y))
-    export_saved_model(model, tmp_path, sequence_length=LONG, allow_uncertified=True, verbose=False)
-    served = tf.saved_model.load(str(tmp_path / "1")).signatures
+    exported = export_saved_model(
+        model, tmp_path, sequence_length=LONG, allow_uncertified=True, verbose=False
+    )
+    served = tf.saved_model.load(str(exported.path)).signatures
     point = np.zeros((1, LONG, WIDTH), np.float32)
     point[..., 0] = 1.0
     if "certified" not in served:

@@ -28,7 +28,7 @@ from keras_lipattn import (
     condensed,
     export_saved_model,
 )
-from keras_lipattn.layers._runge_kutta import runge_kutta
+from keras_lipattn.layers._runge_kutta import make_step
 
 ORDERS = {"euler": 1, "midpoint": 2, "rk4": 4}
 NORMS = ("l2", "token", "linf")
@@ -166,7 +166,7 @@ def test_constant_of_a_step_is_the_truncated_exponential_series(method):
     for bound in (0.0, 0.3, 7.0):
         for size in (0.1, -0.5):
             for decay in (0.0, 2.0):
-                step = runge_kutta(method, size, decay, "float64")
+                step = make_step(method, size, decay, "float64")
                 z = abs(size) * bound
                 series = sum(z**k / math.factorial(k) for k in range(ORDERS[method] + 1))
                 expected = math.exp(-decay * size) * series
@@ -400,8 +400,8 @@ def test_exported_model_is_the_condensed_flow(tmp_path):
     model = keras.Sequential(
         [keras.Input((4, 4)), layer, keras.layers.GlobalAveragePooling1D(), SpectralDense(3)]
     )
-    certificate = export_saved_model(model, tmp_path / "model")
-    served = tf.saved_model.load(str(tmp_path / "model" / "1"))
+    certificate, path = export_saved_model(model, tmp_path / "model")
+    served = tf.saved_model.load(str(path))
     (output,) = served.signatures["serving_default"](tf.constant(x)).values()
     np.testing.assert_allclose(output, numpy(model(x)), rtol=0, atol=1e-4)
     assert certificate.total == pytest.approx(certify(model).total, rel=1e-3)

@@ -1,4 +1,4 @@
-"""What cannot be inverted is said, with what was received."""
+"""Errors about what cannot be inverted state what was received."""
 
 import re
 
@@ -136,7 +136,7 @@ def test_inverse_has_no_certificate_in_a_norm_in_which_nothing_contracts():
     bound = block.inverse_lipschitz(norm="linf")
     assert bound.value == np.inf or bound.value > 1.0
     if bound.value == np.inf:
-        assert "contracts in the norm 'l2'" in bound.reason
+        assert "contract in the norm 'l2'" in bound.reason
 
 
 def test_sequences_refuse_what_they_cannot_invert():

@@ -25,11 +25,11 @@ def into_ball(center, radius):
 
 
 def with_weights(tokens, rng):
-    """Masks, and weights of keys: of any size, of a neighbour, of none beyond it."""
+    """Masks, and weights of keys: of any size, of a neighbor, of none beyond it."""
     weights = np.exp(2.0 * rng.normal(size=(tokens, tokens)))
     np.fill_diagonal(weights, 1.0)
-    neighbour = np.eye(tokens) + 30.0 * np.eye(tokens, k=-1)
-    return {**cases.masks(tokens, rng), "weights": weights, "neighbour": neighbour}
+    neighbor = np.eye(tokens) + 30.0 * np.eye(tokens, k=-1)
+    return {**cases.masks(tokens, rng), "weights": weights, "neighbor": neighbor}
 
 
 @pytest.mark.parametrize("covariance", ["eigenvalue", "trace"])
@@ -87,7 +87,7 @@ def test_grows_with_the_radius_up_to_the_constant_of_all_inputs():
     assert local_head_bound(y, 100.0, mask=window) == everywhere
 
 
-def test_the_trace_is_never_sharper_than_the_eigenvalue():
+def test_the_trace_is_never_tighter_than_the_eigenvalue():
     rng = np.random.default_rng(4)
     for y in cases.inputs(8, 3, rng):
         sharp, cheap = (

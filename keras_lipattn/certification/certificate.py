@@ -87,15 +87,13 @@ class Certificate:
 
     Example:
 
-    >>> import keras, keras_lipattn
-    >>> inputs = keras.Input((4,))
-    >>> outputs = keras_lipattn.SpectralDense(3, spectral_norm=1.0)(inputs)
-    >>> certificate = keras_lipattn.certify(keras.Model(inputs, outputs))
-    >>> certificate.is_finite
-    True
-    >>> radius = certificate.certified_radius([2.0, 0.5, -1.0])
-    >>> bool(radius >= 1.5 / 2.0**0.5 / certificate.total * (1.0 - 1e-6))
-    True
+    >>> logits = keras_lipattn.SpectralDense(3, name="logits")
+    >>> model = keras.Sequential([keras.Input((4,)), logits])
+    >>> certificate = keras_lipattn.certify(model)
+    >>> [row.path for row in certificate.rows], certificate.total <= 1.0
+    (['logits'], True)
+    >>> certificate.certified_radius(np.array([[2.0, 1.0, 0.0]])).round(2)
+    array([0.71])
     """
 
     model: str

@@ -113,6 +113,20 @@ def augments(layer: keras.layers.Layer) -> bool:
     return default is not None and default.default is True
 
 
+_RESIZES = (
+    keras.layers.CenterCrop,
+    keras.layers.Resizing,
+    keras.layers.UpSampling2D,
+    keras.src.ops.image.Resize,
+)
+
+
+def interpolates(operation: Any) -> bool:
+    """Whether an operation interpolates images, which TensorFlow does in float32 for any dtype."""
+    method = getattr(operation, "interpolation", "bilinear")
+    return isinstance(operation, _RESIZES) and method != "nearest"
+
+
 def sibling_names(parent: keras.layers.Layer) -> dict[int, str]:
     """Unique names of the layers directly inside a model or layer, by `id`.
 

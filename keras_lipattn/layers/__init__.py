@@ -3,13 +3,11 @@
 from keras_lipattn.layers.center_normalization import CenterNormalization
 from keras_lipattn.layers.condensed import condensed, lipschitz_layers
 from keras_lipattn.layers.continuous_depth import ContinuousDepth
-from keras_lipattn.layers.inversion import Inversion
-from keras_lipattn.layers.inversion_error import InversionError
+from keras_lipattn.layers.inversion import Inversion, InversionError, LogDeterminant
 from keras_lipattn.layers.invertible_residual import InvertibleResidual
 from keras_lipattn.layers.invertible_sequential import InvertibleSequential
 from keras_lipattn.layers.l2_multi_head_attention import L2MultiHeadAttention
 from keras_lipattn.layers.lipschitz_layer import LipschitzLayer, Tracking
-from keras_lipattn.layers.log_determinant import LogDeterminant
 from keras_lipattn.layers.max_min import MaxMin
 from keras_lipattn.layers.position_embedding import PositionEmbedding
 from keras_lipattn.layers.residual import Residual

@@ -1,7 +1,7 @@
-"""Log-determinants of `I + J` for a contraction with Jacobian `J`: exact, truncated, and sampled.
+"""Log-determinants of `I + J`, where `J` is the Jacobian of a contraction.
 
 `log det(I + J) = sum_k (-1)^(k+1) / k tr(J^k)`, where every trace is a mean of `v^T J^k v` over
-probes `v` with `E[v v^T] = I`. Only products with `J^T` are used.
+probe vectors `v` with `E[v v^T] = I`. Only products with `J^T` are needed.
 
 Reference:
     Behrmann, Grathwohl, Chen, Duvenaud, Jacobsen, "Invertible residual networks", ICML 2019 (the
@@ -14,34 +14,34 @@ import math
 import keras
 from keras import ops
 
-from keras_lipattn.layers._vector_jacobian import vector_jacobian
+from keras_lipattn.layers._autodiff import vector_jacobian
 
 
 def exact_log_determinant(branch, x):
-    """`log det(I + J)` from the full Jacobian, `(B,)`: memory and time for all its columns.
+    """`log det(I + J)` from the full Jacobian, `(B,)`.
 
     Args:
-        branch: Function that takes a number of copies and returns a function of a tensor
-            `(copies * B, ...)`, which works example by example.
-        x: Tensor `(B, ...)` whose axes but the first are static.
+        branch: Function that takes a number of copies of the batch and returns the contraction as a
+            function of a tensor `(copies * B, ...)`.
+        x: Tensor `(B, ...)`. All axes except the first are static.
     """
     size = math.prod(x.shape[1:])
     rows = vector_jacobian(branch(size), _repeat(x, size), _basis(x, size))
     jacobian = ops.reshape(rows, (size, -1, size))
     matrix = ops.transpose(jacobian, (1, 0, 2)) + ops.eye(size, dtype=x.dtype)
-    # A contraction leaves the determinant positive: its sign needs no look.
+    # The determinant of `I + J` is positive because `J` contracts.
     return ops.slogdet(matrix)[1]
 
 
 def series_log_determinant(branch, x, *, num_terms, probes=None):
-    """The first terms of the series, `(B,)`.
+    """Sum of the first terms of the series, `(B,)`.
 
     Args:
         branch: See `exact_log_determinant`.
         x: Tensor `(B, ...)`.
         num_terms: Number of terms.
-        probes: Tensor `(S, B, ...)`, or `None` for the exact traces, which cost as many probes as
-            `x[0]` has entries and need its axes static.
+        probes: Probe vectors `(S, B, ...)`, or `None` for exact traces. Those take one probe for
+            each entry of `x[0]`, and all axes of `x` except the first must be static.
     """
     count = math.prod(x.shape[1:]) if probes is None else probes.shape[0]
     flat = _basis(x, count) if probes is None else _merge(probes)
@@ -53,30 +53,30 @@ def series_log_determinant(branch, x, *, num_terms, probes=None):
     return total if probes is None else total / count
 
 
-def roulette_log_determinant(branch, x, probes, *, sure_terms, continuation, uniform):
-    """An unbiased estimate, `(B,)`: a random number of terms, later ones weighted up.
+def roulette_log_determinant(branch, x, probes, *, min_terms, continuation, uniform):
+    """Unbiased estimate from a random number of terms (Russian roulette), `(B,)`.
 
-    After `sure_terms` terms every further one is computed with probability `continuation`, and
-    divided by the probability that it is. The variance is finite when `continuation` exceeds the
-    square of the contraction of `J`.
+    The first `min_terms` terms are always computed. After each further term, the sum continues
+    with probability `continuation`. Each term is divided by the probability that it is computed.
+    The variance is finite if `continuation` exceeds the square of the constant of the contraction.
 
     Args:
         branch: See `exact_log_determinant`.
         x: Tensor `(B, ...)`.
-        probes: Tensor `(S, B, ...)`.
-        sure_terms: Number of terms always computed, at least 1.
-        continuation: Probability in (0, 1) to go on after each further term.
-        uniform: Random numbers in [0, 1), `(S,)`. The examples of a batch share the number of
-            terms: the loop would run for the longest anyway.
+        probes: Probe vectors `(S, B, ...)`.
+        min_terms: Number of terms that are always computed, at least 1.
+        continuation: Probability in (0, 1) of computing one more term.
+        uniform: Random numbers in [0, 1), `(S,)`. All examples of a batch have the same number of
+            terms, since the loop runs until the longest sum is complete.
     """
     count = probes.shape[0]
     points, flat = _repeat(x, count), _merge(probes)
     log_continuation = math.log(continuation)
     extra = ops.cast(ops.floor(ops.log1p(-uniform) / log_continuation), "int32")
-    last = ops.repeat(sure_terms + extra, ops.shape(x)[0])
+    last = ops.repeat(min_terms + extra, ops.shape(x)[0])
 
     def weight(index):
-        beyond = ops.cast(ops.maximum(index - sure_terms, 0), x.dtype)
+        beyond = ops.cast(ops.maximum(index - min_terms, 0), x.dtype)
         return ops.where(index <= last, ops.exp(-beyond * log_continuation), 0.0)
 
     terms = _power_series(branch(count), points, flat, ops.max(last), weight)
@@ -84,21 +84,36 @@ def roulette_log_determinant(branch, x, probes, *, sure_terms, continuation, uni
 
 
 def truncation_error(size, contraction, num_terms):
-    """Largest possible sum of the terms after the first `num_terms`.
+    """Upper bound of the sum of all terms after the first `num_terms`.
 
-    The eigenvalues of `J` are at most `contraction` in size, so `|tr(J^k)| <= size contraction^k`.
+    The eigenvalues of `J` have modulus at most `contraction`, so
+    `|tr(J^k)| <= size * contraction^k`.
 
     Args:
-        size: Dimension, the number of rows of `J` which are not zero; a number or a tensor.
-        contraction: Lipschitz constant in any norm.
+        size: Number of rows of `J` that are not zero; a number or a tensor.
+        contraction: Lipschitz constant of the contraction in any norm.
         num_terms: Number of terms that are kept.
     """
     following = num_terms + 1
     return size * (contraction**following / (following * (1.0 - contraction)))
 
 
+def valid_entries(x, mask):
+    """Number of entries of each example that are not padding, `(B,)`.
+
+    Args:
+        x: Tensor `(B, ..., D)`.
+        mask: Boolean `(B, ...)`, false where a token is padding, or `None`.
+    """
+    shape = ops.shape(x)
+    if mask is None:
+        return ops.full((shape[0],), math.prod(shape[1:]), dtype=x.dtype)
+    axes = tuple(range(1, len(mask.shape)))
+    return shape[-1] * ops.sum(ops.cast(mask, x.dtype), axis=axes)
+
+
 def terms_for(size, contraction, tolerance):
-    """The smallest number of terms whose truncation error is at most `tolerance`."""
+    """Smallest number of terms with a truncation error of at most `tolerance`."""
     count = 1
     while truncation_error(size, contraction, count) > tolerance:
         count += 1
@@ -106,7 +121,7 @@ def terms_for(size, contraction, tolerance):
 
 
 def rademacher(shape, dtype, seed):
-    """Probes of entries `+1` and `-1`, whose squares have no variance."""
+    """Random probe vectors with entries `+1` and `-1`."""
     signs = keras.random.randint(shape, 0, 2, seed=seed)
     return ops.cast(2 * signs - 1, dtype)
 
@@ -114,9 +129,10 @@ def rademacher(shape, dtype, seed):
 def _power_series(branch, x, probe, last, weight):
     """`sum_(k <= last) (-1)^(k+1) weight(k) / k  probe^T J^k probe`, `(B,)`.
 
-    The powers are computed without a record. The derivative of the sum is, in expectation over
-    probes, `<w, dJ probe>` with `w = sum_k (-1)^(k+1) weight(k) (J^T)^(k-1) probe`: one product
-    with `J` that is recorded, whatever the number of terms.
+    The loop over the powers is not recorded for differentiation. In expectation over probes, the
+    derivative of the sum is `<w, dJ probe>` with
+    `w = sum_k (-1)^(k+1) weight(k) (J^T)^(k-1) probe`. So one recorded product with `J` is enough
+    for any number of terms.
     """
     fixed, probe = ops.stop_gradient(x), ops.stop_gradient(probe)
     axes = tuple(range(1, len(x.shape)))
@@ -144,16 +160,16 @@ def _power_series(branch, x, probe, last, weight):
 
 
 def _basis(x, size):
-    """All unit vectors for every example: `(size * B, ...)`."""
+    """All unit vectors for each example: `(size * B, ...)`."""
     unit = ops.reshape(ops.eye(size, dtype=x.dtype), (size, 1, *x.shape[1:]))
     return _merge(unit * ops.ones_like(x)[None])
 
 
 def _repeat(x, count):
-    """`count` copies of a batch, one after the other: `(count * B, ...)`."""
+    """Concatenation of `count` copies of a batch: `(count * B, ...)`."""
     return ops.concatenate([x] * count, axis=0) if count > 1 else x
 
 
 def _merge(tensor):
-    """`(S, B, ...)` as `(S * B, ...)`."""
+    """Reshape `(S, B, ...)` to `(S * B, ...)`."""
     return ops.reshape(tensor, (-1, *ops.shape(tensor)[2:]))

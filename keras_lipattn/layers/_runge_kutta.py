@@ -1,11 +1,11 @@
-"""Explicit Runge-Kutta steps for `dx/dt = f(t, x) - decay x`, decay solved exactly."""
+"""Explicit Runge-Kutta steps for `dx/dt = f(t, x) - decay x`, with the decay solved exactly."""
 
 import dataclasses
 import math
 
 import numpy as np
 
-# Nodes `c`, rows of `a` and weights `b`. Nothing is negative, or `comparison` would not be a bound.
+# Nodes `c`, rows of `a` and weights `b` of the Butcher tableaus.
 TABLEAUS = {
     "euler": ((0.0,), ((),), (1.0,)),
     "midpoint": ((0.0, 1 / 2), ((), (1 / 2,)), (0.0, 1.0)),
@@ -19,30 +19,30 @@ TABLEAUS = {
 
 @dataclasses.dataclass(frozen=True)
 class Combination:
-    """`own * x + sum_j slopes[j] * slope_j`."""
+    """The linear combination `state * x + sum_j slopes[j] * slope_j`."""
 
-    own: float
+    state: float
     slopes: tuple[float, ...]
 
     def __call__(self, x, slopes):
-        total = x if self.own == 1.0 else self.own * x
+        total = x if self.state == 1.0 else self.state * x
         for coefficient, slope in zip(self.slopes, slopes, strict=True):
             if coefficient != 0.0:
                 total = total + coefficient * slope
         return total
 
     def absolute(self):
-        return Combination(abs(self.own), tuple(map(abs, self.slopes)))
+        return Combination(abs(self.state), tuple(map(abs, self.slopes)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One step of a method, its numbers as they run.
+    """One step of a method, with its coefficients rounded to the dtype of the state.
 
     Args:
-        nodes: Times of the stages, as parts of the step.
-        stages: How each stage is made from the state and the slopes before it.
-        end: How the new state is made.
+        nodes: Times of the stages, as fractions of the step.
+        stages: For each stage, the combination of the state and the earlier slopes.
+        end: The combination that gives the new state.
     """
 
     nodes: tuple[float, ...]
@@ -50,16 +50,17 @@ class Step:
     end: Combination
 
     def __call__(self, x, fields):
-        """The state after the step; `fields[i]` is the vector field at the time of stage `i`."""
+        """State after the step, where `fields[i]` is the vector field at the time of stage `i`."""
         slopes = []
         for stage, field in zip(self.stages, fields, strict=True):
             slopes.append(field(stage(x, slopes)))
         return self.end(x, slopes)
 
     def constant(self, constants):
-        """Lipschitz constant of the step, from those of its fields (docs/theory.md, section 11).
+        """Lipschitz constant of the step, given those of its fields (docs/theory.md, Section 11).
 
-        It is the step itself, run on the comparison equation `dz/dt = L(t) z - decay z`.
+        It is the result of the step for the comparison equation `dz/dt = L(t) z - decay z`, with
+        the absolute values of all coefficients.
         """
         absolute = Step(
             self.nodes, tuple(stage.absolute() for stage in self.stages), self.end.absolute()
@@ -67,14 +68,14 @@ class Step:
         return absolute(1.0, [lambda z, bound=bound: bound * z for bound in constants])
 
 
-def runge_kutta(method, size, decay, dtype):
-    """One step of size `size`, which may be negative.
+def make_step(method, size, decay, dtype):
+    """Step of a method for a given step size.
 
     Args:
         method: Name in `TABLEAUS`.
-        size: Size of the step.
-        decay: Decay, at least 0.
-        dtype: Dtype of the state: coefficients are rounded to it, as they are when they run.
+        size: Step size, which may be negative.
+        decay: Rate of decay, at least 0.
+        dtype: Dtype of the state, to which the coefficients are rounded.
 
     Returns:
         A `Step`.
@@ -95,13 +96,13 @@ def runge_kutta(method, size, decay, dtype):
 
 
 def rounded(number, dtype):
-    """A float as it is in a product with a tensor of this dtype."""
+    """The float `number`, rounded to `dtype`."""
     with np.errstate(over="ignore"):
         return float(np.asarray(number, dtype))
 
 
 def exp(exponent):
-    """The exponential, `inf` where it is larger than the largest float64."""
+    """The exponential of a float, or `inf` if it is larger than the largest float64."""
     try:
         return math.exp(exponent)
     except OverflowError:

@@ -1,4 +1,4 @@
-"""Normalization by centring alone, which has a finite Lipschitz constant."""
+"""Normalization by centering only, which has a finite Lipschitz constant."""
 
 from typing import Any
 
@@ -17,17 +17,17 @@ class CenterNormalization(keras.layers.Layer):
     """`gamma * d / (d - 1) * (x - mean(x)) + beta` over the last axis, of size `d`.
 
     `LayerNormalization` divides by a standard deviation, so its Lipschitz constant is about
-    `1 / sqrt(epsilon)`, some 30 for the default. This one has the constant
+    `1 / sqrt(epsilon)`, 32 by default. This layer has the constant
     `d / (d - 1) * ||diag(gamma) (I - 11^T / d)||`, at most `d / (d - 1) * max|gamma|`.
 
     Args:
         center: Whether to add the learned offset `beta`.
-        scale: Whether to multiply with the learned `gamma`.
+        scale: Whether to multiply by the learned `gamma`.
         beta_initializer: Initializer of `beta`.
         gamma_initializer: Initializer of `gamma`.
         **kwargs: Arguments of `keras.layers.Layer`.
 
-    Input and output shape: `(batch, ..., d)`, `d >= 2`.
+    Input and output shape: `(batch, ..., d)`, where `d >= 2`.
 
     Raises:
         ValueError: If the last axis is not static or has fewer than two entries.
@@ -71,7 +71,7 @@ class CenterNormalization(keras.layers.Layer):
             )
 
     def call(self, inputs):
-        # Low precision loses the mean of many entries: centre in float32.
+        # The mean of many entries is inaccurate in low precision.
         dtype = "float64" if self.compute_dtype == "float64" else "float32"
         x = ops.cast(inputs, dtype)
         output = (x - ops.mean(x, axis=-1, keepdims=True)) * self._gain
@@ -87,13 +87,13 @@ class CenterNormalization(keras.layers.Layer):
         return self._features / (self._features - 1)
 
     def lipschitz(self, sequence_length=None, norm="l2", mask: Any = "full") -> LipschitzBound:
-        """Certified Lipschitz constant for the weights now loaded, exact in every norm.
+        """Certified Lipschitz constant for the current weights, exact in every norm.
 
         Args:
-            sequence_length: Ignored: tokens do not meet in this layer.
+            sequence_length: Ignored; the layer treats each token separately.
             norm: `"l2"` (2-norm of all entries), `"token"` (largest 2-norm of a token) or `"linf"`
                 (largest absolute entry).
-            mask: Ignored, likewise.
+            mask: Ignored; the layer treats each token separately.
 
         Returns:
             A `LipschitzBound` of kind `"certified"`; `inf` with the reason when `gamma` is not
@@ -104,8 +104,8 @@ class CenterNormalization(keras.layers.Layer):
         """
         if not self.built:
             raise ValueError(
-                "The layer has no weights yet: build it, or call it on data, before asking for its "
-                f"Lipschitz constant. Received: built={self.built}"
+                "The layer has no weights yet: build it, or call it on data, first. "
+                f"Received: built={self.built}"
             )
         require_norm("norm", norm)
         reason = ""
@@ -124,10 +124,10 @@ class CenterNormalization(keras.layers.Layer):
         )
 
     def graph_bound(self, *, norm="l2", sequence_length=None, mask="full"):
-        """The bound as a differentiable tensor of the graph; see `lipschitz`, which is tighter."""
+        """Differentiable upper bound as a tensor of the graph; `lipschitz` is tighter."""
         if self.gamma is None:
             return self.lipschitz(norm=norm).value
-        # ||diag(gamma) (I - 11^T / d)|| is at most max |gamma| in the 2-norm, twice that otherwise.
+        # ||diag(gamma) (I - 11^T / d)|| is at most max |gamma| in the 2-norm, twice that in linf.
         largest = ops.max(ops.abs(ops.cast(self.gamma, self.compute_dtype)))
         return self._gain * (2.0 if norm == "linf" else 1.0) * largest
 

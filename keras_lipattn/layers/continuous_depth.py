@@ -9,7 +9,7 @@ from keras import ops
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
 from keras_lipattn.layers._arguments import require_positive_integer
 from keras_lipattn.layers._branch import Branch
-from keras_lipattn.layers._runge_kutta import TABLEAUS, exp, rounded, runge_kutta
+from keras_lipattn.layers._runge_kutta import TABLEAUS, exp, make_step, rounded
 from keras_lipattn.linalg.exact import SAFETY
 
 
@@ -17,38 +17,38 @@ from keras_lipattn.linalg.exact import SAFETY
 class ContinuousDepth(keras.layers.Layer):
     """The flow `x(0) -> x(time)` of `dx/dt = branch(x) - decay * x`, by a fixed number of steps.
 
-    The limit of a deep residual network with shared weights. A branch with a Lipschitz constant
-    `L` has exactly one solution from every `x(0)`, and by Gronwall's inequality the flow has
-    the constant `exp((L - decay) * time)`, its inverse `exp((L + decay) * time)`. What is certified
-    is the map that runs: the constant of the steps themselves, which is below that of the flow.
-    With `decay` at least `L` it is below 1, however deep.
+    The flow is the limit of deep residual networks with shared weights. If the branch has the
+    Lipschitz constant `L`, the solution is unique. By Gronwall's inequality, the flow has the
+    constant `exp((L - decay) * time)` and its inverse `exp((L + decay) * time)`. `lipschitz`
+    certifies the discrete steps, whose constant is at most that of the flow. If `decay` is at least
+    `L`, it is at most 1 at any depth.
 
-    The branch always runs as at inference, so caps in it hold and the layer is the same function in
-    training; gradients flow through the steps and the caps. The state is kept in float32 at least.
-    Nobody sees a padded token (those the Keras mask of the input calls so), and the branch does
-    not move it.
+    The branch always runs in inference mode, so its caps hold and the layer is the same function in
+    training. Gradients flow through the steps and the caps. The state has at least float32
+    precision. Padded tokens (marked by the Keras mask of the input) do not affect other tokens, and
+    only the decay changes them.
 
     Args:
         branch: `L2MultiHeadAttention`, `SpectralDense`, `CenterNormalization`, `MaxMin`,
             `PositionEmbedding`, `keras.layers.Activation`, or a `keras.Sequential` of these, such
-            as attention and a perceptron. Its output has the shape of its input. A list of
-            them gives weights that vary with depth: the branches stand at equal distances from time
-            0 to `time`, and what they return is interpolated linearly between.
-        time: Time, negative for the flow backwards.
-        steps: Number of steps, of equal size: one that depended on the input would be outside the
-            certificate. With a list of `n` branches the order of the method needs a multiple of
-            `n - 1`.
+            as attention and a perceptron. Its output has the shape of its input. With a list of
+            branches, weights vary with depth: the branches are placed at equal distances from time
+            0 to `time`, and their outputs are interpolated linearly in between.
+        time: End time; negative to run the flow backward.
+        steps: Number of steps of equal size. The size does not depend on the input, since the
+            certificate would not cover that. With a list of `n` branches, the method reaches its
+            order only for multiples of `n - 1`.
         method: `"euler"` (order 1, a residual network), `"midpoint"` (order 2) or `"rk4"`
-            (order 4), with 1, 2 and 4 evaluations of the branch a step.
-        decay: Rate at which tokens shrink, at least 0; this part is solved exactly.
+            (order 4), with 1, 2 and 4 evaluations of the branch per step.
+        decay: Rate at which tokens shrink, at least 0. This term is solved exactly.
         use_causal_mask: Whether attention in the branch is causal.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Input and output shape: `(batch, ..., features)`.
 
     Raises:
-        ValueError: If an argument is out of range, or the branch has a part without a known
-            constant, with dropout or of another compute dtype, or changes the shape.
+        ValueError: If an argument is out of range, a part of the branch has no known constant, has
+            dropout or another compute dtype, or the branch changes the shape.
 
     Example:
 
@@ -121,9 +121,9 @@ class ContinuousDepth(keras.layers.Layer):
         return self._integrate(inputs, mask, reverse=False)
 
     def reverse(self, outputs, mask=None):
-        """The flow backwards, from `time` to 0.
+        """Run the flow backward, from `time` to 0.
 
-        Undoes `call` up to the error of the method, which is its order in the size of a step.
+        This inverts `call` up to the discretization error of the method.
 
         Args:
             outputs: Tensor `(B, ..., D)`.
@@ -142,8 +142,8 @@ class ContinuousDepth(keras.layers.Layer):
         return self._integrate(outputs, mask, reverse=True)
 
     def _integrate(self, x, mask, reverse):
-        valid = None if mask is None else ops.cast(mask, "bool")
-        held = [knot.hold() for knot in self._knots]
+        mask = None if mask is None else ops.cast(mask, "bool")
+        branches = [knot.hold() for knot in self._knots]
         dtype = self._state_dtype
 
         def field(weights):
@@ -151,7 +151,7 @@ class ContinuousDepth(keras.layers.Layer):
                 x = ops.cast(state, self.compute_dtype)
                 total = 0.0
                 for knot, weight in weights.items():
-                    part = ops.cast(held[knot](x, valid), dtype)
+                    part = ops.cast(branches[knot](x, mask), dtype)
                     total = total + (part if weight == 1.0 else weight * part)
                 return total
 
@@ -165,24 +165,24 @@ class ContinuousDepth(keras.layers.Layer):
 
     @property
     def _state_dtype(self):
-        # A small step of a low-precision state would be lost in rounding.
+        # In low precision, rounding would swallow small steps.
         return "float64" if self.compute_dtype == "float64" else "float32"
 
     def _steps(self, reverse):
-        """The `Step`, and for each time it is taken the weights of the branches at each stage."""
+        """The `Step`, and the weights of the branches at each stage, for every time it is taken."""
         size = (-self.time if reverse else self.time) / self.steps
-        step = runge_kutta(self.method, size, self.decay, self._state_dtype)
+        step = make_step(self.method, size, self.decay, self._state_dtype)
         times = []
         for index in range(self.steps):
-            parts = [(index + node) / self.steps for node in step.nodes]
-            times.append([self._weights(1.0 - part if reverse else part) for part in parts])
+            fractions = [(index + node) / self.steps for node in step.nodes]
+            times.append([self._weights(1.0 - each if reverse else each) for each in fractions])
         return step, times
 
-    def _weights(self, part):
-        """Which branches act when this part of the time is over, and how much each."""
-        place = min(max(part, 0.0), 1.0) * (len(self._branches) - 1)
-        first = math.floor(place)
-        weights = {first: first + 1.0 - place, first + 1: place - first}
+    def _weights(self, fraction):
+        """Interpolation weights of the branches, by index, at this fraction of the time."""
+        position = min(max(fraction, 0.0), 1.0) * (len(self._branches) - 1)
+        first = math.floor(position)
+        weights = {first: first + 1.0 - position, first + 1: position - first}
         return {
             knot: rounded(weight, self._state_dtype)
             for knot, weight in weights.items()
@@ -190,14 +190,14 @@ class ContinuousDepth(keras.layers.Layer):
         }
 
     def lipschitz(self, sequence_length=None, norm="l2", mask="full") -> LipschitzBound:
-        """Certified Lipschitz constant of the steps that run.
+        """Certified Lipschitz constant of `call`.
 
         Args:
-            sequence_length: Largest number of tokens; by default the length the branch was built
-                with.
+            sequence_length: Largest number of tokens; by default the length for which the branch
+                was built.
             norm: `"l2"` (2-norm of all entries), `"token"` (largest 2-norm of a token) or `"linf"`
                 (largest absolute entry).
-            mask: Ignored: the layer knows its mask.
+            mask: Ignored; `use_causal_mask` determines the mask.
 
         Returns:
             A `LipschitzBound` of kind `"certified"`, `inf` with the reason when a branch has no
@@ -213,7 +213,7 @@ class ContinuousDepth(keras.layers.Layer):
 
         Args:
             sequence_length: See `lipschitz`.
-            norm: Likewise.
+            norm: See `lipschitz`.
 
         Returns:
             A `LipschitzBound`.
@@ -228,7 +228,7 @@ class ContinuousDepth(keras.layers.Layer):
 
         Args:
             sequence_length: See `lipschitz`.
-            norm: Likewise.
+            norm: See `lipschitz`.
             reverse: Whether to bound the inverse of the flow.
 
         Returns:
@@ -239,10 +239,10 @@ class ContinuousDepth(keras.layers.Layer):
         """
         bounds = self._branch_bounds(sequence_length, norm)
         values = [bound.value for bound in bounds]
-        # The integral of what is interpolated linearly, relative to the time.
-        ends = [(a + b) / 2.0 for a, b in itertools.pairwise(values)] or values
+        # Means over the intervals between branches: the constants are interpolated linearly.
+        means = [(a + b) / 2.0 for a, b in itertools.pairwise(values)] or values
         shrinkage = self.decay * (-self.time if reverse else self.time)
-        exponent = abs(self.time) * sum(ends) / len(ends) - shrinkage
+        exponent = abs(self.time) * sum(means) / len(means) - shrinkage
         return _bound(exp(exponent), bounds, norm, "Gronwall's inequality")
 
     def _steps_constant(self, sequence_length, norm, reverse):
@@ -293,9 +293,9 @@ class ContinuousDepth(keras.layers.Layer):
 
 
 def _bound(value, bounds, norm, theorem):
-    """The certificate, from those of the branches and what follows from them."""
+    """The `LipschitzBound` for a constant `value` that was derived from those of the branches."""
     reason = "; ".join(dict.fromkeys(bound.reason for bound in bounds if not bound.is_finite))
-    # A product of an overflow and an underflow is NaN.
+    # The value is NaN if it is a product of zero and infinity.
     value = math.inf if reason or math.isnan(value) else SAFETY * value
     if not reason and math.isinf(value):
         reason = "the bound is larger than the largest float64"

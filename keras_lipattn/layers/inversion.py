@@ -1,21 +1,21 @@
-"""What an inverse returns."""
+"""Results of inverses and of log-determinants, and the error of an inverse that was not found."""
 
 from typing import Any, NamedTuple
 
 
 class Inversion(NamedTuple):
-    """The solution of `layer(x) = y`, and how well it is known.
+    """Result of `inverse`: the solution of `layer(x) = y`, and how accurate it is.
 
     Attributes:
-        solution: Tensor of the shape of `y`. Derivatives flow through it, by the implicit function
+        solution: Tensor of the shape of `y`. Derivatives flow through it by the implicit function
             theorem.
-        residual: Norm of `y - layer(x)`, `(B,)`, at the last point `x` of the iteration; the
-            solution is one step ahead of it. Of several layers the largest.
-        error_bound: Largest distance from `solution` to the true inverse, `(B,)`, that the residual
-            leaves open: `coefficient / (1 - coefficient) * residual`. Certified but for the
-            rounding of the residual itself.
-        steps: Evaluations of the branch, `(B,)`, int32; of several layers the sum.
-        converged: Whether the tolerance was reached, `(B,)`. Without it `solution` is NaN.
+        residual: Norm of `y - layer(x)`, `(B,)`, at the last point `x` of the iteration. The
+            solution is one step further. For several layers, the largest of their residuals.
+        error_bound: Upper bound of the distance from `solution` to the exact inverse, `(B,)`:
+            `coefficient / (1 - coefficient) * residual`. Certified up to the rounding error of the
+            residual.
+        steps: Number of evaluations of the branch, `(B,)`, int32. For several layers, their sum.
+        converged: Whether the tolerance was reached, `(B,)`. If not, `solution` is NaN.
     """
 
     solution: Any
@@ -23,3 +23,21 @@ class Inversion(NamedTuple):
     error_bound: Any
     steps: Any
     converged: Any
+
+
+class LogDeterminant(NamedTuple):
+    """Result of `log_det_jacobian`: `log |det J|` of each example, and its truncation error.
+
+    Attributes:
+        value: Tensor `(B,)`. Derivatives flow through it.
+        truncation_error: Certified upper bound of `|E[value] - log |det J||`, `(B,)`, in real
+            arithmetic: the largest possible sum of the omitted terms. Zero for the exact and the
+            unbiased method.
+    """
+
+    value: Any
+    truncation_error: Any
+
+
+class InversionError(ArithmeticError):
+    """An inverse did not reach its tolerance. The message states the residual and what to try."""

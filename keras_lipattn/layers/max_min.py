@@ -1,4 +1,4 @@
-"""An activation that loses no gradient."""
+"""An activation that preserves the norm of gradients."""
 
 import keras
 from keras import ops
@@ -6,15 +6,21 @@ from keras import ops
 
 @keras.saving.register_keras_serializable(package="keras_lipattn")
 class MaxMin(keras.layers.Layer):
-    """Sorts the last axis in pairs: entries `i` and `i + d/2` become their maximum and minimum.
+    """Sort the entries of the last axis in pairs.
 
-    Its Jacobian permutes entries, so its constant is 1 in every norm and it keeps the norm of a
-    gradient, where ReLU sets half of it to zero: what networks of constant 1 need.
+    Entries `i` and `i + d/2` are replaced by their maximum and minimum. The Jacobian is a
+    permutation, so the Lipschitz constant is 1 in every norm, and gradients keep their norm. ReLU
+    sets about half of their entries to zero, which limits networks with the constant 1.
 
-    Input and output shape: `(batch, ..., d)`, `d` even.
+    Input and output shape: `(batch, ..., d)`, where `d` is even.
 
     Raises:
         ValueError: If the last axis is not static and even.
+
+    Example:
+
+    >>> keras.ops.convert_to_numpy(MaxMin()(np.array([[1.0, 2.0, 3.0, 0.0]]))).tolist()
+    [[3.0, 2.0, 1.0, 0.0]]
 
     Reference:
         Anil, Lucas, Grosse, "Sorting out Lipschitz function approximation", ICML 2019.

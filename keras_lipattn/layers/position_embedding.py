@@ -1,4 +1,4 @@
-"""A learned constant for every position."""
+"""A learned vector for each position."""
 
 import keras
 from keras import initializers, ops
@@ -6,18 +6,19 @@ from keras import initializers, ops
 
 @keras.saving.register_keras_serializable(package="keras_lipattn")
 class PositionEmbedding(keras.layers.Layer):
-    """Adds a learned vector to the token at each position; a shift, so its constant is 1.
+    """Add a learned vector to the token at each position, a translation with constant 1.
 
     Args:
         max_length: Number of positions; the static length of the input by default. Shorter inputs
-            use the first ones.
-        initializer: Initializer of the embedding `(max_length, d)`.
+            use the first positions.
+        initializer: Initializer of the embedding `(max_length, features)`.
         **kwargs: Arguments of `keras.layers.Layer`.
 
-    Input and output shape: `(batch, tokens, d)`.
+    Input and output shape: `(batch, tokens, features)`.
 
     Raises:
-        ValueError: If the number of positions is not known, or an input of static length is longer.
+        ValueError: If the number of positions is unknown, or the static length of the input exceeds
+            it.
     """
 
     def __init__(self, max_length=None, initializer="glorot_uniform", **kwargs):
@@ -36,7 +37,7 @@ class PositionEmbedding(keras.layers.Layer):
         if len(input_shape) != 3 or positions is None or (length or 0) > positions:
             raise ValueError(
                 "The input must have shape `(batch, tokens, features)` and at most `max_length` "
-                "tokens, a number that must be known. "
+                "tokens. Without `max_length`, its length must be static. "
                 f"Received: input_shape={tuple(input_shape)}, max_length={self.max_length}"
             )
         self.embedding = self.add_weight(

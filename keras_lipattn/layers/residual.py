@@ -1,4 +1,4 @@
-"""Residual connections whose Lipschitz constant is known."""
+"""Residual connections with a known Lipschitz constant."""
 
 import math
 from typing import Any
@@ -11,27 +11,30 @@ from scipy.special import expit
 
 @keras.saving.register_keras_serializable(package="keras_lipattn")
 class Residual(keras.layers.Layer):
-    """Merges a skip and a branch: `x + f(x)`, or the convex `(1 - alpha) x + alpha f(x)`.
+    """Residual connection: `x + f(x)`, or the convex combination `(1 - alpha) x + alpha f(x)`.
 
-    With a branch of constant `L` the sum has constant `1 + L`; the convex combination
-    `1 - alpha + alpha L`, which is at most 1 when the branch's is: depth then costs nothing.
+    If the branch `f` has the constant `L`, the sum has the constant `1 + L`. The convex combination
+    has `1 - alpha + alpha L`. This is at most 1 if `L` is at most 1, so the constant of a deep
+    network does not grow with its depth.
 
     Args:
         alpha: `None` for the sum, or the weight of the branch, in `[0, 1]`.
         trainable_alpha: Whether `alpha` is learned, as the logistic function of a weight, so that
-            it stays in `(0, 1)`. Its start must lie strictly between 0 and 1.
+            it stays in `(0, 1)`. Its initial value must be strictly between 0 and 1.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
         inputs: A pair `[x, f(x)]` of tensors of the same shape.
 
     Raises:
-        ValueError: If `alpha` is out of range, or the inputs are not two tensors of one shape.
+        ValueError: If `alpha` is out of range, or the inputs are not two tensors of the same shape.
 
     Example:
 
     >>> x = keras.Input((10, 64))
     >>> y = Residual(alpha=0.5)([x, SpectralDense(64)(x)])
+    >>> y.shape
+    (None, 10, 64)
     """
 
     def __init__(self, alpha=None, trainable_alpha=False, **kwargs):
@@ -39,7 +42,8 @@ class Residual(keras.layers.Layer):
             raise ValueError(f"`alpha` must be `None` or in [0, 1]. Received: alpha={alpha}")
         if trainable_alpha and (alpha is None or not 0.0 < alpha < 1.0):
             raise ValueError(
-                f"`trainable_alpha` needs a start strictly between 0 and 1. Received: alpha={alpha}"
+                "`trainable_alpha` needs an initial `alpha` strictly between 0 and 1. "
+                f"Received: alpha={alpha}"
             )
         super().__init__(**kwargs)
         self.supports_masking = True
@@ -47,16 +51,16 @@ class Residual(keras.layers.Layer):
         self.trainable_alpha = trainable_alpha
 
     def __call__(self, inputs, *others, **kwargs):
-        # Here and not only in `build`: later inputs of other shapes would broadcast.
+        # `build` runs once only. Later inputs of different shapes would broadcast.
         if others:
-            raise _not_two_alike(f"{1 + len(others)} positional arguments")
+            raise _shape_error(f"{1 + len(others)} positional arguments")
         if not isinstance(inputs, list | tuple):
-            raise _not_two_alike(f"a single input, input_shape={_shape_of(inputs)}")
-        _require_two_alike([_shape_of(each) for each in inputs])
+            raise _shape_error(f"a single input, input_shape={_shape_of(inputs)}")
+        _require_same_shapes([_shape_of(each) for each in inputs])
         return super().__call__(inputs, **kwargs)
 
     def build(self, input_shape):
-        _require_two_alike(input_shape)
+        _require_same_shapes(input_shape)
         self.alpha_logit = None
         if self.trainable_alpha:
             start = math.log(self.alpha / (1.0 - self.alpha))
@@ -77,7 +81,7 @@ class Residual(keras.layers.Layer):
         return skip + alpha * (branch - skip)
 
     def alpha_value(self):
-        """The weight of the branch now, a float; `None` for the sum."""
+        """Current weight of the branch as a float, or `None` for the sum."""
         if self.alpha_logit is None:
             return self.alpha
         return float(expit(np.float64(self.alpha_logit.numpy())))
@@ -86,7 +90,7 @@ class Residual(keras.layers.Layer):
         return None if mask is None else mask[0]
 
     def compute_output_shape(self, input_shape):
-        _require_two_alike(input_shape)
+        _require_same_shapes(input_shape)
         return tuple(input_shape[0])
 
     def get_config(self):
@@ -97,19 +101,19 @@ class Residual(keras.layers.Layer):
         }
 
 
-def _require_two_alike(shapes):
-    """Raises a `ValueError` unless these are the shapes of two tensors that can be equal."""
+def _require_same_shapes(shapes):
+    """Raise a `ValueError` unless these are two shapes that may be equal."""
     if len(shapes) != 2 or not all(isinstance(shape, list | tuple) for shape in shapes):
-        raise _not_two_alike(f"input_shape={shapes}")
+        raise _shape_error(f"input_shape={shapes}")
     one, other = shapes
-    # An unknown side may be any.
+    # An axis of unknown size matches every size.
     if len(one) != len(other) or any(
         None not in sides and sides[0] != sides[1] for sides in zip(one, other, strict=True)
     ):
-        raise _not_two_alike(f"input_shape={shapes}")
+        raise _shape_error(f"input_shape={shapes}")
 
 
-def _not_two_alike(received):
+def _shape_error(received):
     return ValueError(
         "`Residual` merges a list of two tensors of the same shape, a skip and a branch: call it "
         f"as `Residual()([x, f(x)])`. Received: {received}"

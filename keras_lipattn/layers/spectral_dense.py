@@ -52,7 +52,7 @@ class SpectralDense(LipschitzLayer):
     Example:
 
     >>> layer = SpectralDense(32, spectral_norm=1.0)
-    >>> layer(keras.random.normal((4, 16))).shape
+    >>> keras.ops.shape(layer(keras.random.normal((4, 16))))
     (4, 32)
     >>> layer.lipschitz().value <= 1.0
     True
@@ -137,7 +137,7 @@ class SpectralDense(LipschitzLayer):
             norm = self._tracking.norm
             # Without a constant of the activation there is nothing that a penalty could lower.
             finite = math.isfinite(activation_constant(self.activation, norm)[0])
-            self._record(self._bound(raw, norms, norm, ops) * factor, penalise=finite)
+            self._record(self._bound(raw, norms, norm, ops) * factor, penalize=finite)
         if training and norms is not None:
             norms.commit()
         return kernel

@@ -14,8 +14,8 @@ def power_step(matrix, vector, *, rows=None, columns=None):
 
     The estimate is `u^T W v` for the unit vectors `u ~ W vector` and `v ~ W^T u`, whose gradient is
     that of the norm itself once `v` has converged. It is lifted to `|W|_F / sqrt(min(m, n))`, a
-    lower bound too, which keeps a cold vector from seeing nothing; the gradient stays the
-    estimate's.
+    lower bound too, because the estimate of a cold vector may be near 0. The gradient is that of
+    the estimate.
 
     Args:
         matrix: Tensor `(..., m, n)`.
@@ -27,17 +27,23 @@ def power_step(matrix, vector, *, rows=None, columns=None):
 
     Returns:
         A pair: the estimate `(...)` and the new vector `(..., n)`, no gradient flowing through it.
-        Where a vector of zeros or NaN is given or reached (by a zero matrix, say), a fixed one
-        takes its place.
+        A vector of zeros or NaN, given or computed (of a zero matrix, for instance), is replaced
+        by a fixed one.
     """
     *batch, height, width = matrix.shape
     # All vectors are rows `(..., 1, n)`, but where a product wants a column.
     rows, columns = (_as_row(weights) for weights in (rows, columns))
     fixed, fixed_rows, fixed_columns = map(_fixed, (matrix, rows, columns))
     image = ops.matmul(fixed, _turned(_times(_as_row(vector), fixed_columns)))
-    left = _unit(_times(_turned(image), fixed_rows))
+    image = _times(_turned(image), fixed_rows)
+    # Scaling by the largest entry first keeps squares from under- or overflowing.
+    smallest = float(np.finfo(keras.backend.standardize_dtype(image.dtype)).tiny)
+    peak = ops.maximum(ops.max(ops.abs(image), axis=-1, keepdims=True), smallest)
+    left, length, usable = _unit(image / peak)
+    # The next image is no shorter than this one, and not much longer: it is scaled by its length.
+    length = ops.where(usable, peak * length, 1.0)
     image = _times(ops.matmul(_times(left, rows), matrix), columns)
-    right = _unit(ops.stop_gradient(image))
+    right, _, _ = _unit(ops.stop_gradient(image) / length)
     sigma = ops.reshape(ops.matmul(image, _turned(right)), tuple(batch))
     floor = _frobenius(fixed, fixed_rows, fixed_columns) / math.sqrt(min(height, width))
     missing = ops.maximum(floor - ops.stop_gradient(sigma), 0.0)
@@ -45,10 +51,7 @@ def power_step(matrix, vector, *, rows=None, columns=None):
 
 
 def cold_vector(shape):
-    """Unit vectors `(..., n)` to start from, with no reason to be orthogonal to a leading one.
-
-    Random, but always the same: every replica and every restart begins alike.
-    """
+    """Random unit vectors `(..., n)` to start from, equal on every replica and after a restart."""
     return _host_unit(np.random.default_rng(0).standard_normal(shape))
 
 
@@ -84,15 +87,17 @@ def _times(row, weights):
 
 
 def _unit(row):
-    """A row `(..., 1, n)` at length one; the cold vector for zero or NaN."""
-    # Scaling by the largest entry first keeps the squares from under- or overflowing: their sum is
-    # at least 1, or the row is zero.
-    smallest = float(np.finfo(keras.backend.standardize_dtype(row.dtype)).tiny)
-    row = row / ops.maximum(ops.max(ops.abs(row), axis=-1, keepdims=True), smallest)
-    squares = ops.sum(ops.square(row), axis=-1, keepdims=True)
-    cold = ops.convert_to_tensor(cold_vector(row.shape[-1:]), dtype=row.dtype)
+    """A row `(..., 1, n)` at length one, its length, and whether that is neither zero nor NaN.
+
+    The cold vector takes the place of a row that has no direction. Squares are summed by a product:
+    XLA compiles it faster than a reduction.
+    """
+    squares = ops.matmul(row, _turned(row))
     # A comparison with NaN is false.
-    return ops.where(squares > 0.0, row / ops.sqrt(ops.maximum(squares, 0.5)), cold)
+    usable = squares > 0.0
+    length = ops.sqrt(ops.where(usable, squares, 1.0))
+    cold = ops.convert_to_tensor(cold_vector(row.shape[-1:]), dtype=row.dtype)
+    return ops.where(usable, row / length, cold), length, usable
 
 
 def _frobenius(matrix, rows, columns):

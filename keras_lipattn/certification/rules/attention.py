@@ -6,12 +6,13 @@ import math
 import keras
 import numpy as np
 
-from keras_lipattn.bounds.compact import combine_heads, dot_product_constants
-from keras_lipattn.bounds.compact_layer import dot_product_layer_constant
-from keras_lipattn.bounds.cross_attention import (
+from keras_lipattn.bounds.compact import (
     CrossConstants,
     additive_attention_constants,
+    combine_heads,
     cross_attention_constants,
+    dot_product_constants,
+    dot_product_layer_constant,
 )
 from keras_lipattn.certification.layer_call import LayerCall
 from keras_lipattn.certification.maps import LipschitzMap, unbounded

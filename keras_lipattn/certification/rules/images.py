@@ -150,7 +150,10 @@ def _separable(kind: str, size, options: tuple, call: LayerCall, first: bool) ->
         margin=1.0 if copied else _MARGIN,
         offset=float(np.abs(offset).max(initial=0.0)),
     )
-    return _with_center(layer_map, rows, columns, offset, copied, call, first)
+    # TensorFlow rounds to float32 even where it copies pixels, unless it picks the nearest.
+    nearest = dict(options).get("interpolation") == "nearest"
+    exact = copied and (nearest or state.dtype != "float64")
+    return _with_center(layer_map, rows, columns, offset, exact, call, first)
 
 
 def _of_any_image(kind: str, size, options: dict, call: LayerCall, first: bool) -> LipschitzMap:
@@ -179,7 +182,7 @@ def _of_any_image(kind: str, size, options: dict, call: LayerCall, first: bool) 
     )
 
 
-def _with_center(layer_map, rows, columns, offset, copied: bool, call: LayerCall, first: bool):
+def _with_center(layer_map, rows, columns, offset, exact: bool, call: LayerCall, first: bool):
     """The same map with its value at the center, which backends compute in float32."""
     known = call.state.enclosure
     if known is None:
@@ -189,7 +192,7 @@ def _with_center(layer_map, rows, columns, offset, copied: bool, call: LayerCall
     value = np.einsum(equation, rows, known.value, columns, optimize=True)
     value = value + (offset if first else offset[:, :, None])
     error = 0.0
-    if not copied:
+    if not exact:
         sizes = [float(np.linalg.norm(np.abs(matrix), 2)) for matrix in (rows, columns)]
         error = _ROUNDING * math.prod(sizes) * Enclosure(known.value).size
     center = CenterValue(value=value, rounding_error=error)

@@ -7,9 +7,10 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_lipattn.bounds.layer_constants import center_normalization_constant
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
 from keras_lipattn.certification.layer_call import LayerCall
-from keras_lipattn.certification.linear_map import centered_diagonal_norm, matrix_norm
+from keras_lipattn.certification.linear_map import matrix_norm
 from keras_lipattn.certification.maps import Affine, CenterValue, LipschitzMap, unbounded
 from keras_lipattn.certification.reasons import (
     JOIN_TOKENS,
@@ -306,8 +307,7 @@ def center_normalization(layer, call):
         return unbounded(NOT_FINITE)
     stretch = width / (width - 1.0)
     matrix = stretch * (np.diag(gamma) - gamma[None, :] / width)
-    spectral = stretch * centered_diagonal_norm(gamma)
-    return matrix_map(matrix, beta, call.norm, spectral=spectral)
+    return matrix_map(matrix, beta, call.norm, spectral=center_normalization_constant(gamma))
 
 
 @register_rule(MaxMin)

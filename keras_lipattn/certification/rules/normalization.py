@@ -13,7 +13,6 @@ import numpy as np
 
 from keras_lipattn.bounds import layer_constants
 from keras_lipattn.certification.layer_call import LayerCall
-from keras_lipattn.certification.linear_map import centered_diagonal_norm
 from keras_lipattn.certification.maps import Affine, LipschitzMap, chain, unbounded
 from keras_lipattn.certification.reasons import (
     NOT_FINITE,
@@ -116,7 +115,9 @@ def _normalize(
         return chain(divide, scale, theorem="max |gamma| / sqrt(epsilon)")
     matrix = np.diag(gamma) - gamma[None, :] / width
     offset = None if beta is None else np.broadcast_to(beta.reshape(-1), (width,))
-    spread = matrix_map(matrix, offset, call.norm, spectral=centered_diagonal_norm(gamma))
+    spread = matrix_map(
+        matrix, offset, call.norm, spectral=layer_constants.centered_diagonal_norm(gamma)
+    )
     direct = None
     if call.norm == "linf":
         # A row of the Jacobian has 2-norm at most |gamma_i| sqrt((d - 1) / d) / sqrt(epsilon).

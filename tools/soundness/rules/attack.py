@@ -9,6 +9,7 @@ import tensorflow as tf
 
 import keras_lipattn
 from keras_lipattn.certification.keras_models import augments
+from tools.soundness.rules.interpolation import interpolation_in_float64
 from tools.soundness.rules.norms import Geometry
 from tools.soundness.rules.subjects import BATCH, Illegal, RuleSubject, first_line
 
@@ -89,7 +90,8 @@ def attack(subject: RuleSubject, seed: int = 0) -> Outcome:
         attempt = _Attack(subject, outcome, np.random.default_rng(seed))
         attempt.require_running()
         if _certify(subject, attempt):
-            attempt.run()
+            with interpolation_in_float64():
+                attempt.run()
     return outcome
 
 
