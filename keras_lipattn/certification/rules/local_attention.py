@@ -109,7 +109,7 @@ def near_input(
 
 
 def _unknown(layer: L2MultiHeadAttention, call: LayerCall) -> str:
-    """Why the weights or masks of this call are not known; empty if they are."""
+    """The reason why the weights or masks of this call are not known, empty if they are."""
     if not layer._is_settled():
         return UNSETTLED
     if layer.relative_bias is not None and not np.abs(layer._bias_table(np)).max() < _MOST_BIAS:
