@@ -388,7 +388,7 @@ def test_layers_after_masking_add_no_causes():
     assert "(Masking): it computes a mask" in reason and reason.count("; ") == 1
 
 
-def test_code_that_cannot_be_traced_has_a_reason_in_our_words():
+def test_code_that_cannot_be_traced_has_a_reason_without_the_words_of_keras():
     class Branching(keras.Model):
         def call(self, x):
             return x if keras.ops.max(x) > 0.0 else 2.0 * x

@@ -126,7 +126,7 @@ def test_padding_of_any_kind_is_bounded():
             assert value <= _row(model, "layer norm", norm).constant * (1.0 + 1e-9)
 
 
-def test_scales_of_the_normalisation_count_one_by_one():
+def test_scales_of_the_normalization_count_one_by_one():
     rng = np.random.default_rng(1)
     model, _, attention = _model("layer norm", {}, rng, 1.0)
     norm = model.layers[1]

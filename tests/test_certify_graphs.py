@@ -157,7 +157,7 @@ GRAPHS = {
         lambda: one_input(lambda x: relu(2.0)(x) * np.array([0.5, -3.0], np.float32)),
         dict(l2=6, linf=6),
     ),
-    "batch normalisation merges": (
+    "batch normalization merges": (
         lambda: one_input(batch_norm_after_dense),
         dict(l2=1.0, linf=1.0),
     ),

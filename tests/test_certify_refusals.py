@@ -457,7 +457,7 @@ def test_only_built_models(thing):
         certify(thing)
 
 
-def test_kernels_are_measured_as_they_run():
+def test_kernels_are_measured_after_the_cast():
     for policy, step in (("mixed_bfloat16", 2.0**-9), ("mixed_float16", 2.0**-12)):
         with default_dtype(policy):
             cast = model(layers.Dense(1, use_bias=False), (1,))

@@ -11,7 +11,7 @@ from keras.src import backend
 
 from keras_lipattn import L2MultiHeadAttention, certify
 from keras_lipattn.certification import CertificateRefuted, LipschitzMap, TokenRange, register_rule
-from keras_lipattn.certification.registry import _layer_rules
+from keras_lipattn.certification.registry import LAYER_RULES
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Layer .* was passed an input with a mask"),
@@ -168,10 +168,10 @@ def test_a_graph_is_certified_for_all_lengths_up_to_the_given_one():
 @pytest.fixture
 def rules():
     """Rules that a test registers are gone after it."""
-    before = dict(_layer_rules)
+    before = dict(LAYER_RULES)
     yield
-    _layer_rules.clear()
-    _layer_rules.update(before)
+    LAYER_RULES.clear()
+    LAYER_RULES.update(before)
 
 
 class Triple(layers.Layer):

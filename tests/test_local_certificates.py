@@ -1,4 +1,4 @@
-"""Local certificates: valid in the whole ball, never above the global one, sharp at the centre."""
+"""Local certificates: valid in the whole ball, never above the global one, sharp at the center."""
 
 import math
 from typing import Any
@@ -124,7 +124,7 @@ def test_pixels_rounded_to_float32_are_within_the_rounding_error(size, interpola
 
 
 def attention_model(tokens=5, features=4, dtype="float64", seed=0, build=None, **options):
-    """Two attention layers with a normalisation and a dense layer between them."""
+    """Two attention layers with a normalization and a dense layer between them."""
     with default_dtype(dtype):
         inputs = keras.Input((tokens, features), dtype=dtype)
         first = kl.L2MultiHeadAttention(2, 3, **options)
@@ -278,7 +278,7 @@ def test_capped_layers_are_followed_once_their_norms_are_settled():
     assert served.total <= remembered.total
 
 
-def test_normalisations_use_the_size_of_their_tokens():
+def test_normalizations_use_the_size_of_their_tokens():
     x = np.array([[3.0, 4.0], [6.0, 8.0]])
     for layer, constant in (
         (layers.UnitNormalization(), 1.0 / (5.0 - 0.5)),
@@ -363,7 +363,7 @@ def test_the_class_stays_within_the_certified_radius(norm):
     globally = certify(model, norm=norm).certified_radius(logits)
     assert (radii >= globally * (1.0 - 1e-6)).all()
     if norm != "linf":
-        # There attention keeps its global constant, and only the normalisation gains.
+        # There attention keeps its global constant, and only the normalization gains.
         assert (radii > 2.0 * globally).all()
     for point, radius, label in zip(x, radii, logits.argmax(-1), strict=True):
         local = certify(model, norm=norm, center=point, radius=radius * 0.999)

@@ -11,10 +11,11 @@ import tensorflow as tf
 from keras import layers, ops
 
 from keras_lipattn import register_rule
+from keras_lipattn.certification.registry import LAYER_RULES, OPERATION_RULES
+from keras_lipattn.certification.tracing import EXPANSIONS
 from tools.soundness.rules.attack import attack, range_fault
 from tools.soundness.rules.cases import all_cases, schedule
 from tools.soundness.rules.interpolation import interpolation_in_float64
-from tools.soundness.rules.registered import layer_rules, operation_rules
 from tools.soundness.rules.run import attack_rules
 from tools.soundness.rules.subjects import (
     POINTS,
@@ -75,13 +76,14 @@ def lie(layer, call):
 
 def test_every_layer_with_a_rule_has_a_case():
     # Other tests may register rules for layers of their own.
-    classes = {cls for cls in layer_rules if cls.__module__.split(".")[0] in _PACKAGES}
+    rules = {**LAYER_RULES, **EXPANSIONS}
+    classes = {cls for cls in rules if cls.__module__.split(".")[0] in _PACKAGES}
     missing = classes - {case.target for case in CASES}
     assert not missing
 
 
 def test_every_operation_with_a_rule_has_a_case():
-    missing = set(operation_rules) - {case.target for case in CASES}
+    missing = set(OPERATION_RULES) - {case.target for case in CASES}
     assert not missing
 
 

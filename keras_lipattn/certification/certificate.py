@@ -119,7 +119,7 @@ class Certificate:
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Why the total is `inf` and what to do, one line per cause; empty when it is finite.
+        """Reasons for an infinite total with remedies, one line per cause; empty if it is finite.
 
         Calls with the same cause share a line. Rows that are `inf` only because of another row
         (`CertificateRow.explained_by`) have no line.
@@ -145,7 +145,7 @@ class Certificate:
 
     @property
     def proposals(self) -> tuple[str, ...]:
-        """What to change, one line per class of layers; empty unless the total is vacuous.
+        """Changes to the model, one line per class of layers; empty unless the total is vacuous.
 
         For a finite total, the three most expensive classes with the factor that all their layers
         contribute together. For an infinite total, the classes without a bound that another layer
@@ -171,7 +171,7 @@ class Certificate:
 
     @property
     def vacuous(self) -> str:
-        """Why the total is too large to be useful; empty when it is not.
+        """A text if the total is too large to be useful, else empty.
 
         A certificate is called vacuous when its total is above 1000: two logits that differ by 1
         are then certified for a radius below 0.0008 only, less than a fifth of one grey level

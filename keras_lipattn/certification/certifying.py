@@ -1,4 +1,4 @@
-"""From a model to its certificate."""
+"""Certification of a model: `certify`, and local certificates."""
 
 import dataclasses
 import math

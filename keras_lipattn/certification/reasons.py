@@ -33,7 +33,7 @@ class Cause(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Reason:
-    """Why a call has no finite constant.
+    """The reason why a call has no finite constant, with a remedy.
 
     Args:
         text: why, as a clause about the call: `"it divides by a tensor that may come close to 0"`.

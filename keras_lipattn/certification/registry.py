@@ -10,8 +10,8 @@ from keras_lipattn.certification.maps import LipschitzMap
 
 Rule = Callable[[Any, LayerCall], LipschitzMap | float]
 
-_layer_rules: dict[type, tuple[Rule, bool]] = {}
-_operation_rules: dict[str, Rule] = {}
+LAYER_RULES: dict[type, tuple[Rule, bool]] = {}
+OPERATION_RULES: dict[str, Rule] = {}
 _own_bound: list[Rule] = []
 
 # Methods that a subclass may override without changing the function that the layer computes.
@@ -75,7 +75,7 @@ def register_rule(*layer_classes: type, subclasses: bool = False) -> Callable[[R
 
     def decorate(rule: Rule) -> Rule:
         for layer_class in layer_classes:
-            _layer_rules[layer_class] = rule, subclasses
+            LAYER_RULES[layer_class] = rule, subclasses
         return rule
 
     return decorate
@@ -86,7 +86,7 @@ def register_operation(*names: str) -> Callable[[Rule], Rule]:
 
     def decorate(rule: Rule) -> Rule:
         for name in names:
-            _operation_rules[name] = rule
+            OPERATION_RULES[name] = rule
         return rule
 
     return decorate
@@ -106,14 +106,14 @@ def find_rule(operation: Any) -> tuple[Rule | None, str]:
     """
     cls = type(operation)
     if not isinstance(operation, keras.layers.Layer):
-        rule = _operation_rules.get(cls.__name__) if _is_keras_operation(cls) else None
+        rule = OPERATION_RULES.get(cls.__name__) if _is_keras_operation(cls) else None
         return rule, "" if rule else "this operation has no rule"
     if "call" in vars(operation):
         return None, "its `call` was replaced on the instance"
     overridden: list[str] = []
     for ancestor in cls.__mro__:
-        if ancestor in _layer_rules:
-            rule, subclasses = _layer_rules[ancestor]
+        if ancestor in LAYER_RULES:
+            rule, subclasses = LAYER_RULES[ancestor]
             if overridden and not subclasses:
                 return None, (
                     f"it overrides `{', '.join(sorted(overridden))}` of {ancestor.__name__}, so "

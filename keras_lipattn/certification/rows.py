@@ -119,7 +119,7 @@ class Rows:
         """Notes which row explains another, of a row without a bound and earlier ones."""
         for cause in causes:
             if cause.map.reason == COMPUTES_INTEGERS and row.map.reason == TAKES_MASK:
-                # The call that takes the mask says more.
+                # The row of the call that takes the mask is more specific.
                 cause.explained_by = row.path
             elif self._follows(row, index, cause):
                 row.explained_by = row.explained_by or cause.path

@@ -145,7 +145,7 @@ class TensorState:
         return product(self.shape)
 
     def repeated_range(self, width: int | None) -> TokenRange:
-        """Where its tokens are once they are broadcast to `width` entries."""
+        """The range of its tokens after broadcasting to `width` entries."""
         if self.width == width:
             return self.range
         if width is None:

@@ -47,14 +47,14 @@ _COPIES = ("Cast", "ConvertToTensor", "Copy", "SaturateCast", "StopGradient")
 
 
 # Maps the class of a wrapper to a function that runs its inner layer on symbols.
-_expansions: dict[type, Callable] = {}
+EXPANSIONS: dict[type, Callable] = {}
 
 
 def register_expansion(layer_class: type) -> Callable[[Callable], Callable]:
     """Registers a replacement for the `call` of a layer on symbols, as a decorator."""
 
     def decorate(function: Callable) -> Callable:
-        _expansions[layer_class] = function
+        EXPANSIONS[layer_class] = function
         return function
 
     return decorate
@@ -167,7 +167,7 @@ class _Tracer:
         return self._record(layer, args, kwargs, refusal=refusal)
 
     def _run_inside(self, layer, args, kwargs) -> Any:
-        expand = _expansions.get(type(layer))
+        expand = EXPANSIONS.get(type(layer))
         if getattr(layer, "quantization_mode", None) is not None:
             raise TraceError(Reason("it is quantized", remedy=NOT_QUANTIZED))
         outputs = expand(layer, *args, **kwargs) if expand else layer.call(*args, **kwargs)
@@ -186,7 +186,7 @@ class _Tracer:
 
     def _refuse_lengths(self, layer, arguments) -> Reason | None:
         """Notes that Python code runs on a size that varies; a reason if the size is not known."""
-        if _is_graph(layer) or type(layer) in _expansions:
+        if _is_graph(layer) or type(layer) in EXPANSIONS:
             return None
         tensors = symbols_in(arguments)
         if any(None in tensor.shape for tensor in tensors):

@@ -22,7 +22,7 @@ def cast_to_compute_dtype(value: Any, dtype: str | None) -> np.ndarray:
         value = keras.ops.convert_to_tensor(value)
     array = np.asarray(keras.ops.convert_to_numpy(value))
     if dtype is not None and array.dtype.kind in "fV":
-        # bfloat16 has kind "V": numpy knows it only through ml_dtypes.
+        # bfloat16 has kind "V": NumPy gets this dtype from ml_dtypes.
         target = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
         with np.errstate(over="ignore", invalid="ignore"):
             array = array.astype(target)

@@ -471,7 +471,7 @@ class _Builder:
             called = dict(reversed(called.items()))
         return _flat(inner(called))[:-1]
 
-    # What the output goes into -------------------------------------------------------------------
+    # Layers after the call ------------------------------------------------------------------------
 
     def consumed(self, outputs, tensors) -> list[Any]:
         if not outputs:
