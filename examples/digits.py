@@ -2,10 +2,11 @@
 
     python examples/digits.py [--dataset=digits|mnist|fashion_mnist] [--penalty=0] [--epochs=N]
 
-A monitor watches the certified Lipschitz bound of every layer while the model trains, and penalises
+A monitor watches the certified Lipschitz bound of every layer while the model trains, and penalizes
 those of attention above their target. What comes out is in --out_dir:
 
-    saved_model/1/    for TensorFlow Serving, its certificate in assets.extra/
+    saved_model/1/    for TensorFlow Serving, with the certificate in assets.extra/; the next
+                      run writes saved_model/2/
     certificate.json  the certificate
     history.csv       losses and certified bounds, an epoch a line
     bounds.png        the bounds over the epochs
@@ -106,8 +107,8 @@ def main(argv: list[str]) -> None:
     model = patch_transformer(data.train[0].shape[1:], _CLASSES, recipe.architecture)
     monitor = _train(model, data, recipe, out_dir)
     requests = data.test[0][:_REQUESTS]
-    certificate = keras_lipattn.export_saved_model(
-        model, out_dir / "saved_model", example_batch=requests, overwrite=True
+    certificate, saved_model = keras_lipattn.export_saved_model(
+        model, out_dir / "saved_model", example_batch=requests
     )
     (out_dir / "certificate.json").write_text(certificate.to_json())
     # After what matters: a plot that cannot be written is an error.
@@ -119,7 +120,7 @@ def main(argv: list[str]) -> None:
         label=data.test[1][:_REQUESTS],
         logits=model.predict(requests, verbose=0),
     )
-    _serve(out_dir)
+    _serve(saved_model, out_dir / "requests.npz")
     print(f"\nIn {out_dir}: {', '.join(sorted(path.name for path in out_dir.iterdir()))}")
     print(f"{_DATASET.value}, seed {_SEED.value}: {time.monotonic() - started:.0f} s in all")
 
@@ -189,7 +190,7 @@ def _report(
     images, labels = data.test
     logits = model.predict(images, batch_size=500, verbose=0)
     right = logits.argmax(axis=-1) == labels
-    radii = np.where(right, certificate.radius(logits), 0.0)
+    radii = np.where(right, certificate.certified_radius(logits), 0.0)
     print(f"\n{_DATASET.value}: {len(labels)} test images, radii in the 2-norm, pixels in [0, 1]")
     print(f"  test accuracy                     {right.mean():.4f}")
     print(f"  certified Lipschitz constant      {certificate.total:.4g}")
@@ -206,11 +207,11 @@ def _report(
         print(f"  {certificate.vacuous}")
 
 
-def _serve(out_dir: pathlib.Path) -> None:
+def _serve(saved_model: pathlib.Path, requests: pathlib.Path) -> None:
     program = pathlib.Path(__file__).with_name("serve.py")
     print("\nServed by another process, without Keras and without this package:", flush=True)
     served = subprocess.run(
-        [sys.executable, program, out_dir / "saved_model" / "1", out_dir / "requests.npz"],
+        [sys.executable, program, saved_model, requests],
         stderr=subprocess.PIPE,
         text=True,
     )

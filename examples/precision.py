@@ -10,7 +10,6 @@ docs/precision.md has its table.
 
 import dataclasses
 import json
-import pathlib
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -81,15 +80,15 @@ def deviations(build: Callable[[], Any], model: Any, images: np.ndarray) -> Iter
     for policy in POLICIES:
         copy = twin(build, model, policy)
         with tempfile.TemporaryDirectory() as folder:
-            certificate = keras_lipattn.export_saved_model(copy, folder, verbose=False)
-            record = pathlib.Path(folder, "1", "assets.extra", "export.json")
+            certificate, path = keras_lipattn.export_saved_model(copy, folder, verbose=False)
+            record = path / "assets.extra" / "export.json"
             kappa = json.loads(record.read_text())["rounding"]["kappa"]
         logits = _logits(copy, images)
         difference = np.abs(logits - exact).max(axis=1)
         largest = np.maximum(1.0, np.abs(logits).max(axis=1))
         allowance = 2.0 * kappa * (certificate.total * norms + largest)
         radius = [
-            certificate.radius(row, allowance=float(taken))
+            certificate.certified_radius(row, allowance=float(taken))
             for row, taken in zip(logits, allowance, strict=True)
         ]
         yield Deviation(

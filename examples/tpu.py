@@ -8,14 +8,14 @@ from absl import app, flags
 
 
 def tpu_strategy(name: str) -> tf.distribute.Strategy:
-    """A strategy for all cores of a TPU.
+    """Strategy for all cores of a TPU.
 
     Args:
-        name: What `TPUClusterResolver` takes: `"local"` on the machine of the TPU, the name of a
-            TPU or its address, or nothing, for the one which the environment names.
+        name: Argument of `TPUClusterResolver`: `"local"` on the machine of the TPU, the name or the
+            address of a TPU, or `""` for the TPU that the environment names.
 
     Raises:
-        SystemExit: If there is no TPU, saying so.
+        SystemExit: If there is no TPU.
     """
     try:
         resolver = tf.distribute.cluster_resolver.TPUClusterResolver(name)
@@ -24,8 +24,8 @@ def tpu_strategy(name: str) -> tf.distribute.Strategy:
     except (ValueError, RuntimeError, ImportError, OSError, tf.errors.OpError) as error:
         (cause, *_) = str(error).splitlines() or [type(error).__name__]
         raise SystemExit(
-            "No TPU answers: run this on a machine with one (--tpu=local), name one that it "
-            "reaches (--tpu=NAME), or choose another --strategy. "
+            "No TPU found: run this on a machine with a TPU (--tpu=local), name one that this "
+            "machine can reach (--tpu=NAME), or choose another --strategy. "
             f"Received: --tpu={name!r} ({cause})"
         ) from error
     return tf.distribute.TPUStrategy(resolver)

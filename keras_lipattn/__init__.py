@@ -8,7 +8,7 @@ from keras_lipattn.callbacks import (
     DurableCSVLogger,
     LipschitzMonitor,
 )
-from keras_lipattn.certification import Certificate, certify, local_radius, register_rule
+from keras_lipattn.certification import Certificate, certified_radius, certify, register_rule
 from keras_lipattn.conversion import Conversion, convert_attention
 from keras_lipattn.estimation import LipschitzEstimate, estimate_lipschitz
 from keras_lipattn.export import ExportError, export_saved_model
@@ -54,12 +54,12 @@ __all__ = [
     "ScaledCosineAttention",
     "SpectralDense",
     "__version__",
+    "certified_radius",
     "certify",
     "condensed",
     "convert_attention",
     "distribution",
     "estimate_lipschitz",
     "export_saved_model",
-    "local_radius",
     "register_rule",
 ]

@@ -1,35 +1,35 @@
-"""Writing a file as a whole or not at all."""
+"""Atomic replacement of files."""
 
 import contextlib
 import os
 import pathlib
 from collections.abc import Iterator
 
-# The ending of the name stays: it chooses the format.
+# A prefix, since the suffix determines the format.
 _PREFIX = ".partial-"
 
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """A path to write to: the file becomes `path` when the block ends well, and vanishes otherwise.
+    """Context that gives a path to write to, and replaces the file at `path` at the end.
 
-    Whoever reads `path` sees all of the old file or all of the new one, also when this process is
-    killed. What a killed one left is overwritten by the next one that writes the same file. A
-    device or pipe is written to as it is.
+    If the block raises, the file that it wrote is removed. A reader of `path` sees the whole old
+    file or the whole new one, even if this process is killed. The next process that writes the same
+    file overwrites what a killed one left. A device or a pipe is written directly.
 
     Args:
         path: Local path of the file to write.
 
     Yields:
-        Path of a file beside it.
+        Path of a temporary file in the same folder.
 
     Raises:
         ValueError: If `path` is not local.
-        OSError: If the block, or the renaming, raises one.
+        OSError: If the block or the replacement raises one.
     """
     if "://" in os.fspath(path):
-        raise ValueError(f"Only a local file can be replaced in one step. Received: path={path!r}")
-    # Through links, which would be replaced themselves.
+        raise ValueError(f"Only a local file can be replaced atomically. Received: path={path!r}")
+    # The target of a link, since a link itself would be replaced.
     target = pathlib.Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
         yield target
@@ -37,7 +37,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     partial = target.with_name(_PREFIX + target.name)
     try:
         yield partial
-        # Else the name may reach the disk before the content.
+        # Otherwise the name may reach the disk before the content.
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, target)
@@ -51,6 +51,6 @@ def whole_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 
 def remove_partial(folder: pathlib.Path) -> None:
-    """Removes what killed processes left behind in a folder that nobody else writes to."""
+    """Removes temporary files of killed processes from a folder that one process writes to."""
     for partial in folder.glob(_PREFIX + "*"):
         partial.unlink(missing_ok=True)

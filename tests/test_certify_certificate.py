@@ -22,7 +22,7 @@ from keras import layers
 import keras_lipattn
 from keras_lipattn.certification import Certificate, CertificateRow, certify
 from keras_lipattn.certification.classifier_head import MOST_PAIRED_CLASSES
-from keras_lipattn.certification.replacements import REPLACEMENTS
+from keras_lipattn.certification.reasons import REPLACEMENTS
 
 TOOL = pathlib.Path(__file__).parents[1] / "tools" / "certify.py"
 
@@ -58,10 +58,10 @@ def test_margins_use_the_columns_of_the_last_kernel(activation, scale):
         else (3.0 - logits[j]) / (features * np.linalg.norm(kernel[:, 0] - kernel[:, j]))
         for j in range(4)
     ]
-    np.testing.assert_allclose(certificate.pair_radius(logits), expected, rtol=1e-5)
-    assert certificate.radius(logits) == pytest.approx(min(expected), rel=1e-5)
+    np.testing.assert_allclose(certificate.pairwise_radius(logits), expected, rtol=1e-5)
+    assert certificate.certified_radius(logits) == pytest.approx(min(expected), rel=1e-5)
     # Never worse than by the constant of the logits.
-    assert certificate.radius(logits) >= 2.0 / (math.sqrt(2.0) * certificate.total)
+    assert certificate.certified_radius(logits) >= 2.0 / (math.sqrt(2.0) * certificate.total)
     assert certificate.head == ("logits" if activation is None else "softmax")
     assert ("pre-softmax" in str(certificate)) == (activation is not None)
 
@@ -77,7 +77,7 @@ def test_no_attack_within_the_radius_changes_the_class(norm):
         @ (model.layers[-1].get_weights()[0])
         + model.layers[-1].get_weights()[1]
     )
-    radii = certificate.radius(logits)
+    radii = certificate.certified_radius(logits)
     assert (radii > 0.0).all()
     for _ in range(50):
         step = rng.normal(size=x.shape)
@@ -93,9 +93,9 @@ def test_one_sigmoid_unit():
     assert certificate.head == "sigmoid"
     assert "sigmoid" in certificate.threat_model.output
     assert certificate.total == pytest.approx(features * np.linalg.norm(kernel), rel=1e-5)
-    radii = certificate.radius(np.array([[2.0], [-1.0], [0.0], [np.nan]]))
+    radii = certificate.certified_radius(np.array([[2.0], [-1.0], [0.0], [np.nan]]))
     np.testing.assert_allclose(radii, np.array([2.0, 1.0, 0.0, 0.0]) / certificate.total, rtol=1e-6)
-    assert certificate.radius(2.0) == pytest.approx(2.0 / certificate.total)
+    assert certificate.certified_radius(2.0) == pytest.approx(2.0 / certificate.total)
     # Several sigmoid units are several answers, not one class.
     many = certify(classifier(3, "sigmoid"))
     assert many.total < 0.3 * features * 10.0 and many.head == "logits"
@@ -104,10 +104,10 @@ def test_one_sigmoid_unit():
 def test_ties_and_broken_logits_certify_nothing():
     certificate = certify(classifier())
     logits = np.array([[1.0, 1.0, 0.0, 0.0], [np.nan, 1.0, 0.0, 0.0], [np.inf, 1.0, 0.0, 0.0]])
-    np.testing.assert_array_equal(certificate.radius(logits), 0.0)
+    np.testing.assert_array_equal(certificate.certified_radius(logits), 0.0)
     near = np.array([1.0, 1.0 - 1e-3, 0.0, 0.0])
-    assert certificate.radius(near) > 0.0
-    assert certificate.radius(near, allowance=1e-2) == 0.0
+    assert certificate.certified_radius(near) > 0.0
+    assert certificate.certified_radius(near, allowance=1e-2) == 0.0
 
 
 def test_equal_columns_never_meet():
@@ -115,35 +115,37 @@ def test_equal_columns_never_meet():
     kernel, bias = model.layers[-1].get_weights()
     model.layers[-1].set_weights([np.stack([kernel[:, 0]] * 2, axis=1), bias])
     certificate = certify(model)
-    assert certificate.radius([1.0, 0.0]) == math.inf
-    assert certificate.radius([1.0, 1.0]) == 0.0
+    assert certificate.certified_radius([1.0, 0.0]) == math.inf
+    assert certificate.certified_radius([1.0, 1.0]) == 0.0
 
 
 def test_nothing_is_certified_without_a_constant():
     x = keras.Input((5, 4))
     model = keras.Model(x, layers.Dense(3)(layers.LSTM(4)(x)))
     certificate = certify(model)
-    np.testing.assert_array_equal(certificate.radius(np.eye(3)), 0.0)
+    np.testing.assert_array_equal(certificate.certified_radius(np.eye(3)), 0.0)
 
 
 def test_many_classes_fall_back_to_the_constant_of_the_logits():
     model = classifier(MOST_PAIRED_CLASSES + 1)
     certificate = certify(model)
-    assert certificate.pairs == ()
+    assert certificate.pairwise_constants == ()
     logits = np.zeros(MOST_PAIRED_CLASSES + 1)
     logits[3] = 1.0
-    assert certificate.radius(logits) == pytest.approx(1.0 / math.sqrt(2.0) / certificate.total)
+    assert certificate.certified_radius(logits) == pytest.approx(
+        1.0 / math.sqrt(2.0) / certificate.total
+    )
 
 
 def test_logits_must_fit():
     certificate = certify(classifier(4))
     for logits in (np.zeros(3), np.zeros((2, 5)), 1.0):
         with pytest.raises(ValueError, match="Received"):
-            certificate.radius(logits)
+            certificate.certified_radius(logits)
     x = keras.Input((5, 4))
     sequence = certify(keras.Model(x, layers.Dense(3)(x)))
     with pytest.raises(ValueError, match="Received"):
-        sequence.radius(np.zeros(3))
+        sequence.certified_radius(np.zeros(3))
 
 
 def demo():
@@ -227,8 +229,8 @@ def _changed(change):
         lambda c: c.update(rows=None),
         lambda c: c.update(rows=[3]),
         lambda c: c.update(threat_model=[]),
-        lambda c: c.update(pairs=[3]),
-        lambda c: c.update(pairs=[["a"]]),
+        lambda c: c.update(pairwise_constants=[3]),
+        lambda c: c.update(pairwise_constants=[["a"]]),
         lambda c: c.update(total="large"),
         lambda c: c.update(total=None),
         lambda c: c.update(total=10**400),

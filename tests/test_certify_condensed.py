@@ -41,5 +41,5 @@ def test_radii_by_pair_of_classes_are_never_smaller_when_condensed():
     with kl.condensed(model):
         served = kl.certify(model)
     logits = model.predict(np.random.default_rng(1).normal(size=(50, 6)), verbose=0)
-    assert served.pairs is not None
-    assert (served.radius(logits) >= live.radius(logits)).all()
+    assert served.pairwise_constants is not None
+    assert (served.certified_radius(logits) >= live.certified_radius(logits)).all()

@@ -248,7 +248,7 @@ def test_dynamic_lengths_use_the_sequence_length():
     assert "sequence_length" in open_ended.reasons[0]
     certificate = certify(model, sequence_length=10)
     assert certificate.total == pytest.approx(attention.lipschitz(sequence_length=10).value)
-    assert certificate.threat_model.longest == 10
+    assert certificate.threat_model.max_tokens == 10
     assert "at most 10 tokens that attend" in str(certificate)
 
 
@@ -292,8 +292,8 @@ def test_integer_inputs_are_certified_from_the_embedding():
     certificate = certify(keras.Model(ids, scaled(2.0, 3)(x)))
     assert certificate.total == pytest.approx(2.0)
     assert certificate.threat_model.inputs == ("output of Embedding 'words'",)
-    assert certificate.threat_model.held == ("ids",)
-    assert "held fixed: ids" in str(certificate)
+    assert certificate.threat_model.fixed_inputs == ("ids",)
+    assert "fixed inputs: ids" in str(certificate)
 
 
 def test_two_embeddings_count_side_by_side():
@@ -308,7 +308,7 @@ def test_integer_images_are_certified_as_numbers():
     model = keras.Model(image, layers.Flatten()(layers.Rescaling(1.0 / 255.0)(image)))
     certificate = certify(model)
     assert certificate.total == pytest.approx(1.0 / 255.0)
-    assert not certificate.threat_model.held
+    assert not certificate.threat_model.fixed_inputs
 
 
 def test_an_integer_input_both_looked_up_and_computed_with_is_refused():

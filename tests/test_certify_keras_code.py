@@ -194,7 +194,7 @@ def test_no_class_changes_inside_the_certified_radius_behind_a_gate():
     certificate = certify(model)
     points = tf.constant(0.05 * np.random.default_rng(0).normal(size=(64, WIDTH)))
     logits = np.asarray(model(points))
-    radii = certificate.radius(logits)
+    radii = certificate.certified_radius(logits)
     winner = logits.argmax(axis=-1)
     moved = tf.identity(points)
     for _ in range(10):
@@ -677,8 +677,10 @@ def test_radius_in_an_export_holds_where_a_layer_looks_at_its_length(tmp_path):
     with default_dtype("float32"):
         y = layers.GlobalAveragePooling1D()(TimesPosition()(x))
         model = keras.Model(x, layers.Dense(2, kernel_initializer="identity")(y))
-    export_saved_model(model, tmp_path, sequence_length=LONG, allow_uncertified=True, verbose=False)
-    served = tf.saved_model.load(str(tmp_path / "1")).signatures
+    exported = export_saved_model(
+        model, tmp_path, sequence_length=LONG, allow_uncertified=True, verbose=False
+    )
+    served = tf.saved_model.load(str(exported.path)).signatures
     point = np.zeros((1, LONG, WIDTH), np.float32)
     point[..., 0] = 1.0
     if "certified" not in served:
@@ -1214,7 +1216,7 @@ def test_center_with_named_inputs_is_certified(kind, batch):
     model = keras.Model({"q": query, "a": other} if kind == "dict" else [query, other], output)
     center = {"q": np.ones(WIDTH), "a": np.zeros(WIDTH)}
     given = {name: np.stack([value] * 2) for name, value in center.items()} if batch else center
-    check(model, [center], around=given, radius=0.1)
+    check(model, [center], center=given, radius=0.1)
 
 
 @pytest.mark.filterwarnings("ignore:When providing `inputs` as a dict")
@@ -1224,7 +1226,7 @@ def test_center_in_a_dictionary_whose_keys_are_no_names_is_certified(order):
     output = layers.Add()([layers.Rescaling(100.0)(one), layers.LayerNormalization()(other)])
     model = keras.Model(dict(zip(order, (one, other), strict=True)), output)
     center = dict(zip(order, (np.zeros(WIDTH), np.array([1.0, 2.0, 3.0, 4.0])), strict=True))
-    found = check(model, [center], around=center, radius=0.01, norms=("l2", "token"))
+    found = check(model, [center], center=center, radius=0.01, norms=("l2", "token"))
     # The center of the normalized input is far from 0, where its constant is large.
     assert found["l2"].total < 102.0
 
@@ -1233,7 +1235,7 @@ def test_center_of_one_named_input_is_certified():
     query = keras.Input(SHAPE, dtype="float64", name="q")
     model = keras.Model({"q": query}, layers.LayerNormalization()(query))
     (center,) = examples(count=1)[1:]
-    found = check(model, [{"q": center}], around={"q": center}, radius=0.01, norms=("l2", "token"))
+    found = check(model, [{"q": center}], center={"q": center}, radius=0.01, norms=("l2", "token"))
     assert found["l2"].is_finite
 
 
@@ -1245,11 +1247,11 @@ BROKEN_CERTIFICATES = [
     "null",
     '{"schema": 1}',
     '{"schema": 1, "threat_model": {}}',
-    '{"schema": 1, "threat_model": 3, "rows": [], "pairs": []}',
-    '{"schema": 1, "threat_model": {}, "rows": 3, "pairs": []}',
-    '{"schema": 1, "threat_model": {}, "rows": [3], "pairs": []}',
-    '{"schema": 1, "threat_model": {}, "rows": [{}], "pairs": []}',
-    '{"schema": 1, "threat_model": {}, "rows": [], "pairs": [1]}',
+    '{"schema": 1, "threat_model": 3, "rows": [], "pairwise_constants": []}',
+    '{"schema": 1, "threat_model": {}, "rows": 3, "pairwise_constants": []}',
+    '{"schema": 1, "threat_model": {}, "rows": [3], "pairwise_constants": []}',
+    '{"schema": 1, "threat_model": {}, "rows": [{}], "pairwise_constants": []}',
+    '{"schema": 1, "threat_model": {}, "rows": [], "pairwise_constants": [1]}',
     '{"schema": 2}',
     "{",
     "",
@@ -1262,11 +1264,13 @@ def test_text_that_is_no_certificate_is_a_value_error(text):
         Certificate.from_json(text)
 
 
-@pytest.mark.parametrize("field", ["threat_model", "rows", "pairs", "total", "model", "log10"])
+@pytest.mark.parametrize(
+    "field", ["threat_model", "rows", "pairwise_constants", "total", "model", "log10"]
+)
 def test_certificate_without_a_field_is_a_value_error(field):
     content = json.loads(certify(model_of(layers.Dense(3))).to_json())
     del content[field]
-    if field == "pairs":
+    if field == "pairwise_constants":
         # It may be filled in: not every model has classes.
         content["threat_model"].pop("norm")
     with pytest.raises(ValueError):

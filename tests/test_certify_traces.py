@@ -159,7 +159,7 @@ def test_code_is_certified_for_the_length_it_ran_at():
 def test_a_graph_is_certified_for_all_lengths_up_to_the_given_one():
     certificate = certify(model(layers.Dense(3), (None, 4)), sequence_length=20)
     assert certificate.threat_model.shapes == ()
-    assert certificate.threat_model.longest == 20
+    assert certificate.threat_model.max_tokens == 20
 
 
 # Checks -----------------------------------------------------------------------------------------

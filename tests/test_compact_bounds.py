@@ -10,8 +10,8 @@ from keras_lipattn.bounds.compact import (
     column_mass,
     combine_heads,
     dot_product_constants,
+    dot_product_layer_constant,
 )
-from keras_lipattn.bounds.compact_layer import dot_product_layer_constant
 from keras_lipattn.linalg import SAFETY, operator_norm
 
 # Central differences with step 1e-6 of functions of size 1.

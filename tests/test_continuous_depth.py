@@ -400,8 +400,8 @@ def test_exported_model_is_the_condensed_flow(tmp_path):
     model = keras.Sequential(
         [keras.Input((4, 4)), layer, keras.layers.GlobalAveragePooling1D(), SpectralDense(3)]
     )
-    certificate = export_saved_model(model, tmp_path / "model")
-    served = tf.saved_model.load(str(tmp_path / "model" / "1"))
+    certificate, path = export_saved_model(model, tmp_path / "model")
+    served = tf.saved_model.load(str(path))
     (output,) = served.signatures["serving_default"](tf.constant(x)).values()
     np.testing.assert_allclose(output, numpy(model(x)), rtol=0, atol=1e-4)
     assert certificate.total == pytest.approx(certify(model).total, rel=1e-3)
@@ -429,7 +429,7 @@ def test_certificate_knows_its_length():
     assert "length" in unknown.rows[0].reason
     known = certify(model, sequence_length=6)
     assert known.total == pytest.approx(layer.lipschitz(6).value, rel=1e-8)
-    assert known.threat_model.longest == 6
+    assert known.threat_model.max_tokens == 6
     assert layer.lipschitz(6).value < layer.lipschitz(60).value
 
 

@@ -29,7 +29,7 @@ def _layer(case, rng, **options):
     for kernel in layer._kernels():
         kernel.assign(kernel * rng.choice([0.1, 1.0, 4.0]))
     if rng.integers(2):
-        # Around the origin, where normalising is steepest.
+        # Around the origin, where normalizing is steepest.
         for bias in layer._biases()[:3]:
             if bias is not None:
                 bias.assign(0.0 * bias)
@@ -184,7 +184,7 @@ def test_a_window_needs_no_length():
     free = ScaledCosineAttention(2, 3)
     free.build((None, None, FEATURES))
     assert math.isinf(free.lipschitz(mask="causal").value)
-    # Bounded column sums whatever the length, and no columns in the token norm.
+    # Column sums are bounded for every length, and the token norm has none.
     assert np.isfinite(free.lipschitz().value) and np.isfinite(free.lipschitz(norm="token").value)
 
 

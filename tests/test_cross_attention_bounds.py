@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from keras_lipattn.bounds.cross_attention import (
+from keras_lipattn.bounds.compact import (
     additive_attention_constants,
     cross_attention_constants,
 )

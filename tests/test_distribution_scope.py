@@ -1,4 +1,4 @@
-"""A model made outside of the strategy that runs it is refused in words."""
+"""A model created outside of the strategy that runs it is an error with a message."""
 
 import keras
 import pytest
@@ -19,25 +19,25 @@ def strategy(two_cpus):
 
 
 @pytest.mark.parametrize("make_model", [monitor_models.sequential, monitor_models.functional])
-def test_fit_under_a_strategy_needs_a_model_made_there(make_model, strategy):
+def test_fit_under_a_strategy_needs_a_model_created_in_its_scope(make_model, strategy):
     model = monitor_models.compiled(make_model())
     before = monitor_models.weights(model)
     with strategy.scope(), pytest.raises(ValueError, match=f"Layer '.*' {MESSAGE}"):
         monitor_models.fit(model)
     assert (monitor_models.weights(model) == before).all()
-    # It is as good as before.
+    # The model can still be trained outside.
     monitor_models.fit(model, LipschitzMonitor())
 
 
 @pytest.mark.parametrize("penalty", [None, 0.1])
-def test_a_monitor_says_so_before_the_first_step(penalty, strategy):
+def test_a_monitor_raises_before_the_first_step(penalty, strategy):
     model = monitor_models.compiled(monitor_models.functional())
     with strategy.scope(), pytest.raises(ValueError, match=f"Model 'functional' {MESSAGE}"):
         monitor_models.fit(model, LipschitzMonitor(penalty=penalty))
     monitor_models.fit(model, LipschitzMonitor(penalty=penalty))
 
 
-def test_a_layer_of_keras_made_elsewhere_is_found_by_the_monitor(strategy):
+def test_the_monitor_finds_a_keras_layer_created_elsewhere(strategy):
     foreign = keras.layers.Dense(monitor_models.FEATURES, name="foreign")
     foreign.build((None, monitor_models.FEATURES))
     with strategy.scope():

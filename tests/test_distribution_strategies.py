@@ -1,6 +1,6 @@
-"""What training comes to does not depend on the strategy, nor on the number of replicas.
+"""Training does not depend on the strategy or on the number of replicas.
 
-Each strategy runs in processes of its own, the workers of one talking over sockets.
+Each strategy runs in separate processes; its workers communicate over sockets.
 """
 
 import csv
@@ -14,7 +14,7 @@ from helpers import monitor_models, strategy_record, strategy_runs
 
 pytestmark = pytest.mark.distributed
 
-# Float32 sums in another order, grown over twenty steps.
+# Float32 sums in another order, accumulated over twenty steps.
 TOLERANCE = 1e-5
 
 
@@ -84,7 +84,7 @@ def test_the_penalty_has_the_same_gradient(name, run, alone):
 
 
 def test_running_vectors_are_the_same_on_all_replicas(name, run, alone):
-    # Each replica assigns its own, from the same weights: the same numbers, in the same order.
+    # Each replica assigns its own copy, from the same weights in the same order.
     assert all(record["apart"] == 0.0 for record in run(name))
     first, *others = run(name)
     for other in others:
@@ -93,7 +93,7 @@ def test_running_vectors_are_the_same_on_all_replicas(name, run, alone):
     _assert_same([first], alone, "running")
 
 
-def test_the_chief_alone_writes_files(name, run, folder_of):
+def test_only_the_chief_writes_files(name, run, folder_of):
     run(name)
     records = {f"record-{index}.npz" for index in range(strategy_runs.STRATEGIES[name][1])}
     written = {path.name for path in folder_of(name).iterdir()}
@@ -102,7 +102,7 @@ def test_the_chief_alone_writes_files(name, run, folder_of):
         assert [row["epoch"] for row in csv.DictReader(file)] == [*"01234"]
 
 
-def test_what_the_chief_exports_is_what_all_predict(name, run, folder_of):
+def test_the_export_of_the_chief_predicts_like_all_workers(name, run, folder_of):
     (record, *_) = run(name)
     served = tf.saved_model.load(str(folder_of(name) / "saved_model" / "1"))
     x, _ = monitor_models.data(strategy_record.EXAMPLES)
@@ -112,22 +112,22 @@ def test_what_the_chief_exports_is_what_all_predict(name, run, folder_of):
     np.testing.assert_allclose(outputs, record["predicted"], rtol=0, atol=TOLERANCE)
 
 
-def test_what_the_chief_saves_is_a_plain_model(name, run, folder_of):
+def test_the_chief_saves_a_plain_model(name, run, folder_of):
     (record, *_) = run(name)
     model = keras.saving.load_model(folder_of(name) / "best.keras")
-    # Its bound fell from epoch to epoch: the best is the last.
+    # Its bound decreases in every epoch, so the last model is the best.
     np.testing.assert_allclose(
         monitor_models.weights(model), record["weights"], rtol=0, atol=TOLERANCE
     )
 
 
 @pytest.mark.parametrize("name", ["default", *strategy_runs.STRATEGIES])
-def test_a_killed_process_comes_back_where_it_was(name, alone, tmp_path):
+def test_a_killed_process_resumes_where_it_was(name, alone, tmp_path):
     strategy, workers, _ = strategy_runs.STRATEGIES.get(name, (name, 1, 1))
     finished = strategy_runs.run(
         strategy_runs.PROGRAM, strategy, tmp_path, "killed", workers=workers
     )
-    # The others are told, and do not wait for ever.
+    # The others are notified, and do not wait forever.
     assert finished[-1].returncode == -9
     assert all(worker.returncode != 0 for worker in finished), finished
     assert not list(tmp_path.glob("record-*.npz"))

@@ -1,4 +1,4 @@
-"""Several workers, one program: what Keras cannot do, who writes, who backs up."""
+"""Several workers: the limits of Keras, the chief, and the backup."""
 
 import json
 
@@ -12,7 +12,7 @@ PROGRAM = strategy_runs.TESTS / "helpers" / "stock_fit.py"
 
 
 class Cluster(tf.distribute.MultiWorkerMirroredStrategy):
-    """What `is_chief` asks of a strategy, without a cluster to wait for."""
+    """A strategy with the attributes that `is_chief` reads, without a running cluster."""
 
     def __init__(self, jobs, task_type, task_id):
         self._resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
@@ -49,7 +49,7 @@ def test_a_process_that_drives_all_replicas_is_the_chief(two_cpus):
     assert is_chief(None)
 
 
-def test_without_workers_a_model_is_left_alone(two_cpus):
+def test_without_workers_a_model_is_not_changed(two_cpus):
     for strategy in (tf.distribute.get_strategy(), tf.distribute.MirroredStrategy(two_cpus)):
         with strategy.scope():
             model = monitor_models.compiled(monitor_models.sequential())
@@ -59,7 +59,7 @@ def test_without_workers_a_model_is_left_alone(two_cpus):
 
 
 @pytest.mark.parametrize("chief", [True, False])
-def test_the_chief_alone_touches_the_backup(chief, tmp_path):
+def test_only_the_chief_changes_the_backup(chief, tmp_path):
     model = monitor_models.compiled(monitor_models.sequential())
     model._distribute_strategy = Cluster(TWO, "worker", 0 if chief else 1)
     backup = SharedBackup(str(tmp_path / "backup"))
@@ -88,13 +88,13 @@ def test_a_backup_is_restored_by_all_workers(tmp_path):
 @pytest.mark.distributed
 @pytest.mark.parametrize("cause", ["build", "steps"])
 def test_keras_alone_still_fails_with_workers(cause):
-    # When this fails, Keras has caught up: `multi_worker` can do without that change.
+    # When this fails, `multi_worker` no longer needs that change.
     for finished in strategy_runs.run(PROGRAM, cause, workers=2):
         assert finished.returncode == 3, finished.output
 
 
 @pytest.mark.distributed
-def test_a_monitor_adds_nothing_to_what_workers_tell_each_other(tmp_path):
+def test_a_monitor_adds_no_collective(tmp_path):
     path = tmp_path / "collectives.json"
     program = strategy_runs.TESTS / "helpers" / "collectives.py"
     for finished in strategy_runs.run(program, path, workers=2):
@@ -102,5 +102,5 @@ def test_a_monitor_adds_nothing_to_what_workers_tell_each_other(tmp_path):
     found = json.loads(path.read_text())
     assert found.keys() == {"no monitor", "running bounds", "penalty"}
     for step in found.values():
-        # The gradient, in one piece: running vectors are the same everywhere by themselves.
+        # Only the gradient, in one piece: running vectors need no synchronization.
         assert step["collectives"] == {f"CollectiveReduceV2 of {step['weights']}": 1}

@@ -1,4 +1,4 @@
-"""Backup, history and checkpoint: whole or not at all, and training goes on bit for bit."""
+"""Backup, history and checkpoint are replaced atomically, and training resumes bit for bit."""
 
 import errno
 import json
@@ -85,7 +85,7 @@ class Stop(keras.callbacks.Callback):
 
 
 def model_with_dropout(policy="float32", *, run_eagerly=True) -> Any:
-    # Eager where nothing depends on it: steps are few, and tracing takes most of the time.
+    # Eager by default: there are few steps, and tracing takes most of the time.
     keras.utils.set_random_seed(3)
     keras.config.set_dtype_policy(policy)
     try:
@@ -108,7 +108,7 @@ def fit(model, folder, *callbacks, epochs=4):
     return monitor_models.fit(
         model,
         kl.LipschitzMonitor(
-            penalty=lambda epoch, coefficient: 1.5 * coefficient + 0.1, target=0.2, running_every=1
+            penalty=lambda epoch, coefficient: 1.5 * coefficient + 0.1, target=0.2, running_freq=1
         ),
         kl.DurableCSVLogger(folder / "history.csv"),
         kl.DurableBackup(folder / "backup"),
@@ -122,7 +122,7 @@ def everything(model):
 
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
-def test_training_goes_on_as_if_it_had_not_stopped(tmp_path, policy):
+def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path, policy):
     def build():
         return model_with_dropout(policy, run_eagerly=False)
 
@@ -160,16 +160,16 @@ def test_the_folder_can_be_removed_at_the_end(tmp_path):
 def test_a_later_fit_of_the_model_begins_at_its_beginning(tmp_path):
     fit(model_with_dropout(), tmp_path, epochs=2)
     model = model_with_dropout()
-    # An exception, of which no callback hears.
+    # An exception, which does not notify callbacks.
     with pytest.raises(ZeroDivisionError):
         fit(model, tmp_path, keras.callbacks.LambdaCallback(lambda *_: 1 / 0), epochs=3)
     assert len(monitor_models.fit(model, epochs=2)["loss"]) == 2
-    # None to come: no epoch begins.
+    # All epochs are complete: none begins.
     fit(model, tmp_path, epochs=2)
     assert len(monitor_models.fit(model, epochs=2)["loss"]) == 2
 
 
-def test_only_the_newest_backup_is_kept_and_what_kills_left_is_removed(tmp_path):
+def test_only_the_newest_backup_is_kept_and_partial_files_are_removed(tmp_path):
     (tmp_path / "backup").mkdir()
     (tmp_path / "backup" / ".partial-epoch-00009.npz").write_text("half")
     fit(model_with_dropout(), tmp_path, epochs=3)
@@ -177,15 +177,15 @@ def test_only_the_newest_backup_is_kept_and_what_kills_left_is_removed(tmp_path)
     assert kl.DurableBackup(tmp_path / "backup").completed == 3
 
 
-def test_of_two_backups_the_newest_counts(tmp_path):
-    # A program killed between writing the one and removing the other.
+def test_the_newer_of_two_backups_is_restored(tmp_path):
+    # As left by a program killed between writing one and removing the other.
     with pytest.raises(RuntimeError, match="stopped"):
         fit(model_with_dropout(), tmp_path, Stop())
     (tmp_path / "backup" / "epoch-00001.npz").write_text("older")
     assert len(fit(model_with_dropout(), tmp_path)["loss"]) == 2
 
 
-def test_a_full_disk_keeps_the_old_files_and_training_goes_on(tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_old_files_and_training_continues(tmp_path, monkeypatch):
     model = model_with_dropout()
 
     class Fill(keras.callbacks.Callback):
@@ -193,14 +193,12 @@ def test_a_full_disk_keeps_the_old_files_and_training_goes_on(tmp_path, monkeypa
             if epoch == 0:
                 monkeypatch.setattr(_whole_file.os, "replace", full_disk)
 
-    with pytest.warns(UserWarning, match="training goes on.*No space left") as caught:
+    with pytest.warns(UserWarning, match="Training continues.*No space left") as caught:
         history = fit(model, tmp_path, Fill(), epochs=3)
     assert len(history["loss"]) == 3
     messages = [str(warning.message) for warning in caught]
-    assert (
-        sum("of epoch 2 is not on disk; training goes on" in message for message in messages) == 1
-    )
-    assert sum("no backup of epoch 3; training goes on" in message for message in messages) == 1
+    for what in ("The history of epoch 2 could not be written", "Epoch 3 could not be backed up"):
+        assert sum(f"{what}. Training continues" in message for message in messages) == 1
     assert os.listdir(tmp_path / "backup") == ["epoch-00001.npz"]
     rows = (tmp_path / "history.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows] == ["epoch", "0"]
@@ -213,7 +211,7 @@ def test_a_history_that_could_not_be_written_is_written_with_the_next_epoch(tmp_
         def on_epoch_begin(self, epoch, logs=None):
             monkeypatch.setattr(_whole_file.os, "replace", full_disk if epoch == 1 else replace)
 
-    with pytest.warns(UserWarning, match="training goes on"):
+    with pytest.warns(UserWarning, match="Training continues"):
         fit(model_with_dropout(), tmp_path, Fill(), epochs=3)
     rows = (tmp_path / "history.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows] == ["epoch", "0", "1", "2"]
@@ -245,14 +243,14 @@ def test_a_model_of_bfloat16_weights_is_restored(tmp_path):
 
 def test_a_model_without_weights_is_refused(tmp_path):
     model = monitor_models.compiled(monitor_models.subclassed())
-    with pytest.raises(ValueError, match=r"build the model.*Received"):
+    with pytest.raises(ValueError, match=r"Build the model.*Received"):
         monitor_models.fit(model, kl.DurableBackup(tmp_path))
     with pytest.raises(ValueError, match="must name a folder"):
         kl.DurableBackup("")
 
 
 def test_keras_own_backup_still_has_windows(tmp_path, monkeypatch):
-    # When this fails, Keras writes its backup in one step, and nobody needs ours.
+    # When this fails, Keras writes its backup atomically and `DurableBackup` is not needed.
     class Broken:
         @staticmethod
         def dumps(content):

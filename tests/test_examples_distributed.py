@@ -1,4 +1,4 @@
-"""One program, any strategy: the same losses, and words where there is no TPU."""
+"""One program gives the same losses under every strategy, and an error without a TPU."""
 
 import csv
 
@@ -10,7 +10,7 @@ from helpers import strategy_runs
 import tpu
 
 EXAMPLES = strategy_runs.TESTS.parent / "examples"
-NO_TPU = "No TPU answers: .*Received: --tpu="
+NO_TPU = "No TPU found: .*Received: --tpu="
 
 
 def test_without_a_tpu_the_message_says_what_to_do(monkeypatch):
@@ -25,7 +25,7 @@ def test_without_a_tpu_the_program_ends_with_that_message(program):
     (finished,) = strategy_runs.run(EXAMPLES / program[0], *program[1:])
     assert finished.returncode == 1
     assert "Traceback" not in finished.output
-    assert "No TPU answers" in finished.output
+    assert "No TPU found" in finished.output
 
 
 @pytest.fixture(scope="module")

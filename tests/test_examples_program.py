@@ -73,7 +73,7 @@ def test_served_radii_are_certified(demo):
     out_dir, printed = demo
     certificate = Certificate.from_json((out_dir / "certificate.json").read_text())
     with np.load(out_dir / "requests.npz") as requests:
-        allowed = certificate.radius(requests["logits"])
+        allowed = certificate.certified_radius(requests["logits"])
     _, served = printed.split("Served by another process")
     lines = re.findall(r"^ +\d+ +\d+ +\d+ +(\S+) +(\S+)$", served, re.MULTILINE)
     radii = np.array([float(radius) for _, radius in lines])

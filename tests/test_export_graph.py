@@ -1,4 +1,4 @@
-"""The exported graph: constants instead of norms, and nothing of what training needs."""
+"""The exported graph: constants instead of norms, and no state of training."""
 
 import collections
 
@@ -20,12 +20,13 @@ _PRODUCTS = {"MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3", "Einsum"
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory):
-    """The same classifier, with caps and without, exported."""
+    """Exports of the same classifier with caps and without."""
     folder = tmp_path_factory.mktemp("exports")
     with cases.one_serving_process():
-        for name, capped in (("capped", True), ("free", False)):
-            export_saved_model(cases.classifier(capped), folder / name, verbose=False)
-    return {name: folder / name / "1" for name in ("capped", "free")}
+        return {
+            name: export_saved_model(cases.classifier(capped), folder / name, verbose=False).path
+            for name, capped in (("capped", True), ("free", False))
+        }
 
 
 @pytest.mark.parametrize("name", ["capped", "free"])
@@ -44,7 +45,7 @@ def test_caps_cost_no_product(exports, signature):
         for name in ("capped", "free")
     ]
     assert counts[0] == counts[1]
-    # The layer before, two projections of tokens and of their centre, scores, mixing, the last one.
+    # The layer before, two projections of tokens and of their center, scores, mixing, the last one.
     assert counts[0].total() <= 8
 
 
@@ -87,7 +88,7 @@ def test_neither_raw_kernels_nor_running_vectors_are_saved(exports):
 
 
 class Traced(layers.Layer):
-    """Keeps the first trace of the layer inside for good."""
+    """Runs the first trace of the inner layer in every later call."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -108,6 +109,6 @@ def test_a_layer_behind_an_older_trace_is_refused(tmp_path):
     inputs = keras.Input((4,), name="x")
     model = keras.Model(inputs, Traced()(inputs))
     model(np.ones((2, 4), np.float32))
-    with pytest.raises(ExportError, match=r"traced before.*Received: layer"):
+    with pytest.raises(ExportError, match=r"traced before the export.*Received: layer"):
         export_saved_model(model, tmp_path / "model", allow_uncertified=True, verbose=False)
     assert not (tmp_path / "model").exists()

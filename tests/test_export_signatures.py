@@ -1,4 +1,4 @@
-"""What an exported model answers: Keras's numbers, and radii that hold."""
+"""Answers of an exported model: the outputs of Keras, and radii that hold."""
 
 import json
 import math
@@ -30,12 +30,11 @@ def folder(tmp_path_factory):
 
 
 class Export:
-    """A model, its certificate and where it was exported to."""
+    """A model, its certificate and the path of its export."""
 
     def __init__(self, model, folder, **options):
         self.model = model
-        self.certificate = export_saved_model(model, folder, verbose=False, **options)
-        self.path = folder / "1"
+        self.certificate, self.path = export_saved_model(model, folder, verbose=False, **options)
         extra = self.path / "assets.extra"
         self.record = json.loads((extra / "export.json").read_text())
         self.file = (extra / "certificate.json").read_text()
@@ -109,7 +108,7 @@ def test_every_ending_stands_for_the_same_logits(client, folder, ending):
     logits = predicted(plain, x)
     assert close(answer["logits"], logits)
     assert (answer["class"] == logits.argmax(axis=-1)).all()
-    assert (answer["radius"] <= export.certificate.radius(answer["logits"])).all()
+    assert (answer["radius"] <= export.certificate.certified_radius(answer["logits"])).all()
     assert (answer["radius"] > 0.0).all()
 
 
@@ -132,7 +131,7 @@ def test_subclassed_model_is_served_for_the_shapes_of_its_example(client, folder
     export = Export(
         model, folder / "subclassed", example_batch=cases.tokens(), sequence_length=cases.LENGTH
     )
-    # Its code ran at one length, so nothing is certified at another one.
+    # Its code was traced at one length, so nothing is certified at another length.
     for length, certified in ((4, False), (cases.LENGTH, True)):
         x = cases.tokens(2, length)
         request = {"inputs": x}
@@ -151,13 +150,13 @@ def test_other_precisions_are_served(client, folder, policy):
     export = Export(model, folder / policy)
     x = np.random.default_rng(3).normal(size=(9, 4)).astype(np.float32)
     answer = client.serve(export.path, {"certified": {"x": x}})["certified"]
-    allowed = export.certificate.radius(answer["logits"])
+    allowed = export.certificate.certified_radius(answer["logits"])
     assert (answer["radius"] <= allowed).all()
     if policy == "float64":
         assert export.record["rounding"]["kappa"] < 1e-12
         assert (answer["radius"] > 0.99 * allowed).all()
     else:
-        # Half precision rounds by a good part of the margins, and is allowed for.
+        # In half precision the rounding error is a large part of the margins.
         assert export.record["rounding"]["kappa"] > 1e-3
         assert export.record["comparison"]["tolerance"] > TOLERANCE
 
@@ -174,11 +173,11 @@ def test_radius_is_the_certificates_less_the_allowance(client, sequences):
     allowance = 2.0 * kappa * (sequences.certificate.total * sizes + largest)
     for row in range(32):
         logits = answer["logits"][row]
-        wanted = sequences.certificate.radius(logits, allowance=allowance[row])
+        wanted = sequences.certificate.certified_radius(logits, allowance=allowance[row])
         # Four roundings in float32, and one factor 1 - 1e-6.
         assert answer["radius"][row] <= wanted * (1.0 + 1e-6)
         assert answer["radius"][row] >= wanted * (1.0 - 3e-6) - 1e-7
-        assert answer["radius"][row] <= sequences.certificate.radius(logits)
+        assert answer["radius"][row] <= sequences.certificate.certified_radius(logits)
 
 
 def test_no_attack_within_the_radius_changes_the_class(client, sequences):
@@ -292,10 +291,10 @@ def test_a_grid_of_unknown_size_has_no_radius(client, folder):
     batch = np.ones((1, 2, 3, cases.WIDTH), np.float32)
     export = Export(model, folder / "grid", example_batch=batch)
     assert "let one axis vary" in export.record["certified_signature"]["missing"]
-    assert export.certificate.threat_model.longest == cases.LENGTH
+    assert export.certificate.threat_model.max_tokens == cases.LENGTH
 
 
-# What is written --------------------------------------------------------------------------------
+# Files -----------------------------------------------------------------------------------------
 
 
 def test_certificate_in_the_files_is_the_one_returned(sequences):
@@ -307,7 +306,7 @@ def test_certificate_in_the_files_is_the_one_returned(sequences):
 
 
 def test_certificate_speaks_of_the_constants_that_are_served(sequences):
-    # The caps are at work: the certificate of each layer is its cap, not more.
+    # The caps are active: the certificate of each layer is its cap.
     constants = {row.layer: row.constant for row in sequences.certificate.rows}
     assert 0.999 <= constants["L2MultiHeadAttention"] <= 1.0 + 1e-6
     assert 0.999 <= constants["SpectralDense"] <= 1.0 + 1e-6

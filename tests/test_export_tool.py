@@ -45,22 +45,42 @@ def model(folder):
 
 @pytest.fixture(scope="module")
 def exported(folder, model):
-    """What the tool printed; its check ran in a process of its own, as always."""
-    return run(
-        TOOL, folder / "model.keras", folder / "served", f"--example_batch={folder}/example.npz"
-    )
+    """Results of two tools that export to the same folder at the same time."""
+    arguments = folder / "model.keras", folder / "served", f"--example_batch={folder}/example.npz"
+    processes = [start(TOOL, *arguments) for _ in range(2)]
+    return [(*process.communicate(timeout=300), process.returncode) for process in processes]
 
 
 def test_tool_exports_and_prints_the_certificate(exported, folder):
-    code, output, errors = exported
-    assert code == 0, errors
-    assert "Lipschitz constant" in output and "l2_multi_head_attention" in output
-    assert "3 examples differ by at most" in output
+    for output, errors, code in exported:
+        assert code == 0, errors
+        assert "Lipschitz constant" in output and "l2_multi_head_attention" in output
+        assert "3 examples differ by at most" in output
     assert (folder / "served" / "1" / "assets.extra" / "certificate.json").is_file()
 
 
+def test_two_exports_at_once_are_two_complete_versions(exported, folder):
+    served = folder / "served"
+    assert sorted(os.listdir(served)) == ["1", "2"]
+    names = [
+        {str(path.relative_to(served / version)) for path in (served / version).rglob("*")}
+        for version in ("1", "2")
+    ]
+    assert names[0] == names[1]
+    printed = {
+        line.removeprefix("exported to ")
+        for output, _, _ in exported
+        for line in output.splitlines()
+        if line.startswith("exported to ")
+    }
+    assert printed == {str(served / "1"), str(served / "2")}
+    # The certificate contains no time, so it is the same.
+    one, two = (served / version / "assets.extra" / "certificate.json" for version in ("1", "2"))
+    assert one.read_text() == two.read_text()
+
+
 def test_an_independent_client_runs_the_export(exported, folder, model):
-    """`saved_model_cli` comes with TensorFlow and knows nothing of Keras."""
+    """`saved_model_cli` comes with TensorFlow and does not use Keras."""
     answers = folder / "answers"
     answers.mkdir()
     code = (
@@ -88,7 +108,7 @@ def test_an_independent_client_runs_the_export(exported, folder, model):
     assert (answer["class"] == expected.argmax(axis=-1)).all()
     softmax = np.exp(answer["logits"])
     softmax /= softmax.sum(axis=-1, keepdims=True)
-    # The live model scales its caps by upper bounds of the norms: a part in a thousand.
+    # The Keras model divides by upper bounds of the norms, which are up to 1e-3 too large.
     np.testing.assert_allclose(softmax, expected, atol=5e-3)
     assert (answer["radius"] > 0.0).all()
 

@@ -1,4 +1,4 @@
-"""On a full or read-only file system: a clear error, old files whole, training not stopped."""
+"""A full or read-only file system: clear errors, old files unchanged, training continues."""
 
 import hashlib
 import math
@@ -33,7 +33,7 @@ def content(folder):
 
 
 def spoil(disk, how):
-    """Makes it impossible to write more than 12 kB, or anything; returns what errors say."""
+    """Limit writing to 12 kB, or forbid it; return the message of the errors to expect."""
     if how == "full":
         disk.fill(leaving=12288)
         return FULL
@@ -59,7 +59,7 @@ def test_an_export_that_cannot_be_written_leaves_what_was_there(disk, how, exist
     words = spoil(disk, how)
     before = content(disk.folder)
     with pytest.raises(kl.ExportError, match=rf"as it was\. Received: [\s\S]*({words})"):
-        kl.export_saved_model(model, disk.folder / "model", overwrite=exists, verbose=False)
+        kl.export_saved_model(model, disk.folder / "model", verbose=False)
     assert content(disk.folder) == before
     assert sorted(set(os.listdir(disk.folder)) - {"filler"}) == (["model"] if exists else [])
 
@@ -102,7 +102,7 @@ def test_training_goes_on_without_backup_and_history(disk, how):
         kl.DurableBackup(disk.folder / "backup"),
         Spoil(),
     ]
-    with pytest.warns(UserWarning, match=r"training goes on.* Received: ") as caught:
+    with pytest.warns(UserWarning, match=r"Training continues.* Received: ") as caught:
         history = model.fit(x, y, epochs=3, verbose=0, callbacks=callbacks).history
     assert len(history["loss"]) == 3
     assert all(math.isfinite(total) for total in history["lipschitz_total"])

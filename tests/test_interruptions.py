@@ -1,4 +1,4 @@
-"""Trainings that are killed and run again end as if nobody had touched them."""
+"""Trainings that are killed and run again end like an uninterrupted one."""
 
 import types
 
@@ -19,7 +19,7 @@ def killed(tmp_path_factory):
     )
     whole = trainings.train_whole()
     kills, problems = [], []
-    # One that ends before it is hit is followed by another.
+    # A training may end before it is killed; then another one is started.
     for _ in range(10):
         done, at_the_end = trainings.train_interrupted(2 - len(kills))
         kills += done
@@ -60,7 +60,7 @@ def test_what_is_broken_lost_or_different_is_found(killed, tmp_path):
         changed = dict(arrays)
     name = next(name for name in changed if name.endswith("penalty_coefficient"))
     changed[name] = np.nextafter(changed[name], np.float32(1e9))
-    np.savez(tmp_path / "final.npz", allow_pickle=False, **changed)
+    np.savez(tmp_path / "final.npz", **changed)
     (tmp_path / "history.csv").write_text(history)
     (difference,) = inspection.differences(folder, tmp_path)
     assert difference.startswith(name)

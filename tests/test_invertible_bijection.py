@@ -88,7 +88,7 @@ def test_certificate_of_a_model_is_the_product_of_its_layers(norm):
     model = keras.Sequential([keras.Input((None, 4)), layer, keras.layers.Rescaling(3.0)])
     certificate = certify(model, norm=norm)
     assert certificate.total == pytest.approx(3.0 * layer.lipschitz(norm=norm).value, rel=1e-6)
-    assert certificate.threat_model.longest == 5
+    assert certificate.threat_model.max_tokens == 5
 
 
 def test_bound_in_the_graph_is_above_the_certificate_and_close(case):

@@ -1,5 +1,6 @@
 """Constants of ordinary layers: never below the Jacobian of the Keras layer, often equal."""
 
+import functools
 import math
 
 import keras
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from helpers import bounds_cases as cases
 
+from keras_lipattn import CenterNormalization, certify
 from keras_lipattn.bounds import layer_constants as constants
 from keras_lipattn.linalg import operator_norm
 
@@ -22,6 +24,11 @@ def jacobian(function, x):
     columns = (ahead - behind) / 2e-6
     jac = np.moveaxis(columns.reshape(x.size, -1), 0, 1)
     return jac.reshape(-1, columns.shape[-1], x.size // x.shape[-1], x.shape[-1])
+
+
+def certified(layer, shape, norm):
+    """The certificate of a model of one layer."""
+    return certify(keras.Sequential([keras.Input(shape, dtype="float64"), layer]), norm=norm).total
 
 
 @pytest.mark.parametrize("name", sorted(set(constants.ACTIVATIONS) - {"softmax"}))
@@ -79,8 +86,11 @@ def test_dense_is_exact(norm):
     for _ in range(10):
         kernel = rng.normal(size=rng.integers(1, 6, size=2))
         jac = jacobian(lambda x, kernel=kernel: x @ kernel, rng.normal(size=(2, len(kernel))))
-        # The token norm of the adversary is found by alternating maximisation.
-        assert constants.dense_constant(kernel, norm) == pytest.approx(
+        layer = keras.layers.Dense(kernel.shape[1], use_bias=False, dtype="float64")
+        layer.build((None, len(kernel)))
+        layer.kernel.assign(kernel)
+        # The token norm of the adversary is found by alternating maximization.
+        assert certified(layer, (2, len(kernel)), norm) == pytest.approx(
             cases.attained(jac, norm)[0], rel=1e-3
         )
 
@@ -174,33 +184,32 @@ def test_depthwise_convolutions_are_groups_of_one_channel():
         assert bound <= 3 * cases.attained(jac, norm)[0]
 
 
-def normalisations(rng, width):
-    """Keras layers with random scales, their constant in a norm, and whether `"l2"` is exact."""
+def normalizations(rng, width):
+    """Layers with random scales, and their constant in a norm."""
     gamma, epsilon = rng.normal(size=width), 0.1
     layer = keras.layers.LayerNormalization(epsilon=epsilon, dtype="float64")
     layer.build((None, 2, width))
     layer.set_weights([gamma, np.zeros(width)])
-    yield layer, lambda n: constants.layer_normalization_constant(gamma, epsilon, n)
+    yield layer, functools.partial(certified, layer, (2, width))
     layer = keras.layers.RMSNormalization(epsilon=epsilon, dtype="float64")
     layer.build((None, 2, width))
     layer.set_weights([gamma])
-    yield layer, lambda n: constants.rms_normalization_constant(gamma, epsilon, n)
+    yield layer, functools.partial(certified, layer, (2, width))
     layer = keras.layers.BatchNormalization(epsilon=epsilon, dtype="float64")
     layer.build((None, 2, width))
     variance = rng.random(width)
     layer.set_weights([gamma, np.zeros(width), np.zeros(width), variance])
     yield layer, lambda n: constants.batch_normalization_constant(gamma, variance, epsilon)
-
-    def center(x):
-        return width / (width - 1.0) * gamma * (x - x.mean(axis=-1, keepdims=True))
-
-    yield center, lambda n: constants.center_normalization_constant(gamma, n)
+    layer = CenterNormalization(dtype="float64")
+    layer.build((None, 2, width))
+    layer.gamma.assign(gamma)
+    yield layer, functools.partial(constants.center_normalization_constant, gamma)
 
 
 @pytest.mark.parametrize("width", [2, 3, 6])
-def test_normalisations_stay_below_their_constants_and_attain_them(width):
+def test_normalizations_stay_below_their_constants_and_attain_them(width):
     rng = np.random.default_rng(width)
-    for function, constant in normalisations(rng, width):
+    for function, constant in normalizations(rng, width):
         for size in (0.0, 0.01, 0.3, 3.0):
             x = rng.normal() + size * rng.normal(size=(2, width))
             if size == 0.0:
@@ -213,28 +222,29 @@ def test_normalisations_stay_below_their_constants_and_attain_them(width):
                     assert measured == pytest.approx(constant(norm))
 
 
-def test_unit_normalisation_stays_below_its_constant():
+def test_unit_normalization_stays_below_its_constant():
     rng = np.random.default_rng(5)
-    epsilon = 0.5
-
-    def function(x):
-        return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), epsilon)
-
-    for size in (0.1, 0.5, 2.0):
-        jac = jacobian(function, size * rng.normal(size=(2, 3)))
+    layer = keras.layers.UnitNormalization(dtype="float64")
+    # Keras divides by at least 1e-12.
+    for size in (1e-13, 1e-12, 1e-11):
+        jac = jacobian(lambda x, size=size: layer(size * x) / size, rng.normal(size=(2, 3)))
         for norm in NORMS:
-            bound = constants.unit_normalization_constant(epsilon, norm, width=3)
+            bound = certified(layer, (2, 3), norm)
             assert cases.attained(jac, norm)[0] <= (1 + ROUNDING) * bound
-    assert constants.unit_normalization_constant(epsilon) == pytest.approx(2.0)
+    assert certified(layer, (2, 3), "l2") == pytest.approx(1e12)
 
 
-def test_normalisations_that_can_divide_by_zero_are_infinite():
-    assert constants.layer_normalization_constant(np.ones(3), 0.0) == math.inf
-    assert constants.rms_normalization_constant(np.ones(3), 0.0) == math.inf
-    assert constants.unit_normalization_constant(0.0) == math.inf
+def test_normalizations_that_can_divide_by_zero_are_infinite():
+    for make in (keras.layers.LayerNormalization, keras.layers.RMSNormalization):
+        assert certified(make(epsilon=0.0), (2, 3), "l2") == math.inf
     assert constants.batch_normalization_constant(np.ones(2), [0.0, 1.0], 0.0) == math.inf
     assert constants.batch_normalization_constant([np.nan, 1.0], [1.0, 1.0], 0.1) == math.inf
-    assert constants.layer_normalization_constant([np.nan, 1.0], 0.1) == math.inf
+    broken = keras.layers.LayerNormalization(
+        gamma_initializer=keras.initializers.Constant(math.nan)
+    )
+    assert certified(broken, (2, 3), "l2") == math.inf
+    for norm in NORMS:
+        assert constants.center_normalization_constant([np.nan, 1.0], norm) == math.inf
     with pytest.raises(ValueError, match=r"Received: gamma\.shape=\(1,\)"):
         constants.center_normalization_constant(np.ones(1))
 
@@ -283,9 +293,10 @@ def test_reductions_and_permutations_stay_below_their_constants(norm):
     tokens, width = 5, 3
     x = rng.normal(size=(tokens, width))
     x[[0, 1, 2], [0, 1, 2]] = 9.0
+    largest = keras.layers.GlobalMaxPooling1D(dtype="float64")
     cases_ = [
         (lambda x: x.mean(axis=1), constants.global_average_constant(norm, tokens)),
-        (lambda x: x.max(axis=1), constants.global_max_constant(norm, tokens, width)),
+        (largest, certified(largest, (tokens, width), norm)),
         (lambda x: x.reshape(len(x), 1, -1), constants.regroup_constant(norm, tokens)),
         (lambda x: x.transpose(0, 2, 1), constants.regroup_constant(norm, tokens)),
     ]
@@ -299,16 +310,21 @@ def test_reductions_and_permutations_stay_below_their_constants(norm):
 @pytest.mark.parametrize("last_axis", [True, False])
 def test_concatenations_stay_below_their_constants(norm, last_axis):
     rng = np.random.default_rng(8)
+    inputs = keras.Input((2, 4), dtype="float64")
+    branches = [keras.layers.Dense(2, "tanh", use_bias=False, dtype="float64") for _ in range(3)]
+    axis = -1 if last_axis else 1
+    join = keras.layers.Concatenate(axis, dtype="float64")
+    outputs = join([branch(inputs) for branch in branches])
+    model = keras.Model(inputs, outputs)
     for _ in range(5):
-        kernels = rng.normal(size=(3, 4, 2))
-        branches = [constants.dense_constant(kernel, norm) for kernel in kernels]
-        bound = constants.concatenate_constant(norm, branches, last_axis=last_axis)
-        jac = jacobian(
-            lambda x, k=kernels: np.concatenate([x @ w for w in k], axis=-1 if last_axis else 1),
-            rng.normal(size=(2, 4)),
-        )
+        for branch in branches:
+            branch.kernel.assign(rng.normal(size=(4, 2)))
+        bound = certify(model, norm=norm).total
+        # At the origin the derivative of tanh is 1.
+        jac = jacobian(model, np.zeros((2, 4)))
         assert cases.attained(jac, norm)[0] <= (1 + ROUNDING) * bound
-    assert constants.concatenate_constant(norm, [1.0, math.nan], last_axis=last_axis) == math.inf
+    branches[1].kernel.assign(np.full((4, 2), np.nan))
+    assert certify(model, norm=norm).total == math.inf
 
 
 def test_norms_convert_by_their_largest_ratio():
@@ -334,7 +350,7 @@ def test_norms_convert_by_their_largest_ratio():
     "call",
     [
         lambda: constants.activation_constant("relu", "l1"),
-        lambda: constants.dense_constant(np.eye(2), "l1"),
+        lambda: constants.center_normalization_constant(np.ones(2), "l1"),
         lambda: constants.regroup_constant("l1", 3),
         lambda: constants.conversion_constant("l1", "l2", tokens=1, width=1),
     ],

@@ -131,7 +131,7 @@ def test_the_running_bound_follows_the_length_it_is_asked_for(x):
 def test_vectors_recover_from_kernels_of_zeros_and_nan(x):
     dense = [layer for layer in _layers() if isinstance(layer, SpectralDense)]
     for layer in (Case().layer(), Case(cap="both").layer(), *dense):
-        layer.tracking = Tracking(penalise=True)
+        layer.tracking = Tracking(penalize=True)
         kernels = [np.copy(kernel) for kernel in layer._kernels()]
         for broken in (0.0, np.nan):
             for kernel in layer._kernels():
@@ -167,7 +167,7 @@ def test_the_penalty_is_the_hinge_of_the_logarithm_in_training_only(x):
     for layer in _layers():
         layer(x, training=True)
         assert layer.losses == []
-        layer.tracking = Tracking(penalise=True)
+        layer.tracking = Tracking(penalize=True)
         layer.penalty_coefficient.assign(3.0)
         for target in (-1.0, 50.0):
             layer.penalty_log_target.assign(target)
@@ -179,7 +179,7 @@ def test_the_penalty_is_the_hinge_of_the_logarithm_in_training_only(x):
             # The bound is kept in float32.
             assert float(loss) == pytest.approx(expected, rel=1e-5, abs=1e-6)
             layer._clear_losses()
-        layer.tracking = Tracking(penalise=False)
+        layer.tracking = Tracking(penalize=False)
         layer(x, training=True)
         assert layer.losses == []
         layer.tracking = None
@@ -189,7 +189,7 @@ def test_the_penalty_is_the_hinge_of_the_logarithm_in_training_only(x):
 def test_the_penalty_lowers_the_certified_bound(x, norm):
     for layer in (Case().layer(), next(d for d in _layers() if isinstance(d, SpectralDense))):
         before = layer.lipschitz(norm=norm).value
-        layer.tracking = Tracking(norm=norm, penalise=True)
+        layer.tracking = Tracking(norm=norm, penalize=True)
         layer.penalty_coefficient.assign(1.0)
         layer.penalty_log_target.assign(math.log(before / 2.0))
         optimizer = keras.optimizers.SGD(0.02)
@@ -216,7 +216,7 @@ def test_the_penalty_lowers_the_certified_bound(x, norm):
 def test_the_gradient_of_the_penalty_is_that_of_the_certified_logarithm(x):
     # One head: no scaling to choose, the formula of the graph is the certified one.
     for layer, norm in ((Case("one head").layer(), "l2"), (Case("one head").layer(), "token")):
-        layer.tracking = Tracking(norm=norm, penalise=True)
+        layer.tracking = Tracking(norm=norm, penalize=True)
         layer.penalty_coefficient.assign(1.0)
         layer.penalty_log_target.assign(-5.0)
         _converge(layer, x, steps=300)
@@ -239,10 +239,10 @@ def test_the_gradient_of_the_penalty_is_that_of_the_certified_logarithm(x):
         layer.tracking = None
 
 
-def test_a_layer_without_a_constant_is_recorded_and_not_penalised(x):
+def test_a_layer_without_a_constant_is_recorded_and_not_penalized(x):
     layer = SpectralDense(3, activation="exponential")
     layer.build(x.shape)
-    layer.tracking = Tracking(penalise=True)
+    layer.tracking = Tracking(penalize=True)
     layer.penalty_coefficient.assign(1.0)
     with tf.GradientTape() as tape:
         y = tf.reduce_sum(layer(x, training=True))

@@ -1,4 +1,4 @@
-"""The bound near one input: sound inside its ball, sharp at its centre, shift invariant."""
+"""The bound near one input: sound inside its ball, sharp at its center, shift invariant."""
 
 import math
 
@@ -16,20 +16,20 @@ ROUNDING = 1e-9
 UNCAPPED = 1e12
 
 
-def into_ball(centre, radius):
+def into_ball(center, radius):
     def project(x):
-        step = x - centre
-        return centre + step * min(1.0, radius / max(np.linalg.norm(step), 1e-300))
+        step = x - center
+        return center + step * min(1.0, radius / max(np.linalg.norm(step), 1e-300))
 
     return project
 
 
 def with_weights(tokens, rng):
-    """Masks, and weights of keys: of any size, of a neighbour, of none beyond it."""
+    """Masks, and weights of keys: of any size, of a neighbor, of none beyond it."""
     weights = np.exp(2.0 * rng.normal(size=(tokens, tokens)))
     np.fill_diagonal(weights, 1.0)
-    neighbour = np.eye(tokens) + 30.0 * np.eye(tokens, k=-1)
-    return {**cases.masks(tokens, rng), "weights": weights, "neighbour": neighbour}
+    neighbor = np.eye(tokens) + 30.0 * np.eye(tokens, k=-1)
+    return {**cases.masks(tokens, rng), "weights": weights, "neighbor": neighbor}
 
 
 @pytest.mark.parametrize("covariance", ["eigenvalue", "trace"])
@@ -63,7 +63,7 @@ def test_dominates_the_jacobian_under_ascent_inside_the_ball():
             assert found <= (1 + ROUNDING) * bound, name
 
 
-def test_is_close_to_the_jacobian_at_the_centre():
+def test_is_close_to_the_jacobian_at_the_center():
     rng = np.random.default_rng(2)
     ratios = []
     for tokens, width in ((4, 1), (8, 3), (12, 5)):
@@ -87,7 +87,7 @@ def test_grows_with_the_radius_up_to_the_constant_of_all_inputs():
     assert local_head_bound(y, 100.0, mask=window) == everywhere
 
 
-def test_the_trace_is_never_sharper_than_the_eigenvalue():
+def test_the_trace_is_never_tighter_than_the_eigenvalue():
     rng = np.random.default_rng(4)
     for y in cases.inputs(8, 3, rng):
         sharp, cheap = (

@@ -144,7 +144,7 @@ def test_no_ascent_inside_the_ball_climbs_over_the_certificate(call):
         globally = certify(model, norm=norm).total
         totals = []
         for radius in (0.01, 0.1, 100.0):
-            local = certify(model, norm=norm, around=x, radius=radius)
+            local = certify(model, norm=norm, center=x, radius=radius)
             assert not local.threat_model.lost
             totals.append(local.total)
         assert totals == sorted(totals)
@@ -172,7 +172,7 @@ def test_at_radius_zero_it_is_within_the_known_factor_of_the_jacobian():
         layer.output_kernel.assign(np.eye(3).reshape(1, 3, 3))
         x = np.random.default_rng(seed).normal(size=(6, 3))
         measured = np.linalg.norm(jacobians(model, x[None])[0], 2)
-        ratios.append(certify(model, around=x, radius=0.0).total / measured)
+        ratios.append(certify(model, center=x, radius=0.0).total / measured)
     # Norms of blocks lose their signs, nothing else: 1.5 was the largest of hundreds.
     assert 1.0 <= min(ratios) and max(ratios) <= 1.6
     assert certify(model).total / measured > 2.0
@@ -181,11 +181,13 @@ def test_at_radius_zero_it_is_within_the_known_factor_of_the_jacobian():
 def test_a_batch_holds_in_each_of_its_balls():
     model = attention_model()
     x = np.random.default_rng(2).normal(size=(3, 5, 4)) * np.array([0.1, 1.0, 3.0])[:, None, None]
-    alone = [certify(model, around=one, radius=0.05) for one in x]
-    together = certify(model, around=x, radius=0.05)
+    alone = [certify(model, center=one, radius=0.05) for one in x]
+    together = certify(model, center=x, radius=0.05)
     assert together.total == max(one.total for one in alone)
-    np.testing.assert_array_equal(together.pairs, np.max([one.pairs for one in alone], axis=0))
-    assert "3 inputs" in together.threat_model.around
+    np.testing.assert_array_equal(
+        together.pairwise_constants, np.max([one.pairwise_constants for one in alone], axis=0)
+    )
+    assert "3 inputs" in together.threat_model.center
 
 
 def test_float32_models_are_followed_with_the_weights_as_they_run():
@@ -196,10 +198,10 @@ def test_float32_models_are_followed_with_the_weights_as_they_run():
     _, (near,) = values_near(single, x, 0.0)
     expected = np.asarray(double(x[None]))
     assert near is not None
-    # Folded kernels are rounded once, and the drift says so.
+    # Folded kernels are rounded once, and `rounding_error` says so.
     assert np.linalg.norm(near.value - expected) <= near.rounding_error <= 1e-4
     found = np.linalg.norm(jacobians(double, x[None])[0], 2)
-    assert found <= certify(single, around=x, radius=0.0).total < 0.1 * certify(single).total
+    assert found <= certify(single, center=x, radius=0.0).total < 0.1 * certify(single).total
 
 
 def test_kernels_in_low_precision_are_those_that_run():
@@ -231,7 +233,7 @@ def test_padding_from_token_ids_is_followed():
     np.testing.assert_allclose(near.value, np.asarray(model(padded[None])), rtol=1e-9)
     assert certificate.total < certify(model).total
     # The ball is around the embeddings.
-    assert certificate.threat_model.held == ("ids",)
+    assert certificate.threat_model.fixed_inputs == ("ids",)
     # What is not seen does not count: the embedding of the padding.
     table = model.layers[1].embeddings
     table.assign(array_of(table) * np.where(np.arange(9) == 0, 1e3, 1.0)[:, None])
@@ -243,7 +245,7 @@ def test_capped_layers_are_followed_once_their_norms_are_settled():
     model = attention_model(lipschitz_bound=1.0, spectral_norm=1.0, dtype="float64")
     attention: Any = model.layers[1]
     x = np.random.default_rng(5).normal(size=(5, 4))
-    certificate = certify(model, around=x, radius=0.01)
+    certificate = certify(model, center=x, radius=0.01)
     assert "condense()" in dict(certificate.threat_model.lost)[attention.name]
     assert "condense()" in str(certificate)
     assert certificate.total <= certify(model).total
@@ -270,10 +272,10 @@ def test_normalisations_use_the_size_of_their_tokens():
     ):
         inputs = keras.Input((2, 2))
         model = keras.Model(inputs, layer(inputs))
-        local = certify(model, around=x, radius=0.5)
+        local = certify(model, center=x, radius=0.5)
         assert local.total == pytest.approx(constant, rel=0.2 if "layer" in layer.name else 1e-5)
         assert local.total < certify(model).total
-        assert certify(model, around=x, radius=50.0).total == certify(model).total
+        assert certify(model, center=x, radius=50.0).total == certify(model).total
 
 
 def test_several_inputs_share_one_ball():
@@ -281,11 +283,11 @@ def test_several_inputs_share_one_ball():
     model = keras.Model([a, b], layers.Multiply()([a, b]))
     assert not certify(model).is_finite
     x, y = np.array([3.0, 0.0]), np.array([0.0, 4.0])
-    for around in ([x, y], {"a": x, "b": y}):
-        local = certify(model, around=around, radius=1.0)
+    for center in ([x, y], {"a": x, "b": y}):
+        local = certify(model, center=center, radius=1.0)
         # |d(a b)| <= 5 |da| + 4 |db|.
         assert local.total == pytest.approx(math.hypot(5.0, 4.0), rel=1e-6)
-    assert certify(model, "token", around=[x, y], radius=1.0).is_finite
+    assert certify(model, "token", center=[x, y], radius=1.0).is_finite
 
 
 def test_subclassed_models_and_layers_without_a_rule_are_followed():
@@ -328,7 +330,7 @@ def test_certifying_locally_changes_nothing_and_works_while_fit_runs():
     class Watch(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
             before = snapshot(model)
-            totals.append(certify(model, around=x[0], radius=0.1).total)
+            totals.append(certify(model, center=x[0], radius=0.1).total)
             assert snapshot(model) == before
 
     model.fit(x, np.zeros((4, 3)), batch_size=2, verbose=0, callbacks=[Watch()])
@@ -336,20 +338,22 @@ def test_certifying_locally_changes_nothing_and_works_while_fit_runs():
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_the_class_stays_within_the_local_radius(norm):
+def test_the_class_stays_within_the_certified_radius(norm):
     model = attention_model(seed=3)
     rng = np.random.default_rng(8)
     x = rng.normal(size=(3, 5, 4))
     logits = np.asarray(model(x))
-    radii = kl.local_radius(model, x, norm, steps=6)
-    globally = certify(model, norm=norm).radius(logits)
+    radii = kl.certified_radius(model, x, norm, steps=6)
+    globally = certify(model, norm=norm).certified_radius(logits)
     assert (radii >= globally * (1.0 - 1e-6)).all()
     if norm != "linf":
         # There attention keeps its global constant, and only the normalisation gains.
         assert (radii > 2.0 * globally).all()
     for point, radius, label in zip(x, radii, logits.argmax(-1), strict=True):
-        local = certify(model, norm=norm, around=point, radius=radius * 0.999)
-        assert local.radius(np.asarray(model(point[None]))[0]) == pytest.approx(radius * 0.999)
+        local = certify(model, norm=norm, center=point, radius=radius * 0.999)
+        assert local.certified_radius(np.asarray(model(point[None]))[0]) == pytest.approx(
+            radius * 0.999
+        )
         steps = rng.normal(size=(100, 5, 4))
         if norm == "linf":
             steps = np.sign(steps)
@@ -357,21 +361,21 @@ def test_the_class_stays_within_the_local_radius(norm):
         sizes = np.sqrt(np.square(steps).sum(axis=axes, keepdims=True)) if axes else 1.0
         moved = np.asarray(model(point + 0.999 * radius * steps / sizes))
         assert (moved.argmax(-1) == label).all()
-    assert kl.local_radius(model, x[0], norm, steps=6) == radii[0]
+    assert kl.certified_radius(model, x[0], norm, steps=6) == radii[0]
 
 
 def test_radii_of_a_local_certificate_end_where_it_ends():
     model = attention_model()
     x = np.random.default_rng(9).normal(size=(5, 4))
-    certificate = certify(model, around=x, radius=1e-6)
+    certificate = certify(model, center=x, radius=1e-6)
     logits = np.asarray(model(x[None]))[0]
-    assert certificate.radius(logits) == 1e-6
+    assert certificate.certified_radius(logits) == 1e-6
     again = Certificate.from_json(certificate.to_json())
-    assert again == certificate and again.radius(logits) == 1e-6
+    assert again == certificate and again.certified_radius(logits) == 1e-6
     assert again.threat_model.radius == 1e-6
     assert "ONLY for inputs within 1e-06 of 1 input of shape (5, 4)" in str(again)
-    other = certify(model, around=x + 1.0, radius=1e-6).threat_model.around
-    assert other != certificate.threat_model.around
+    other = certify(model, center=x + 1.0, radius=1e-6).threat_model.center
+    assert other != certificate.threat_model.center
 
 
 def test_what_has_no_meaning_is_refused():
@@ -380,31 +384,31 @@ def test_what_has_no_meaning_is_refused():
     broken = x.copy()
     broken[0, 0] = np.nan
     refused: list[dict[str, Any]] = [
-        dict(around=x),
+        dict(center=x),
         dict(radius=0.1),
-        dict(around=x, radius=-0.1),
-        dict(around=x, radius=math.nan),
-        dict(around=x, radius=math.inf),
-        dict(around=x, radius=True),
-        dict(around=x, radius="0.1"),
-        dict(around=broken, radius=0.1),
-        dict(around=np.zeros((4, 4)), radius=0.1),
-        dict(around=np.zeros(4), radius=0.1),
-        dict(around=np.zeros((0, 5, 4)), radius=0.1),
-        dict(around=np.zeros((5, 4), complex), radius=0.1),
-        dict(around=[x, x], radius=0.1),
-        dict(around={"wrong": x}, radius=0.1),
-        dict(around=x, radius=0.1, sequence_length=5),
-        dict(around=x + 1.0, radius=0.1, input_radius=1.0),
+        dict(center=x, radius=-0.1),
+        dict(center=x, radius=math.nan),
+        dict(center=x, radius=math.inf),
+        dict(center=x, radius=True),
+        dict(center=x, radius="0.1"),
+        dict(center=broken, radius=0.1),
+        dict(center=np.zeros((4, 4)), radius=0.1),
+        dict(center=np.zeros(4), radius=0.1),
+        dict(center=np.zeros((0, 5, 4)), radius=0.1),
+        dict(center=np.zeros((5, 4), complex), radius=0.1),
+        dict(center=[x, x], radius=0.1),
+        dict(center={"wrong": x}, radius=0.1),
+        dict(center=x, radius=0.1, sequence_length=5),
+        dict(center=x + 1.0, radius=0.1, input_radius=1.0),
     ]
     for arguments in refused:
         with pytest.raises(ValueError, match="Received"):
             certify(model, **arguments)
     with pytest.raises(ValueError, match="Received"):
-        kl.local_radius(model, x, steps=0)
+        kl.certified_radius(model, x, steps=0)
     inputs = keras.Input((5, 4))
     with pytest.raises(ValueError, match="head"):
-        kl.local_radius(keras.Model(inputs, layers.Dense(2)(inputs)), x)
+        kl.certified_radius(keras.Model(inputs, layers.Dense(2)(inputs)), x)
     unknown = keras.Model(inputs, layers.Dense(2)(layers.Flatten()(layers.LSTM(3)(inputs))))
     with pytest.raises(ValueError, match="values are lost after lstm"):
-        kl.local_radius(unknown, x)
+        kl.certified_radius(unknown, x)

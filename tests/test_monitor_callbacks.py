@@ -1,4 +1,4 @@
-"""The monitor beside other callbacks: those that read its keys, those that stop and restore."""
+"""The monitor together with callbacks that read its keys, stop training, or restore weights."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from keras_lipattn.layers import lipschitz_layers
 
 
 class Grow(keras.callbacks.Callback):
-    """Multiplies a kernel by a factor of its own after each epoch's training."""
+    """Multiplies a kernel by one factor after the training of each epoch."""
 
     def __init__(self, kernel, factors):
         super().__init__()
@@ -26,7 +26,7 @@ class Grow(keras.callbacks.Callback):
 
 
 def growing(*factors):
-    """A model that learns nothing, arguments of `fit`, and what makes a bound grow by `factors`."""
+    """A model that learns nothing, arguments of `fit`, and a callback that multiplies a bound."""
     model = compiled(KINDS["sequential"](), learning_rate=0.0)
     options = dict(epochs=len(factors), validation_data=data())
     return model, options, Grow(model.get_layer("head").kernel, factors)
@@ -36,7 +36,7 @@ def growing(*factors):
 
 
 def test_tensorboard_gets_every_key(tmp_path):
-    monitor = LipschitzMonitor(running_every=1)
+    monitor = LipschitzMonitor(running_freq=1)
     board = keras.callbacks.TensorBoard(tmp_path, update_freq="batch", write_graph=True)
     fit(compiled(KINDS["sequential"]()), monitor, board, epochs=2)
     scalars = {}
@@ -77,7 +77,7 @@ def test_early_stopping_stops_on_a_bound_and_restores_its_weights():
     bounds = fit(model, monitor, stopping, grow, **options)["lipschitz_head"]
     assert len(bounds) == 3
     assert model.get_layer("head").lipschitz().value == bounds[0]
-    # The certificate is of the weights before: it knows.
+    # The certificate is for the weights before the restoration.
     assert monitor.certificate and not monitor.certificate.matches(model)
 
 
@@ -103,15 +103,47 @@ def readers(path):
     ]
 
 
+def keys_received(callback):
+    """A set, filled with the log keys that `callback` receives at the end of epochs."""
+    keys = set()
+    on_epoch_end = callback.on_epoch_end
+
+    def recording(epoch, logs=None):
+        keys.update(logs or {})
+        on_epoch_end(epoch, logs)
+
+    callback.on_epoch_end = recording
+    return keys
+
+
+KEYS = {"lipschitz_total", "lipschitz_dense", "lipschitz_head"}
+
+
 @pytest.mark.parametrize("index", range(6))
-def test_warns_of_a_reader_before_it(tmp_path, index):
-    reader = readers(tmp_path)[index]
-    name = type(reader).__name__
-    with pytest.warns(UserWarning, match=f"must come first.*Received before it: {name}$"):
+def test_the_keys_reach_the_callbacks_after_the_monitor_only(tmp_path, index):
+    before, after = (readers(tmp_path / name)[index] for name in ("before", "after"))
+    missed, received = keys_received(before), keys_received(after)
+    for name in ("before", "after"):
+        (tmp_path / name).mkdir()
+    fit(compiled(KINDS["sequential"]()), before, LipschitzMonitor(), after)
+    assert received >= KEYS
+    assert not missed & KEYS
+
+
+@pytest.mark.parametrize("name", ["EarlyStopping", "ModelCheckpoint", "ReduceLROnPlateau"])
+def test_keras_warns_of_a_callback_that_follows_a_bound_before_the_monitor(tmp_path, name):
+    kwargs = {"monitor": "lipschitz_total", "mode": "min"}
+    if name == "ModelCheckpoint":
+        kwargs |= {"filepath": tmp_path / "best.keras", "save_best_only": True}
+    reader = getattr(keras.callbacks, name)(**kwargs)
+    with pytest.warns(UserWarning, match="lipschitz_total.* available"):
         fit(compiled(KINDS["sequential"]()), reader, LipschitzMonitor())
+    # After it there is no warning; warnings are errors in these tests.
+    reader = getattr(keras.callbacks, name)(**kwargs)
+    fit(compiled(KINDS["sequential"]()), LipschitzMonitor(), reader)
 
 
-def test_does_not_warn_when_nobody_misses_its_keys(tmp_path):
+def test_callbacks_before_the_monitor_and_other_monitors_do_no_harm(tmp_path):
     before = [
         keras.callbacks.LearningRateScheduler(lambda epoch: 0.01),
         keras.callbacks.BackupAndRestore(tmp_path / "backup"),
@@ -119,15 +151,19 @@ def test_does_not_warn_when_nobody_misses_its_keys(tmp_path):
         keras.callbacks.TerminateOnNaN(),
         LipschitzMonitor(norm="linf"),
     ]
-    # Warnings are errors here.
-    fit(compiled(KINDS["sequential"]()), *before, LipschitzMonitor(), *readers(tmp_path))
+    monitor = LipschitzMonitor()
+    history = fit(compiled(KINDS["sequential"]()), *before, monitor, *readers(tmp_path))
+    assert history["lipschitz_total"] == monitor.history["lipschitz_total"]
 
 
-def test_only_one_monitor_may_follow_the_steps():
-    model = compiled(KINDS["sequential"]())
-    monitors = LipschitzMonitor(penalty=0.1), LipschitzMonitor(running_every=2)
-    with pytest.raises(ValueError, match=r"only one may have.*Received: two"):
+@pytest.mark.parametrize("kind", ["sequential", "subclassed"])
+def test_only_one_monitor_may_follow_the_steps(kind):
+    model = compiled(KINDS[kind]())
+    monitors = LipschitzMonitor(penalty=0.1), LipschitzMonitor(running_freq=2)
+    with pytest.raises(ValueError, match=r"Only one monitor of a `fit`.*Received: two"):
         fit(model, *monitors)
+    # The next `fit` is not affected.
+    assert np.isfinite(fit(model, monitors[1], LipschitzMonitor("linf"))["running_head"]).all()
 
 
 # Backup and restore -----------------------------------------------------------------------------
@@ -144,17 +180,20 @@ class Stop(keras.callbacks.Callback):
     [lambda epoch: 0.1 * (epoch + 1), lambda epoch, coefficient: 1.5 * coefficient + 0.1],
     ids=["of the epoch", "of the coefficient"],
 )
-def test_training_resumes_as_if_it_had_not_stopped(tmp_path, penalty):
-    # A fresh model and a fresh monitor stand for a restarted program.
+@pytest.mark.parametrize("kind", ["sequential", "subclassed"])
+def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path, penalty, kind):
+    # A new model and a new monitor, as in a program that is run again.
     def run(*callbacks):
         keras.utils.set_random_seed(3)
-        model = KINDS["sequential"]()
+        model = KINDS[kind]()
+        # A backup needs weights to restore.
+        model(data()[0])
         model.compile(
             keras.optimizers.Adam(0.01),
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
             jit_compile=False,
         )
-        monitor = LipschitzMonitor(penalty=penalty, target=0.2, running_every=1)
+        monitor = LipschitzMonitor(penalty=penalty, target=0.2, running_freq=1)
         fit(model, monitor, *callbacks, epochs=4)
         return model, monitor
 
@@ -174,7 +213,7 @@ def test_training_resumes_as_if_it_had_not_stopped(tmp_path, penalty):
         assert monitor_after.history[key] == values[2:]
 
 
-def test_a_number_is_set_whatever_was_restored(tmp_path):
+def test_a_number_replaces_the_restored_coefficient(tmp_path):
     def run(penalty, *callbacks):
         model = compiled(KINDS["sequential"](), learning_rate=0.0)
         fit(
@@ -198,7 +237,7 @@ def user_warnings(caught):
     return [str(warning.message) for warning in caught if warning.category is UserWarning]
 
 
-def test_broken_weights_are_reported_with_the_layer_they_broke_first(tmp_path):
+def test_broken_weights_are_reported_with_the_first_broken_layer(tmp_path):
     model = compiled(KINDS["sequential"](), learning_rate=0.0)
 
     class Break(keras.callbacks.Callback):
@@ -206,7 +245,7 @@ def test_broken_weights_are_reported_with_the_layer_they_broke_first(tmp_path):
             self.name = {1: "head", 2: "dense"}.get(epoch)
 
         def on_train_batch_end(self, batch, logs=None):
-            # Behind the last step: gradients would carry a NaN to every layer.
+            # After the last step, since gradients would spread a NaN to every layer.
             if batch == 1 and self.name:
                 kernel = model.get_layer(self.name).kernel
                 kernel.assign(kernel * math.nan)
@@ -236,12 +275,12 @@ def test_running_bounds_find_broken_weights_within_the_epoch():
                 kernel = model.get_layer("head").kernel
                 kernel.assign(kernel * math.nan)
 
-    monitor = LipschitzMonitor(running_every=1)
+    monitor = LipschitzMonitor(running_freq=1)
     with pytest.warns(UserWarning) as caught:
         fit(model, monitor, Break())
     first, second = user_warnings(caught)
     assert first.startswith("Layer 'head' has no finite Lipschitz bound from batch 2 of epoch 1")
-    # The step spread it.
+    # The step spreads the NaN.
     assert second.startswith("Layer 'dense' has no finite Lipschitz bound from epoch 1 on: ")
     assert np.isinf(monitor.running_history["running_head"]).tolist() == [False, True]
     assert np.isfinite(monitor.running_history["running_dense"]).all()

@@ -1,4 +1,4 @@
-"""What the monitor refuses, and what it says then."""
+"""Errors of the monitor."""
 
 import keras
 import numpy as np
@@ -14,8 +14,8 @@ from keras_lipattn.callbacks import LipschitzMonitor
         {"norm": "l1"},
         {"sequence_length": 0},
         {"sequence_length": 2.5},
-        {"running_every": 0},
-        {"running_every": True},
+        {"running_freq": 0},
+        {"running_freq": True},
         {"penalty": -0.1},
         {"penalty": float("nan")},
         {"penalty": float("inf")},
@@ -53,22 +53,22 @@ def test_a_penalty_set_later_is_checked_too():
         fit(compiled(KINDS["sequential"]()), monitor)
 
 
-def test_a_model_without_layers_of_ours_is_refused():
+def test_a_model_without_lipschitz_layers_is_refused():
     model = keras.Sequential(
         [keras.Input((5, 6)), keras.layers.Flatten(), keras.layers.Dense(3, name="only")]
     )
-    with pytest.raises(ValueError, match=r"no layer whose Lipschitz constant.*Received: .*'only'"):
+    with pytest.raises(ValueError, match=r"no Lipschitz layer.*Received: .*'only'"):
         fit(compiled(model), LipschitzMonitor())
 
 
 class OwnStep(Subclassed):
-    """Called by its step on something else than the inputs of `fit`."""
+    """A model whose `train_step` calls it on something else than the inputs of `fit`."""
 
     def train_step(self, data):
         return super().train_step((data[0]["x"], data[1]))
 
 
-@pytest.mark.parametrize("arguments", [{"penalty": 0.1}, {"running_every": 1}], ids=str)
+@pytest.mark.parametrize("arguments", [{"penalty": 0.1}, {"running_freq": 1}], ids=str)
 def test_weights_must_exist_where_the_first_step_needs_them(arguments):
     model = compiled(OwnStep("first"))
     x, y = data()
@@ -85,7 +85,7 @@ def test_weights_must_exist_where_the_first_step_needs_them(arguments):
 
 def test_unknown_names_of_targets_are_refused():
     monitor = LipschitzMonitor(target={"head": 1.0, "haed": 1.0})
-    with pytest.raises(ValueError, match=r"no watched layer.*\['haed'\].*'head'.*Received: "):
+    with pytest.raises(ValueError, match=r"not watched.*\['haed'\].*'head'.*Received: "):
         fit(compiled(KINDS["sequential"]()), monitor)
 
 
@@ -95,31 +95,31 @@ def open_length():
     return compiled(keras.Model(inputs, dense(3, name="head")(x)))
 
 
-def test_a_penalised_layer_needs_its_number_of_tokens():
-    with pytest.raises(ValueError, match=r"'attention' cannot be penalised.*number of tokens"):
+def test_a_penalized_layer_needs_its_number_of_tokens():
+    with pytest.raises(ValueError, match=r"'attention' cannot be penalized.*number of tokens"):
         fit(open_length(), LipschitzMonitor(penalty=0.1))
 
 
-def test_a_layer_that_is_not_penalised_does_not():
-    monitor = LipschitzMonitor(penalty=0.1, target={"head": 0.1}, running_every=1)
+def test_a_layer_that_is_not_penalized_does_not():
+    monitor = LipschitzMonitor(penalty=0.1, target={"head": 0.1}, running_freq=1)
     with pytest.warns(UserWarning, match="'attention' has no finite Lipschitz bound"):
         history = fit(open_length(), monitor)
     assert history["running_attention"] == history["lipschitz_attention"] == [np.inf]
     assert np.isfinite(history["running_head"] + history["loss"]).all()
 
 
-def test_a_penalised_layer_needs_an_activation_of_known_constant():
+def test_a_penalized_layer_needs_an_activation_of_known_constant():
     model = KINDS["sequential"]()
     model.get_layer("dense").activation = lambda x: x * x
-    with pytest.raises(ValueError, match=r"'dense' cannot be penalised.*Received: .*activation"):
+    with pytest.raises(ValueError, match=r"'dense' cannot be penalized.*Received: .*activation"):
         fit(compiled(model), LipschitzMonitor(penalty=0.1))
 
 
-def test_a_penalised_layer_needs_finite_weights():
+def test_a_penalized_layer_needs_finite_weights():
     model = KINDS["sequential"]()
     kernel = model.get_layer("dense").kernel
     kernel.assign(kernel * np.nan)
-    with pytest.raises(ValueError, match=r"'dense' cannot be penalised.*Received: .*NaN"):
+    with pytest.raises(ValueError, match=r"'dense' cannot be penalized.*Received: .*NaN"):
         fit(compiled(model), LipschitzMonitor(penalty=0.1))
 
 

@@ -1,4 +1,4 @@
-"""Keys and values which the monitor writes to the logs."""
+"""Keys and values that the monitor logs."""
 
 import csv
 import math
@@ -41,7 +41,7 @@ class Logs(keras.callbacks.Callback):
 @pytest.mark.parametrize("kind", KINDS)
 def test_keys_name_every_layer_once_in_every_epoch(kind):
     logs = Logs()
-    # A subclassed model gets its weights in the first batch only.
+    # A subclassed model gets its weights just before the first batch.
     fitted(kind, [LipschitzMonitor(), logs])
     expected = {"loss", "lipschitz_total", *(f"lipschitz_{key}" for key in EXPECTED[kind])}
     assert [set(seen) for seen in logs.seen] == [expected] * 2
@@ -82,7 +82,7 @@ def test_a_layer_in_two_models_is_logged_once():
 
 
 class Block(keras.layers.Layer):
-    """A layer whose rule says nothing about the layers inside."""
+    """A layer whose rule does not describe its inner layers."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -95,7 +95,7 @@ class Block(keras.layers.Layer):
         return self.attention(inputs, training=training, use_causal_mask=True)
 
 
-def test_a_layer_whose_call_nobody_knows_is_logged_for_any_mask():
+def test_a_layer_with_unknown_calls_is_logged_for_any_mask():
     kl.register_rule(Block)(lambda layer, call: 7.0)
     model = compiled(keras.Sequential([keras.Input((5, 6)), Block(name="block")]), loss="mse")
     monitor = LipschitzMonitor()
@@ -106,7 +106,7 @@ def test_a_layer_whose_call_nobody_knows_is_logged_for_any_mask():
     assert monitor.history["lipschitz_total"] == [pytest.approx(7.0)]
 
 
-def test_layers_of_one_name_have_keys_of_their_own():
+def test_layers_with_equal_names_have_different_keys():
     model = compiled(Subclassed("twin", "twin"))
     fit(model, monitor := LipschitzMonitor())
     expected = {"twin", "twin_2", "head"}
@@ -117,9 +117,9 @@ def test_layers_of_one_name_have_keys_of_their_own():
     assert math.isfinite(monitor.history["lipschitz_total"][0])
 
 
-# The warning of Keras is the point: nobody builds the layer.
+# Keras warns about the layer that is never built, which this test needs.
 @pytest.mark.filterwarnings("ignore:`build")
-def test_a_layer_which_never_runs_is_not_logged():
+def test_a_layer_that_never_runs_is_not_logged():
     model = compiled(KINDS["subclassed"]())
     model.unused = dense(name="unused")
     fit(model, monitor := LipschitzMonitor())
@@ -130,7 +130,7 @@ def test_a_layer_which_never_runs_is_not_logged():
 
 
 def test_running_bounds_come_every_few_batches_and_every_epoch():
-    monitor = LipschitzMonitor(running_every=2)
+    monitor = LipschitzMonitor(running_freq=2)
     batches = []
     watch = keras.callbacks.LambdaCallback(
         on_train_batch_end=lambda batch, logs: batches.append((batch, "running_head" in logs))
@@ -144,17 +144,17 @@ def test_running_bounds_come_every_few_batches_and_every_epoch():
     assert set(monitor.running_history) == {"epoch", "batch", *running}
     for seen in logs.seen:
         assert running <= set(seen)
-        # One power step a batch on vectors warmed at the start, weights that move little.
+        # One power step per batch on warm vectors, with small changes of the weights.
         for key in EXPECTED["functional"]:
             assert seen[f"running_{key}"] == pytest.approx(seen[f"lipschitz_{key}"], rel=0.1)
     assert logs.seen[-1]["running_head"] == float(model.get_layer("head").running_bound.numpy())
 
 
-def test_running_bounds_count_batches_which_run_together():
-    monitor = LipschitzMonitor(running_every=3)
+def test_running_bounds_count_batches_that_run_together():
+    monitor = LipschitzMonitor(running_freq=3)
     model = compiled(KINDS["sequential"](), steps_per_execution=2)
     model.fit(*data(16), batch_size=2, verbose=0, callbacks=[monitor])
-    # Calls end with batches 1, 3, 5 and 7; the third and the sixth batch are behind 3 and 5.
+    # Steps end with batches 1, 3, 5 and 7. The third and sixth batch end with 3 and 5.
     assert monitor.running_history["batch"] == [3, 5]
 
 
@@ -172,7 +172,7 @@ def test_without_penalty_and_running_bounds_training_is_untouched():
 
 def test_csv_has_every_column_and_parses(tmp_path: pathlib.Path):
     path = tmp_path / "history.csv"
-    monitor = LipschitzMonitor(running_every=1)
+    monitor = LipschitzMonitor(running_freq=1)
     fitted("nested", [monitor, keras.callbacks.CSVLogger(path)], epochs=3)
     with path.open() as file:
         rows = list(csv.DictReader(file))
@@ -193,12 +193,12 @@ def test_inference_is_condensed_at_the_end_unless_told_not_to():
         model = capped()
         model.fit(x, x[:, :4], verbose=0, callbacks=[LipschitzMonitor(condense=condense)])
         (layer,) = lipschitz_layers(model)
-        # The norms of the trained kernel are known before the first inference.
+        # The norms of the trained kernel are stored before the first inference.
         assert layer._is_settled() == condense
         kernel = layer.kernel.numpy().astype(np.float64)
         exact = x @ (kernel * 0.1 / np.linalg.norm(kernel, 2))
         error = np.abs(model(x).numpy() - exact).max() / np.abs(exact).max()
-        # Of float32, and the allowance of 1e-6 that norms have.
+        # Float32 roundoff, and the allowance of 1e-6 in the norms.
         assert error < 1e-5
 
 
@@ -207,7 +207,7 @@ def test_a_length_left_open_is_taken_from_the_monitor(norm):
     inputs = keras.Input((None, 6))
     x = keras.layers.GlobalAveragePooling1D()(attention()(inputs))
     model = compiled(keras.Model(inputs, dense(3, name="head")(x)))
-    monitor = LipschitzMonitor(norm=norm, sequence_length=5, penalty=0.1, running_every=1)
+    monitor = LipschitzMonitor(norm=norm, sequence_length=5, penalty=0.1, running_freq=1)
     fit(model, monitor)
     expected = model.get_layer("attention").lipschitz(5, norm=norm).value
     assert monitor.history["lipschitz_attention"] == [expected]
@@ -226,53 +226,55 @@ def test_history_starts_again_with_every_fit():
 @pytest.mark.parametrize(
     ("kind", "norm"), [("nested", "linf"), ("shared", "l2"), ("subclassed", "token")]
 )
-def test_lower_estimates_stand_below_every_certified_bound(kind, norm):
+def test_lower_bounds_are_below_every_certified_bound(kind, norm):
     logs = Logs()
-    fitted(kind, [LipschitzMonitor(norm, lower=data()[0][:2]), logs], epochs=2)
+    fitted(kind, [LipschitzMonitor(norm, lower_bound_data=data()[0][:2]), logs], epochs=2)
     for seen in logs.seen:
         certified = {key[10:]: seen[key] for key in seen if key.startswith("lipschitz_")}
         lower = {key[6:]: seen[key] for key in seen if key.startswith("lower_")}
         assert set(lower) == set(certified) == {"total", *EXPECTED[kind]}
-        # What is measured runs in float32.
+        # Lower bounds are measured in float32.
         assert all(0.0 < lower[key] <= certified[key] * (1 + 1e-5) for key in lower)
         assert all(type(value) is float for value in lower.values())
-    # Of a linear layer a few steps find nearly all there is.
+    # For a linear layer a few steps are nearly exact.
     assert lower["head" if "head" in lower else "total_2"] > 0.5 * max(
         certified["head" if "head" in certified else "total_2"], 0.0
     )
 
 
-def test_lower_estimates_leave_training_and_the_model_alone():
+def test_lower_bounds_do_not_change_training_or_the_model():
     weights = []
     for sample in (None, data()[0][:2]):
         keras.utils.set_random_seed(5)
         model = compiled(KINDS["functional"]())
-        fit(model, LipschitzMonitor(lower=sample), epochs=2)
+        fit(model, LipschitzMonitor(lower_bound_data=sample), epochs=2)
         weights.append([w.tobytes() for w in model.get_weights()])
         assert all("call" not in vars(layer) for layer in lipschitz_layers(model))
     assert weights[0] == weights[1]
 
 
-def test_layers_behind_integer_inputs_are_measured_with_their_masks():
+def test_layers_after_integer_inputs_are_measured_with_their_masks():
     ids = keras.Input((5,), dtype="int32")
     x = attention()(keras.layers.Embedding(7, 6, mask_zero=True)(ids))
     model = compiled(keras.Model(ids, dense(3, name="head")(x[:, 0])))
     sample = np.array([[1, 2, 3, 0, 0]])
-    model.fit(sample, np.array([1]), verbose=0, callbacks=[m := LipschitzMonitor(lower=sample)])
+    model.fit(
+        sample, np.array([1]), verbose=0, callbacks=[m := LipschitzMonitor(lower_bound_data=sample)]
+    )
     assert m.history["lower_total"] == [0.0]
     assert 0.0 < m.history["lower_attention"][0] <= m.history["lipschitz_attention"][0]
 
 
 @pytest.mark.parametrize("sample", [np.zeros((0, 5, 6)), np.float32(1.0), []])
 def test_samples_are_batches(sample):
-    with pytest.raises(ValueError, match=r"`lower` must be.*Received"):
-        LipschitzMonitor(lower=sample)
+    with pytest.raises(ValueError, match=r"`lower_bound_data` must be.*Received"):
+        LipschitzMonitor(lower_bound_data=sample)
 
 
 def test_samples_that_do_not_fit_are_refused_before_the_first_batch():
     model = compiled(KINDS["functional"]())
     before = model.get_weights()
-    with pytest.raises(ValueError, match="`lower` must be"):
-        fit(model, LipschitzMonitor(lower=np.zeros((2, 5, 7))))
+    with pytest.raises(ValueError, match="`lower_bound_data` must be"):
+        fit(model, LipschitzMonitor(lower_bound_data=np.zeros((2, 5, 7))))
     for now, then in zip(model.get_weights(), before, strict=True):
         np.testing.assert_array_equal(now, then)

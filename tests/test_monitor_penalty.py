@@ -1,4 +1,4 @@
-"""What the penalty adds to the training loss, and where it must not be."""
+"""The penalty in the training loss, and its absence everywhere else."""
 
 import math
 from typing import Any
@@ -14,7 +14,7 @@ from keras_lipattn.layers import lipschitz_layers
 
 
 def model_of_penalty(kind="sequential", **kwargs):
-    """A model which the penalty alone trains."""
+    """A model whose only loss is the penalty."""
     return compiled(KINDS[kind](), loss=without_loss, **kwargs)
 
 
@@ -25,7 +25,7 @@ def penalty_now(model, coefficient, target):
 
 
 class Interrupt(keras.callbacks.Callback):
-    """Ends a `fit` the hard way, at a moment of choice."""
+    """Ends a `fit` by an exception at a given moment."""
 
     def __init__(self, moment: str, error: type[BaseException] = KeyboardInterrupt):
         super().__init__()
@@ -37,7 +37,7 @@ class Interrupt(keras.callbacks.Callback):
             raise self.error
 
 
-# What is added ----------------------------------------------------------------------------------
+# The penalty ------------------------------------------------------------------------------------
 
 
 def test_gradient_is_that_of_the_logarithm_of_the_norm():
@@ -62,19 +62,19 @@ def test_loss_is_the_hinge_on_the_logarithms_of_the_bounds(kind):
     model = model_of_penalty(kind, learning_rate=0.0)
     loss = fit(model, LipschitzMonitor(penalty=0.5, target=0.2))["loss"][0]
     if kind == "shared":
-        # Called twice, it is penalised twice, with the bounds for both masks.
+        # Called twice, it is penalized twice, with the bounds for both masks.
         attention, head = model.get_layer("attention"), model.get_layer("head")
         bounds = [attention.lipschitz(mask=mask).value for mask in ("full", "causal")]
         bounds.append(head.lipschitz().value)
         expected = 0.5 * sum(math.log(bound / 0.2) for bound in bounds)
     else:
         expected = penalty_now(model, 0.5, 0.2)
-    # The formula in the graph has one scaling per head, the certificate the best of several.
+    # The formula in the graph uses one scaling per head, the certificate the best of several.
     assert loss == pytest.approx(expected, rel=0.02)
     assert loss > 0.1
 
 
-def test_bounds_below_their_targets_are_left_alone():
+def test_bounds_below_their_targets_are_not_penalized():
     model = model_of_penalty(learning_rate=1.0)
     before = weights(model)
     assert fit(model, LipschitzMonitor(penalty=1.0, target=100.0))["loss"] == [0.0]
@@ -82,7 +82,7 @@ def test_bounds_below_their_targets_are_left_alone():
 
 
 @pytest.mark.parametrize("name", ["total", "encoder.a/dense"])
-def test_layers_without_target_are_left_alone(name):
+def test_layers_without_target_are_not_penalized(name):
     model = model_of_penalty("nested", learning_rate=0.5)
     before = [variable.numpy() for variable in model.trainable_variables]
     fit(model, LipschitzMonitor(penalty=1.0, target={name: 0.1}))
@@ -97,7 +97,7 @@ def test_layers_without_target_are_left_alone(name):
     assert [id(variable) for variable in moved] == [id(layer.kernel)]
 
 
-def test_targets_by_name_reach_all_layers_of_the_name_but_paths_come_first():
+def test_targets_by_name_apply_to_all_layers_of_that_name_but_paths_take_precedence():
     model = model_of_penalty("nested")
     fit(model, LipschitzMonitor(penalty=0.1, target={"dense": 0.5, "encoder-b/dense": 0.25}))
     by_encoder = {
@@ -120,7 +120,7 @@ def trained_plainly():
 
 
 @pytest.mark.parametrize("how", ["jit_compile", "run_eagerly", "steps_per_execution"])
-def test_penalty_is_the_same_however_steps_run(how, trained_plainly):
+def test_penalty_does_not_depend_on_how_steps_run(how, trained_plainly):
     loss, vector = trained_by_penalty(**{how: 2 if how == "steps_per_execution" else True})
     # Float32, in another order.
     np.testing.assert_allclose(loss, trained_plainly[0], rtol=1e-5)
@@ -142,7 +142,7 @@ def test_penalty_shrinks_bounds_in_mixed_precision(policy):
     assert np.isfinite(totals).all() and totals[-1] < totals[0]
 
 
-def test_penalised_bounds_go_under_their_targets_while_the_task_is_learned():
+def test_penalized_bounds_go_under_their_targets_while_the_task_is_learned():
     random = np.random.default_rng(5)
     x = random.standard_normal((256, 5, 6)).astype("float32")
     y = (x.mean(axis=(1, 2)) > 0).astype("int64")
@@ -158,7 +158,7 @@ def test_penalised_bounds_go_under_their_targets_while_the_task_is_learned():
     target = {"attention": 0.5, "head": 1.0}
     before = {name: model.get_layer(name).lipschitz().value for name in target}
     assert all(before[name] > target[name] for name in target)
-    # Running norms lag behind a little: what is certified gets the last percents of leeway.
+    # Running norms lag behind a little, so the targets leave a margin of 5 %.
     monitor = LipschitzMonitor(
         penalty=1.0, target={name: 0.95 * value for name, value in target.items()}
     )
@@ -200,7 +200,7 @@ def test_coefficient_is_a_weight_and_may_change_between_epochs():
     assert float(model.get_layer("head").penalty_coefficient.numpy()) == pytest.approx(0.3)
 
 
-def test_second_fit_honours_a_changed_coefficient():
+def test_second_fit_uses_a_changed_coefficient():
     model = model_of_penalty(learning_rate=0.0)
     first = fit(model, LipschitzMonitor(penalty=0.1, target=0.2))["loss"][0]
     second = fit(model, LipschitzMonitor(penalty=0.3, target=0.2))["loss"][0]
@@ -213,7 +213,7 @@ def test_first_fit_without_monitor_does_not_switch_the_penalty_off_in_the_second
     assert fit(model, LipschitzMonitor(penalty=0.1, target=0.2))["loss"][0] > 0.01
 
 
-# Where the penalty must not be -------------------------------------------------------------------
+# Without the penalty ------------------------------------------------------------------------------
 
 
 def test_validation_and_evaluation_are_free_of_the_penalty():
@@ -237,7 +237,7 @@ def test_validation_and_evaluation_are_free_of_the_penalty():
     assert evaluated == [0.0] * 4
 
 
-def test_validation_is_free_of_the_penalty_of_a_layer_which_always_trains():
+def test_validation_is_free_of_the_penalty_of_a_layer_that_always_trains():
     inputs = keras.Input((5, 6))
     x = keras.layers.GlobalAveragePooling1D()(inputs)
     # As for dropout at inference.
@@ -306,7 +306,7 @@ def test_a_failing_step_leaves_no_penalty_behind():
     assert fit(model)["loss"] == [0.0]
 
 
-def test_an_interrupted_fit_may_be_gone_on_with():
+def test_an_interrupted_fit_can_be_continued():
     model = model_of_penalty(learning_rate=0.0)
     monitor = LipschitzMonitor(penalty=1.0, target=0.2)
     with pytest.raises(KeyboardInterrupt):
@@ -315,7 +315,7 @@ def test_an_interrupted_fit_may_be_gone_on_with():
     assert len(loss) == 2 and min(loss) > 0.1
 
 
-def test_a_new_train_function_in_the_middle_keeps_the_penalty():
+def test_a_new_train_function_during_fit_keeps_the_penalty():
     model = model_of_penalty(learning_rate=0.0)
 
     def rebuild(epoch, logs):

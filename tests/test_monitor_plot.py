@@ -1,4 +1,4 @@
-"""The picture of bounds over epochs."""
+"""The plot of bounds over epochs."""
 
 import builtins
 import math
@@ -19,7 +19,7 @@ def png_size(path):
 
 def test_plot_of_a_fit_is_a_png_of_the_stated_size(tmp_path):
     model = compiled(KINDS["sequential"]())
-    monitor = LipschitzMonitor(penalty=0.1, target={"head": 0.5}, running_every=1)
+    monitor = LipschitzMonitor(penalty=0.1, target={"head": 0.5}, running_freq=1)
     fit(model, monitor, epochs=2)
     monitor.plot(tmp_path / "bounds.png")
     assert png_size(tmp_path / "bounds.png") == (1200, 750)
@@ -31,7 +31,7 @@ def test_plot_of_a_fit_is_a_png_of_the_stated_size(tmp_path):
     ids=str,
 )
 @pytest.mark.parametrize("count", [1, 3, MOST_NAMED + 1])
-def test_every_course_of_bounds_can_be_drawn(tmp_path, total, count):
+def test_all_histories_of_bounds_can_be_plotted(tmp_path, total, count):
     layers = {f"layer_{index}": [value / 2 for value in total] for index in range(count)}
     plot_bounds(
         tmp_path / "bounds.png",
@@ -45,7 +45,7 @@ def test_every_course_of_bounds_can_be_drawn(tmp_path, total, count):
     assert png_size(tmp_path / "bounds.png") == (1200, 750)
 
 
-def test_nothing_to_draw_is_an_error(tmp_path):
+def test_nothing_to_plot_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"before the first epoch.*Received: path="):
         LipschitzMonitor().plot(tmp_path / "bounds.png")
 

@@ -47,10 +47,10 @@ def test_gradient_of_the_penalty_is_the_same_with_two_replicas(one_replica, two_
 def test_training_is_the_same_with_two_replicas(one_replica, two_replicas):
     assert set(two_replicas) == {*one_replica, "replicas", "apart"}
     for name, values in one_replica.items():
-        # Twelve steps let float32 roundings grow.
+        # Float32 roundoff, accumulated over twelve steps.
         np.testing.assert_allclose(two_replicas[name], values, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 def test_replicas_keep_the_same_running_vectors(two_replicas):
-    # They do the same with the same weights.
+    # They compute the same from the same weights.
     assert two_replicas["apart"] == 0.0

@@ -1,4 +1,4 @@
-"""The monitor on subclassed models: new ones, and calls on integers and structures."""
+"""The monitor with subclassed models: new ones, integer inputs, and structures of inputs."""
 
 # pyright: reportArgumentType=false, reportCallIssue=false
 
@@ -46,7 +46,7 @@ class OfTwo(OfWords):
 
 
 class Block(layers.Layer):
-    """Makes its layers in `__init__`, and has no `build`."""
+    """Creates its layers in `__init__`, and has no `build`."""
 
     def __init__(self, name, deep=True):
         super().__init__(name=name)
@@ -114,7 +114,7 @@ def test_the_total_is_that_of_a_certificate_for_the_dtypes_of_the_data(case):
     assert total == kl.certify(model, norm="token", inputs=(x,)).total
     words = [array for array in keras.tree.flatten(x) if array.dtype == np.int32]
     assert monitor.certificate is not None
-    assert len(monitor.certificate.threat_model.held) == len(words)
+    assert len(monitor.certificate.threat_model.fixed_inputs) == len(words)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -123,19 +123,19 @@ def test_the_penalty_acts_from_the_first_batch_on_a_new_model(case):
 
     def history(penalty):
         keras.utils.set_random_seed(5)
-        monitor = kl.LipschitzMonitor(penalty=penalty, target=0.1, running_every=1)
+        monitor = kl.LipschitzMonitor(penalty=penalty, target=0.1, running_freq=1)
         return train(compiled(kind()), x, monitor), monitor
 
     plain, _ = history(0.0)
-    penalised, monitor = history(0.5)
+    penalized, monitor = history(0.5)
     assert len(monitor.running_history["batch"]) == 4
     for key in keys:
         assert all(map(math.isfinite, monitor.running_history[f"running_{key}"]))
-        # Without the penalty bounds hardly move within four steps.
-        assert penalised[f"lipschitz_{key}"][-1] < plain[f"lipschitz_{key}"][-1]
-    bounds = [penalised[f"running_{key}"][0] / 0.1 for key in keys]
-    # The loss of the first epoch holds the penalty, of running bounds which move little in it.
-    added = penalised["loss"][0] - plain["loss"][0]
+        # Without the penalty, bounds change little within four steps.
+        assert penalized[f"lipschitz_{key}"][-1] < plain[f"lipschitz_{key}"][-1]
+    bounds = [penalized[f"running_{key}"][0] / 0.1 for key in keys]
+    # The loss of the first epoch includes the penalty, of running bounds that change little.
+    added = penalized["loss"][0] - plain["loss"][0]
     assert added == pytest.approx(0.5 * sum(map(math.log, bounds)), rel=0.05)
 
 
@@ -151,12 +151,12 @@ def test_a_new_model_learns_as_without_a_monitor():
         np.testing.assert_array_equal(one, other)
 
 
-def test_lower_estimates_stand_below_the_bounds_of_a_new_model():
+def test_lower_bounds_are_below_the_bounds_of_a_new_model():
     x = {"words": IDS, "traces": TRACES}
     history = train(
         compiled(OfTwo()),
         x,
-        kl.LipschitzMonitor(lower=keras.tree.map_structure(lambda array: array[:2], x)),
+        kl.LipschitzMonitor(lower_bound_data=keras.tree.map_structure(lambda array: array[:2], x)),
     )
     for key in ("attention", "head"):
         for lower, bound in zip(history[f"lower_{key}"], history[f"lipschitz_{key}"], strict=True):
@@ -171,7 +171,7 @@ def test_lengths_that_vary_are_left_open():
     model, monitor = compiled(OfWords()), kl.LipschitzMonitor(sequence_length=7)
     history = model.fit(dataset, verbose=0, shuffle=False, callbacks=[monitor]).history
     assert monitor.certificate is not None
-    assert monitor.certificate.threat_model.longest == 7
+    assert monitor.certificate.threat_model.max_tokens == 7
     assert history["lipschitz_attention"] == [model.attention.lipschitz(7).value]
     with pytest.warns(UserWarning, match="no finite Lipschitz bound"):
         history = model.fit(
@@ -195,7 +195,7 @@ def test_a_new_sequential_model_is_built_from_the_data():
     assert np.isfinite(history["lipschitz_total"]).all()
 
 
-def test_inputs_that_are_given_go_first():
+def test_the_argument_inputs_takes_precedence():
     class Swapped(OfTwo):
         def call(self, inputs, training=None):
             traces, words = inputs
@@ -223,7 +223,7 @@ def test_a_call_is_remembered_as_long_as_the_model_lives():
 
 
 class OwnStep(OfTwo):
-    """Called on two arguments, by a step of its own."""
+    """A model whose `train_step` calls it on two arguments."""
 
     def call(self, words, traces, training=None):
         return super().call((words, traces), training=training)

@@ -115,7 +115,7 @@ def test_dominates_the_jacobian_at_the_witnesses_of_every_head(norm):
 
 
 def test_the_norm_of_concatenated_queries_would_be_too_small_for_the_token_norm():
-    # Two heads read one coordinate each; every token is near the centre for one head only.
+    # Two heads read one coordinate each; every token is near the center for one head only.
     tokens, far = 1025, 60.0
     reach = math.sqrt(s_star(512) + 1.5)
     x = np.zeros((tokens, 2))

@@ -15,10 +15,9 @@ from keras_lipattn.linalg.gram import (
     NUM_SQUARINGS,
     converged_upper_bound,
     gram_upper_bound,
-    product_allowance,
-    relative_slack,
 )
 from keras_lipattn.linalg.power import cold_vector, power_step, warm_vector
+from keras_lipattn.linalg.precision import product_allowance
 
 DTYPES = ("float32", "float64")
 
@@ -66,11 +65,12 @@ def _assert_above_and_tight(matrix, dtype):
     bound, exact = _bounds(matrix, dtype)
     assert bound >= exact
     rows, columns = np.shape(matrix)
-    # Exact arithmetic allows `relative_slack`. Every squaring adds its allowance to a number that
-    # is at least 1 / side; the square roots halve what came before.
+    # In exact arithmetic the bound is at most `side**(2**-(NUM_SQUARINGS + 2))` times the norm.
+    # Every squaring adds its allowance to a number of at least 1 / side; the square roots halve
+    # the earlier ones.
     side = min(rows, columns)
     allowance = product_allowance(side, dtype) + product_allowance(max(rows, columns), dtype)
-    slack = relative_slack(side) * (1.0 + side * allowance) + 1e-4
+    slack = side**2.0 ** -(NUM_SQUARINGS + 2) * (1.0 + side * allowance) + 1e-4
     assert bound <= exact * slack
 
 

@@ -16,11 +16,14 @@ from keras import ops
 from scipy.special import lambertw
 
 from keras_lipattn import L2MultiHeadAttention, LipschitzMonitor, certify, condensed
-from keras_lipattn.bounds.any_mask import weighted_bound
-from keras_lipattn.bounds.key_weights import KeyWeights, weights_by_lag, weights_by_pair
-from keras_lipattn.bounds.scalars import log_lambert
-from keras_lipattn.bounds.unit_head import unit_head_bound
-from keras_lipattn.bounds.weighted import weighted_unit_bound
+from keras_lipattn.bounds.key_weights import (
+    KeyWeights,
+    log_lambert,
+    weighted_unit_bound,
+    weights_by_lag,
+    weights_by_pair,
+)
+from keras_lipattn.bounds.unit_head import unit_head_bound, weighted_bound
 from keras_lipattn.layers._relative_bias import by_distance
 
 NORMS = ("l2", "token", "linf")

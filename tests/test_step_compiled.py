@@ -45,7 +45,7 @@ def tracked(model):
     """The model as in a training step with a penalty."""
     layers = lipschitz_layers(model)
     for layer in layers:
-        layer.tracking = Tracking(penalise=True)
+        layer.tracking = Tracking(penalize=True)
     try:
         yield
     finally:
@@ -96,7 +96,7 @@ def test_training_compiled_by_xla_is_the_same():
         model = monitor_models.compiled(
             monitor_models.capped(), learning_rate=0.05, jit_compile=jit_compile
         )
-        monitor = kl.LipschitzMonitor(penalty=0.2, target=0.1, running_every=1)
+        monitor = kl.LipschitzMonitor(penalty=0.2, target=0.1, running_freq=1)
         history = monitor_models.fit(model, monitor, epochs=2)
         assert model.jit_compile is jit_compile
         results[jit_compile] = {"weights": monitor_models.weights(model), **history}

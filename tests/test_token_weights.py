@@ -14,8 +14,8 @@ from helpers.layer_cases import Case, cases
 from keras import ops
 
 from keras_lipattn import L2MultiHeadAttention, certify
-from keras_lipattn.bounds.token_norm import token_norm_bound
-from keras_lipattn.bounds.weighted import weighted_constants, weights_of_tokens
+from keras_lipattn.bounds.key_weights import weighted_constants, weights_of_tokens
+from keras_lipattn.bounds.unit_head import token_norm_bound
 
 PLAIN = Case()
 CALLS = ("no mask", "causal", "query mask", "pairs per head", "everything")

@@ -9,16 +9,15 @@ from helpers import bounds_cases as cases
 
 from keras_lipattn.bounds import (
     UnitBound,
-    any_mask,
-    full_mask,
     mask_degrees,
     phi_inv,
     published_head_bound,
-    row_functional,
     s_star,
+    unit_head,
     unit_head_bound,
+    unit_head_lemmas,
 )
-from keras_lipattn.bounds.column_majorant import SQUARE_MAJORANT, majorant_norm
+from keras_lipattn.bounds.unit_head_lemmas import SQUARE_MAJORANT, majorant_norm
 from keras_lipattn.linalg import SAFETY
 
 # Section 9 of docs/theory.md, from an independent evaluation with a shorter search of the free
@@ -138,7 +137,7 @@ def test_a_special_mask_is_never_worse_than_any_mask():
             assert unit_head_bound(tokens, mask).value <= unit_head_bound(tokens, "any").value
 
 
-def test_one_token_or_no_neighbour_is_the_identity():
+def test_one_token_or_no_neighbor_is_the_identity():
     for norm in ("l2", "token"):
         for mask in ("full", "causal", "any"):
             assert unit_head_bound(1, mask, norm).value == pytest.approx(1.0, abs=1e-8)
@@ -146,7 +145,7 @@ def test_one_token_or_no_neighbour_is_the_identity():
     assert unit_head_bound(9, "any", "token", n_keys=0).value == pytest.approx(1.0, abs=1e-8)
 
 
-def test_a_window_has_a_bound_whatever_the_length():
+def test_a_window_has_a_bound_for_every_length():
     window = unit_head_bound(None, "any", n_keys=8, n_queries=8)
     assert math.isfinite(window.value)
     assert unit_head_bound(10**5, "any", n_keys=8, n_queries=8).value <= window.value
@@ -252,8 +251,8 @@ def test_row_moments_stay_below_lemma_3_1():
         kernel = np.exp(-np.square(edges).sum(axis=1))
         mass = kernel.sum()
         prob = kernel / (1.0 + mass)
-        centred = edges - prob @ edges
-        cov = (prob[:, None] * centred).T @ centred
+        centered = edges - prob @ edges
+        cov = (prob[:, None] * centered).T @ centered
         own = prob @ edges
         cov += np.outer(own, own) / (1.0 + mass)
         largest = np.linalg.eigvalsh(cov)[-1]
@@ -279,7 +278,7 @@ def test_row_functional_stays_below_lemma_3_3_and_is_sharp():
             for beta in (0.05, 0.3, 1.0):
                 inverse = np.square(a).sum(axis=1)
                 inverse -= np.square(np.sum(a * edges, axis=1)) / (beta + squares)
-                value = row_functional.off_diagonal(np.array([mass]), n, beta)[0] / (1.0 + mass)
+                value = unit_head_lemmas.off_diagonal(np.array([mass]), n, beta)[0] / (1.0 + mass)
                 assert prob @ inverse <= (1 + ROUNDING) * value
                 sharpest = max(sharpest, prob @ inverse / value)
     n, beta = 10, 0.3
@@ -287,7 +286,7 @@ def test_row_functional_stays_below_lemma_3_3_and_is_sharp():
     edges = np.where(np.arange(n) % 2, reach, -reach)
     kernel = math.exp(-(reach**2))
     mass = n * kernel
-    value = row_functional.off_diagonal(np.array([mass]), n, beta)[0]
+    value = unit_head_lemmas.off_diagonal(np.array([mass]), n, beta)[0]
     a = 1.0 - 2.0 * reach**2
     attained = n * kernel * a**2 / (1.0 + reach**2 / beta)
     assert attained == pytest.approx(value, rel=1e-12)
@@ -297,16 +296,16 @@ def test_row_functional_stays_below_lemma_3_3_and_is_sharp():
 @pytest.mark.parametrize("n", [1, 7, 1000])
 @pytest.mark.parametrize("beta", [0.02, 0.4, 1.0])
 def test_cells_dominate_every_point_inside_them(n, beta):
-    low, high = row_functional.cells(n, 300)
+    low, high = unit_head_lemmas.cells(n, 300)
     assert low[0] == 0.0 and high[-1] == pytest.approx(n)
     np.testing.assert_array_equal(low[1:], high[:-1])
-    diagonal = row_functional.diagonal_block(low, high, n)
-    off_diagonal = row_functional.off_diagonal(high, n, beta) / (1.0 + low)
+    diagonal = unit_head_lemmas.diagonal_block(low, high, n)
+    off_diagonal = unit_head_lemmas.off_diagonal(high, n, beta) / (1.0 + low)
     for share in (1e-9, 0.3, 0.7, 1.0):
         s = low + share * (high - low)
         exact = (1.0 + 2.0 * s * np.log(n / s)) / (1.0 + s)
         assert (diagonal >= exact * (1 - 1e-12)).all()
-        exact = row_functional.off_diagonal(s, n, beta) / (1.0 + s)
+        exact = unit_head_lemmas.off_diagonal(s, n, beta) / (1.0 + s)
         assert (off_diagonal >= exact * (1 - 1e-12)).all()
 
 
@@ -343,13 +342,12 @@ def test_every_parameter_gives_a_valid_bound():
     rng = np.random.default_rng(8)
     for tokens in (2, 8, 64):
         found = TABLE[tokens][4]
-        grid = row_functional.cells(tokens - 1, 500)
+        grid = unit_head_lemmas.cells(tokens - 1, 500)
         for _ in range(100):
             beta, excess = rng.uniform(0.01, 1.0), math.exp(rng.uniform(-5, 3))
-            full = full_mask._squared_bound(tokens - 1, beta, excess, grid)
-            logs = math.log(beta), math.log(excess)
+            full = unit_head._full_squared(tokens - 1, grid, beta, excess)
             degrees = [
-                any_mask._squared_bound(tokens - 1, tokens - 1, logs, grid, entries)
-                for entries in (any_mask._entries_by_mass, any_mask._largest_entry)
+                unit_head._degrees_squared(tokens - 1, tokens - 1, entry, grid, beta, excess)
+                for entry in (unit_head._masked_entry, unit_head._weighted_entry)
             ]
             assert min(full, *degrees) >= found**2

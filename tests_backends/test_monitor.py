@@ -34,7 +34,7 @@ def test_running_vectors_follow_the_weights():
     layer = model.get_layer("head")
     before = keras.ops.convert_to_numpy(layer._vectors["kernel"])
     model.compile(keras.optimizers.SGD(0.5), "sparse_categorical_crossentropy")
-    monitor_models.fit(model, kl.LipschitzMonitor(running_every=1), epochs=20)
+    monitor_models.fit(model, kl.LipschitzMonitor(running_freq=1), epochs=20)
     after = keras.ops.convert_to_numpy(layer._vectors["kernel"])
     assert np.abs(after - before).max() > 1e-3
     image = keras.ops.convert_to_numpy(layer.kernel) @ after

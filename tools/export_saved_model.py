@@ -2,12 +2,13 @@
 
     python tools/export_saved_model.py MODEL.keras FOLDER [flags]
 
-writes FOLDER/1/ in the layout of TensorFlow Serving, with assets.extra/certificate.json, and prints
-the certificate. For classifiers there is a signature `certified` beside `serving_default`: logits,
-class, margin and the radius within which the class provably cannot change.
+writes the next version, FOLDER/1/ or FOLDER/2/ and so on, in the layout of TensorFlow Serving,
+with assets.extra/certificate.json, and prints the certificate. Classifiers have the signature
+`certified` in addition to `serving_default`: logits, class, margin and the radius within which the
+class provably cannot change.
 
-The export is served in a process without Keras and compared with MODEL.keras before it appears
-under its name; whatever fails leaves FOLDER as it was.
+The export is served in a process without Keras and compared with MODEL.keras before it is
+published. After a failure FOLDER is as it was.
 
 Exit codes: 0 exported, 1 refused or failed, 2 wrong usage.
 
@@ -16,7 +17,7 @@ Examples:
     # A model on sequences of any length, certified for at most 128 tokens.
     python tools/export_saved_model.py model.keras build/classifier --sequence_length=128
 
-    # A model with layers of your own: name the module that registers them with Keras.
+    # A model with custom layers: name the module that registers them with Keras.
     python tools/export_saved_model.py model.keras build/classifier --import=my_package.layers
 
     # Compare on real data: one array per input, by its name.
@@ -43,7 +44,8 @@ _NORM = flags.DEFINE_enum(
 _SEQUENCE_LENGTH = flags.DEFINE_integer(
     "sequence_length",
     None,
-    "Largest length of inputs whose length varies. By default what the layers were made for.",
+    "Largest length of inputs whose length varies. By default the smallest max_sequence_length of "
+    "the layers.",
     lower_bound=1,
 )
 _INPUT_RADIUS = flags.DEFINE_float(
@@ -61,19 +63,13 @@ _ASSUME_FIXED_MASK = flags.DEFINE_bool(
 _ALLOW_UNCERTIFIED = flags.DEFINE_bool(
     "allow_uncertified",
     False,
-    "Export a model for which nothing finite can be certified too. The files say so, and why.",
+    "Also export a model without a finite certificate. The files say so, and why.",
 )
 _EXAMPLE_BATCH = flags.DEFINE_string(
     "example_batch",
     None,
-    "An .npz file with the inputs to compare on: one array per input by its name, or a single "
+    "An .npz file with the inputs for the comparison: one array per input by its name, or a single "
     "array. By default random numbers.",
-)
-_VERSION = flags.DEFINE_integer(
-    "version", 1, "Version to write: TensorFlow Serving serves the highest.", lower_bound=1
-)
-_OVERWRITE = flags.DEFINE_bool(
-    "overwrite", False, "Replace a SavedModel of this version, once the new one is complete."
 )
 _IMPORT = flags.DEFINE_multi_string(
     "import", [], "Module to import first, for layers that it registers with Keras. Repeatable."
@@ -88,7 +84,7 @@ def load_batch(path: str) -> np.ndarray | dict[str, np.ndarray]:
 
 
 def parse(argv: list[str]) -> list[str]:
-    """Command line without the flags; a wrong flag is wrong usage."""
+    """Command line without the flags; a wrong flag ends the program with exit code 2."""
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
@@ -101,7 +97,7 @@ def main(argv: list[str]) -> int:
         raise app.UsageError(f"Expected MODEL.keras and FOLDER. Received: {argv[1:]}", exitcode=2)
     try:
         model = load_model(pathlib.Path(argv[1]), _IMPORT.value)
-        # After the arguments have been looked at: loading TensorFlow takes seconds.
+        # Imported late: loading TensorFlow takes seconds.
         from keras_lipattn.export import export_saved_model
 
         batch = None if _EXAMPLE_BATCH.value is None else load_batch(_EXAMPLE_BATCH.value)
@@ -114,8 +110,6 @@ def main(argv: list[str]) -> int:
             assume_fixed_mask=_ASSUME_FIXED_MASK.value,
             allow_uncertified=_ALLOW_UNCERTIFIED.value,
             example_batch=batch,
-            version=_VERSION.value,
-            overwrite=_OVERWRITE.value,
         )
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

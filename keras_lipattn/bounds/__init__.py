@@ -1,18 +1,22 @@
 """The theorems as pure functions: from numbers and kernels to numbers."""
 
+from keras_lipattn.bounds.head_scaling import frobenius_scaling
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
-from keras_lipattn.bounds.mask_degrees import mask_degrees
 from keras_lipattn.bounds.multihead import (
     bound_linf,
     certified_layer_bound,
-    frobenius_scaling,
+    published_layer_bound,
     running_layer_bound,
     split_bound_l2,
     split_bound_token,
 )
-from keras_lipattn.bounds.published import published_head_bound, published_layer_bound
-from keras_lipattn.bounds.scalars import phi_inv, s_star
-from keras_lipattn.bounds.unit_head import UnitBound, unit_head_bound
+from keras_lipattn.bounds.unit_head import (
+    UnitBound,
+    mask_degrees,
+    published_head_bound,
+    unit_head_bound,
+)
+from keras_lipattn.bounds.unit_head_lemmas import phi_inv, s_star
 
 __all__ = [
     "LipschitzBound",

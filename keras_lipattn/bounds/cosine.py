@@ -2,8 +2,8 @@
 
 A layer is `X -> sum_h P_h V^_h C_h + constant` with `P_h = softmax(tau q^_i . k^_j)`, where every
 query, key and value is divided by `sqrt(|z|^2 + epsilon)`. As in `multihead`, the functions take
-the operator norm and the array namespace `xp` as arguments; `operator_norm(name, matrix)` gets one
-of the names
+the operator norm and the array namespace `xp` as arguments; `operator_norm(name, matrix)` receives
+one of the names
 
 - `"stacked_output"`: `stack(C_h / s_h)`, shape `(H*v, O)`, returns a scalar;
 - `"concatenated_query"` and `"concatenated_key_value"`: `[s_h A_h]` and `[s_h G_h]`, shapes
@@ -21,12 +21,17 @@ import numpy as np
 import numpy.typing as npt
 
 from keras_lipattn.bounds.compact import column_mass
-from keras_lipattn.bounds.content_cache import cached_by_content
-from keras_lipattn.bounds.head_scaling import balancing_powers, polished_scaling
+from keras_lipattn.bounds.head_scaling import (
+    balancing_powers,
+    frobenius_scaling,
+    polished_scaling,
+    scaled_back,
+)
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
-from keras_lipattn.bounds.multihead import OperatorNorm, frobenius_scaling, norm_2_to_1
-from keras_lipattn.linalg import SAFETY
+from keras_lipattn.bounds.multihead import OperatorNorm, norm_2_to_1, safe_sqrt
+from keras_lipattn.linalg import cached_by_content
 from keras_lipattn.linalg import operator_norm as exact_norm
+from keras_lipattn.linalg.precision import SMALLEST_NORMAL
 
 THEOREM = "Theorem 7.3"
 
@@ -46,8 +51,8 @@ def fold(query, key, value, *, temperature: float, epsilon: float, xp: typing.An
         A pair of shapes `(H, D, k)` and `(H, D, k + v)`.
     """
     slope = 1.0 / math.sqrt(epsilon)
-    moved = xp.concatenate([key * (temperature * slope), value * slope], axis=2)
-    return query * (temperature * slope), moved
+    shared = xp.concatenate([key * (temperature * slope), value * slope], axis=2)
+    return query * (temperature * slope), shared
 
 
 def visible_mass(
@@ -56,7 +61,7 @@ def visible_mass(
     """`chi`, an upper bound of the column sums of the attention matrix.
 
     Args:
-        temperature: cosines differ by at most 2, logits by twice this.
+        temperature: `tau`; logits differ by at most `2 tau`.
         tokens: largest number of tokens, or `None` when unknown.
         mask: `"full"`, `"causal"` (either with padding) or `"any"`.
         n_queries: for `mask="any"`, the largest number of other queries that see a key.
@@ -68,7 +73,7 @@ def visible_mass(
 def cosine_layer_bound(
     a, g, c, *, norm: str, mass: float, operator_norm: OperatorNorm, xp: typing.Any
 ) -> typing.Any:
-    """The theorem with one scaling of the heads, for use in a graph.
+    """Theorem 7.3 with one scaling of the heads, for use in a graph.
 
     With exact norms it is a valid upper bound, never below `certified_cosine_bound`.
 
@@ -106,7 +111,7 @@ def certified_cosine_bound(
     mask: str = "full",
     n_queries: int | None = None,
 ) -> LipschitzBound:
-    """Certified Lipschitz bound of a layer of scaled cosine attention, on all of space.
+    """Certified Lipschitz bound of scaled cosine attention for all inputs: Theorem 7.3.
 
     Args:
         a: shape `(H, D, k)`, see `fold`.
@@ -119,8 +124,8 @@ def certified_cosine_bound(
         n_queries: see `visible_mass`.
 
     Returns:
-        A `LipschitzBound`; `inf` with a reason when kernels are not finite, or the 2-norm is asked
-        for and the number of tokens is not known.
+        A `LipschitzBound`; `inf` with a reason when kernels are not finite, or when the norm is
+        `"l2"` and the number of tokens is not known.
     """
     a, g, c = (np.asarray(matrix, np.float64) for matrix in (a, g, c))
     mass = visible_mass(temperature, tokens, mask, n_queries) if norm == "l2" else 1.0
@@ -131,27 +136,22 @@ def certified_cosine_bound(
         reason = "the number of tokens is not known"
     value = math.inf
     if not reason:
-        tiny = np.finfo(np.float64).tiny
         inputs, outputs = (
             np.abs(matrix).max(axis=(1, 2)) for matrix in (np.concatenate([a, g], axis=2), c)
         )
         powers = balancing_powers(inputs, outputs)[:, None, None]
         a, g, c = np.ldexp(a, powers), np.ldexp(g, powers), np.ldexp(c, -powers)
-        size = max(float(np.abs(a).max()), float(np.abs(g).max()), tiny)
-        size_c = max(float(np.abs(c).max()), tiny)
-        # Kernels of size 1: squares neither overflow nor vanish.
+        size = max(float(np.abs(a).max()), float(np.abs(g).max()), SMALLEST_NORMAL)
+        size_c = max(float(np.abs(c).max()), SMALLEST_NORMAL)
+        # With kernels of size 1 squares neither overflow nor underflow.
         unscaled = cached_by_content(_best_cosine, norm, mass, a / size, g / size, c / size_c)
-        value = SAFETY * unscaled * size * size_c
-        if unscaled > 0.0:
-            value = max(value, tiny)
-        if not math.isfinite(value):
-            value, reason = math.inf, "the bound is larger than the largest float64"
+        value, reason = scaled_back(unscaled, size, size_c)
     theorem = "" if reason else THEOREM
     return LipschitzBound(value=value, norm=norm, kind="certified", theorem=theorem, reason=reason)
 
 
 def _best_cosine(norm: str, mass: float, a: np.ndarray, g: np.ndarray, c: np.ndarray) -> float:
-    """The smallest bound over a few scalings of the heads, with exact norms."""
+    """Smallest bound over a few scalings of the heads, with exact norms."""
     if norm == "linf":
         return float(_linf(a, g, c, _exact, np))
     joint = np.concatenate([a, math.sqrt(mass) * g], axis=2)
@@ -161,25 +161,27 @@ def _best_cosine(norm: str, mass: float, a: np.ndarray, g: np.ndarray, c: np.nda
         scalings.append(polished_scaling(norm, joint, c, start)[0])
     if norm == "token":
         return min(float(_scaled(a, g, c, s, norm, mass, _exact, np)) for s in scalings)
-    return min(exact_norm(_stacked(c, s, np)) * exact_norm(_beside(joint, s, np)) for s in scalings)
+    return min(
+        exact_norm(_stacked(c, s, np)) * exact_norm(_concatenated(joint, s, np)) for s in scalings
+    )
 
 
 def _scaled(a, g, c, scale, norm, mass, operator_norm, xp):
     output = operator_norm("stacked_output", _stacked(c, scale, xp))
-    own = xp.square(operator_norm("concatenated_query", _beside(a, scale, xp)))
+    own = xp.square(operator_norm("concatenated_query", _concatenated(a, scale, xp)))
     if norm == "l2":
-        norms = operator_norm("concatenated_key_value", _beside(g, scale, xp))
+        norms = operator_norm("concatenated_key_value", _concatenated(g, scale, xp))
         others = mass * xp.square(norms)
     else:
         others = xp.sum(xp.square(scale * operator_norm("head_key_value", g)))
-    return output * _root(own + others, xp)
+    return output * safe_sqrt(own + others, xp)
 
 
 def _linf(a, g, c, operator_norm, xp):
     own = norm_2_to_1(a, operator_norm, xp)
     others = norm_2_to_1(g, lambda _, m: operator_norm("head_key_value", m), xp)
-    heads = _root(xp.square(own) + xp.square(others), xp)
-    columns = _root(xp.sum(xp.square(c), axis=1), xp)
+    heads = safe_sqrt(xp.square(own) + xp.square(others), xp)
+    columns = safe_sqrt(xp.sum(xp.square(c), axis=1), xp)
     return xp.max(xp.sum(xp.expand_dims(heads, 1) * columns, axis=0))
 
 
@@ -187,7 +189,7 @@ def _stacked(c, scale, xp):
     return xp.reshape(c / xp.reshape(scale, (-1, 1, 1)), (c.shape[0] * c.shape[1], c.shape[2]))
 
 
-def _beside(b, scale, xp):
+def _concatenated(b, scale, xp):
     """`(H, D, k)` as one matrix `(D, H*k)`."""
     wide = xp.transpose(b * xp.reshape(scale, (-1, 1, 1)), (1, 0, 2))
     return xp.reshape(wide, (b.shape[1], b.shape[0] * b.shape[2]))
@@ -195,9 +197,3 @@ def _beside(b, scale, xp):
 
 def _exact(name: str, matrix: np.ndarray) -> typing.Any:
     return exact_norm(matrix)
-
-
-def _root(x, xp):
-    # The gradient of a square root is infinite at 0, hence the inner `where`.
-    positive = x > 0.0
-    return xp.where(positive, xp.sqrt(xp.where(positive, x, 1.0)), 0.0)

@@ -1,16 +1,20 @@
-"""Scalings of the heads for Theorems 5.1 and 5.2.
+"""Scalings of the heads for Theorems 5.1, 5.2 and 7.3.
 
 With `s_h = exp(x_h)` the logarithm of `||stack(C_h / s_h)|| ||[s_h B_h]||` is convex in `x`: each
 factor is a supremum of logarithms of sums of exponentials. Its subgradient is the share of
 each head in the top singular vector of the second factor minus that in the first. Subspace
 iteration estimates both, averaged over nearby singular values, where the maximum has a kink.
-An imprecise share costs sharpness, never soundness: what is found is evaluated with exact
-norms.
+An imprecise share makes the bound less tight but not wrong: the bound is evaluated with exact norms
+at the scaling that is found.
 """
+
+import math
+import typing
 
 import numpy as np
 
-from keras_lipattn.linalg import fast_operator_norm
+from keras_lipattn.linalg import SAFETY, fast_operator_norm
+from keras_lipattn.linalg.precision import SMALLEST_NORMAL
 
 STEPS = 40
 SUBSPACE = 8
@@ -19,10 +23,10 @@ SHARPNESS = 40.0
 
 
 def balancing_powers(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Powers of two that make both kernels of a head alike in size.
+    """Powers of two that make the sizes of both kernels of a head equal, up to a factor of two.
 
-    `(t B_h, C_h / t)` has the bounds of `(B_h, C_h)`. Without this the squares of a small kernel of
-    one head vanish beside those of a large kernel of another, whatever the products are.
+    `(t B_h, C_h / t)` has the bounds of `(B_h, C_h)`. Without this, squares of a small kernel of
+    one head are lost in sums with squares of a large kernel of another, for any products.
 
     Args:
         first: sizes of the first kernels, shape `(H,)`, not negative.
@@ -30,11 +34,53 @@ def balancing_powers(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
     Returns:
         Integers of shape `(H,)`, for `numpy.ldexp` of the first kernels, and negated for the second
-        ones; 0 for a head that is zero. No digit changes.
+        ones; 0 for a head that is zero. Scaling by powers of two is exact.
     """
     used = (first > 0.0) & (second > 0.0)
     logs = [np.log2(np.where(used, size, 1.0)) for size in (first, second)]
     return np.rint(0.5 * (logs[1] - logs[0])).astype(int)
+
+
+def scaled_back(unscaled: float, *sizes: float) -> tuple[float, str]:
+    """A certified bound from that of matrices divided by their sizes.
+
+    Args:
+        unscaled: the bound for matrices whose entries have sizes of at most 1.
+        *sizes: the numbers by which they were divided. The bound is linear in each.
+
+    Returns:
+        `(value, reason)`: `inf` with a reason where the product overflows.
+    """
+    value = SAFETY * unscaled
+    for size in sizes:
+        value *= size
+    if not math.isfinite(value):
+        return math.inf, "the bound is larger than the largest float64"
+    # A bound that underflows is not 0.
+    return (max(value, SMALLEST_NORMAL) if unscaled > 0.0 else value), ""
+
+
+def frobenius_scaling(b: typing.Any, c: typing.Any, xp: typing.Any) -> typing.Any:
+    """The scaling `s_h = sqrt(|C_h|_F / |B_h|_F)` of the heads.
+
+    It minimizes the bound of Theorem 5.1 with Frobenius norms in place of operator norms. A
+    head with a zero matrix gets 1: values and gradients are finite everywhere.
+
+    Args:
+        b: shape `(H, D, k)`.
+        c: shape `(H, k, O)`.
+        xp: array namespace, `numpy` or `keras.ops`.
+
+    Returns:
+        Shape `(H,)`, positive and finite.
+    """
+    query_peak, query = _peaks_and_squares(b, xp)
+    output_peak, output = _peaks_and_squares(c, xp)
+    usable = xp.minimum(query, output) > 0.0
+    # The inner `where` keeps 0/0 out of the gradient, the outer one out of the value.
+    ratio = xp.where(usable, output, 1.0) / xp.where(usable, query, 1.0)
+    peaks = xp.where(usable, output_peak / query_peak, 1.0)
+    return xp.sqrt(peaks * xp.sqrt(ratio))
 
 
 def polished_scaling(
@@ -49,10 +95,10 @@ def polished_scaling(
         start: positive, shape `(H,)`.
 
     Returns:
-        `(scaling, estimate)`: a positive array of shape `(H,)`, and a *lower* estimate of the
-        split bound at `start`. A bound at `scaling` below it needs no comparison with `start`.
+        `(scaling, estimate)`: a positive array of shape `(H,)`, and a lower estimate of the split
+        bound at `start`. A bound at `scaling` below the estimate is below the bound at `start`.
     """
-    # Relative to the first scaling: heads of all sizes are alike then, and fit float32.
+    # Relative to the first scaling, all heads have similar sizes, which fit float32.
     b, c = b * start[:, None, None], c / start[:, None, None]
     outputs = _Factor(c)
     queries = _Factor(np.swapaxes(b, 1, 2)) if norm == "l2" else _HeadNorms(b)
@@ -62,7 +108,7 @@ def polished_scaling(
         scale = np.exp(logs)
         query, query_shares = queries.norm(scale)
         output, output_shares = outputs.norm(1.0 / scale)
-        # Estimates are low: those of the first half come from cold vectors.
+        # Estimates are low in the first half, where the vectors have not converged.
         if 2 * step >= STEPS and query * output < best_value:
             best_value, best = query * output, scale
         logs = logs - (query_shares - output_shares) / (1.0 + step / 6.0)
@@ -78,9 +124,9 @@ class _Factor:
     def __init__(self, blocks: np.ndarray) -> None:
         heads, self.rows, columns = blocks.shape
         stacked = blocks.reshape(heads * self.rows, columns)
-        # Entries of size 1: the squares in the Gram matrix neither overflow nor vanish. Estimates
-        # need no more than float32.
-        self.size = max(float(np.abs(stacked).max()), np.finfo(np.float64).tiny)
+        # With entries of size 1 the squares in the Gram matrix neither overflow nor underflow.
+        # Float32 is enough for estimates.
+        self.size = max(float(np.abs(stacked).max()), SMALLEST_NORMAL)
         stacked = (stacked / self.size).astype(np.float32)
         self.gram = stacked @ stacked.T
         shape = len(stacked), min(SUBSPACE, len(stacked))
@@ -92,12 +138,12 @@ class _Factor:
         rows = np.repeat(weights.astype(np.float32), self.rows)[:, None]
         image = rows * (self.gram @ (rows * self.basis))
         values, turn = np.linalg.eigh((self.basis.T @ image).astype(np.float64))
-        top = max(values[-1], np.finfo(np.float64).tiny)
+        top = max(values[-1], SMALLEST_NORMAL)
         weight = (np.maximum(values, 0.0) / top) ** SHARPNESS
         shares = np.square(self.basis @ turn) @ weight
         shares = shares.reshape(-1, self.rows).sum(axis=1)
         self.basis = np.linalg.qr(image)[0]
-        return self.size * np.sqrt(top), shares / max(shares.sum(), np.finfo(np.float64).tiny)
+        return self.size * np.sqrt(top), shares / max(shares.sum(), SMALLEST_NORMAL)
 
 
 class _HeadNorms:
@@ -109,5 +155,18 @@ class _HeadNorms:
     def norm(self, weights: np.ndarray) -> tuple[float, np.ndarray]:
         """The norm, and the heads' shares in its square."""
         heads = weights * self.norms
-        total = max(float(np.linalg.norm(heads)), np.finfo(np.float64).tiny)
+        total = max(float(np.linalg.norm(heads)), SMALLEST_NORMAL)
         return total, np.square(heads / total)
+
+
+def _peaks_and_squares(matrices, xp):
+    """Largest absolute entry of every head's matrix, and the sum of squares relative to it.
+
+    Both `(H,)`. A float32 square overflows at 1e19 already.
+    """
+    peak = xp.max(xp.abs(matrices), axis=(1, 2))
+    peak = xp.where(peak > 0.0, peak, 1.0)
+    if xp is not np:
+        # The Frobenius norm does not depend on it.
+        peak = xp.stop_gradient(peak)
+    return peak, xp.sum(xp.square(matrices / xp.reshape(peak, (-1, 1, 1))), axis=(1, 2))

@@ -1,7 +1,7 @@
 """Section 8 of docs/theory.md: Lipschitz constants of ordinary layers.
 
 `norm` is `"l2"` (2-norm of all entries), `"token"` (largest Euclidean norm along the last axis)
-or `"linf"` (largest absolute entry). Tokens are all positions but the last axis. Every
+or `"linf"` (largest absolute entry). Tokens are the positions along all axes but the last. Every
 constant is for inference; kernels and scales that hold NaN give `inf`.
 """
 
@@ -46,13 +46,13 @@ ACTIVATIONS = {
     "tanh_shrink": 1.0,
 }
 
-# Why an activation has no finite constant.
+# Reasons why an activation has no finite constant.
 UNBOUNDED_ACTIVATIONS = {
     "exponential": "the exponential has unbounded slope",
     "glu": "a gate multiplies two functions of the input and has unbounded slope",
-    "hard_shrink": "hard shrinkage jumps",
-    "sparsemax": "sparsemax as Keras 3.15 computes it is no projection: it jumps with its support",
-    "threshold": "a threshold jumps",
+    "hard_shrink": "hard shrinkage is discontinuous",
+    "sparsemax": "sparsemax in Keras 3.15 is not the projection: it jumps with its support",
+    "threshold": "a threshold is discontinuous",
 }
 
 
@@ -71,7 +71,7 @@ def activation_constant(name: str, norm: str = "l2", *, width: int | None = None
         A float.
 
     Raises:
-        KeyError: if nothing is known about `name`, or no finite constant exists.
+        KeyError: if `name` is unknown or has no finite constant.
     """
     _check_norm(norm)
     if name in ("groupsort", "maxmin"):
@@ -95,23 +95,6 @@ def slope_constant(slope: npt.ArrayLike) -> float:
     return _clean(float(np.maximum(1.0, np.max(np.abs(slope)))))
 
 
-def dense_constant(kernel: npt.ArrayLike, norm: str = "l2") -> float:
-    """Constant of `x -> x W` along the last axis.
-
-    Args:
-        kernel: shape `(in, out)`.
-        norm: see the module.
-
-    Returns:
-        A float: the operator norm, or the largest column sum of `|W|` for `"linf"`.
-    """
-    _check_norm(norm)
-    kernel = np.asarray(kernel, np.float64)
-    if norm == "linf":
-        return _clean(SAFETY * float(np.abs(kernel).sum(axis=0).max()))
-    return SAFETY * operator_norm(kernel)
-
-
 def convolution_constant(
     kernel: npt.ArrayLike,
     norm: str = "l2",
@@ -133,7 +116,7 @@ def convolution_constant(
         dilation: an integer or one per axis.
         groups: number of groups of channels.
         input_shape: spatial shape `(n_1, ..., n_r)`; when given, the frequency bound is tried.
-        max_work: the frequency bound is skipped when it would take more multiplications.
+        max_work: the frequency bound is skipped when it needs more multiplications.
 
     Returns:
         A float. Exact for `"l2"` when stride and kernel are equal (patches).
@@ -176,7 +159,7 @@ def _frequency_norm(
 ) -> float:
     """Largest norm over the frequencies of the circular convolution on an enlarged grid.
 
-    The zero-padded convolution is a restriction of it to some rows and columns.
+    The zero-padded convolution is the circular one, restricted to some rows and columns.
     """
     groups, _, depth, out = blocks.shape
     spans = [(k - 1) * d + 1 for k, d in zip(sizes, dilation, strict=True)]
@@ -193,34 +176,6 @@ def _frequency_norm(
     return float(np.linalg.norm(spectrum, 2, axis=(-2, -1)).max())
 
 
-def layer_normalization_constant(gamma: npt.ArrayLike, epsilon: float, norm: str = "l2") -> float:
-    """LayerNormalization over the last axis, `epsilon` inside the root of the variance.
-
-    Args:
-        gamma: scales, shape `(d,)`; ones when the layer has none.
-        epsilon: the layer's `epsilon`.
-        norm: see the module. Exact for `"l2"` and `"token"`.
-
-    Returns:
-        A float, `inf` for `epsilon = 0`.
-    """
-    return _normalization(_centred(gamma), epsilon, norm)
-
-
-def rms_normalization_constant(gamma: npt.ArrayLike, epsilon: float, norm: str = "l2") -> float:
-    """RMSNormalization over the last axis: `max |gamma| / sqrt(epsilon)`, exact for `"l2"`.
-
-    Args:
-        gamma: scales, shape `(d,)`.
-        epsilon: the layer's `epsilon`.
-        norm: see the module.
-
-    Returns:
-        A float, `inf` for `epsilon = 0`.
-    """
-    return _normalization(np.diag(np.asarray(gamma, np.float64)), epsilon, norm)
-
-
 def batch_normalization_constant(
     gamma: npt.ArrayLike, variance: npt.ArrayLike, epsilon: float
 ) -> float:
@@ -229,7 +184,7 @@ def batch_normalization_constant(
     Args:
         gamma: scales, shape `(d,)`.
         variance: moving variances, shape `(d,)`.
-        epsilon: the layer's `epsilon`.
+        epsilon: `epsilon` of the layer.
 
     Returns:
         A float, `inf` unless every `variance + epsilon` is positive.
@@ -256,29 +211,47 @@ def center_normalization_constant(gamma: npt.ArrayLike, norm: str = "l2") -> flo
 
     Reference: Qi et al., "LipsFormer", ICLR 2023.
     """
-    matrix = _centred(gamma)
-    size = len(matrix)
+    _check_norm(norm)
+    gamma = np.asarray(gamma, np.float64)
+    size = gamma.size
     if size < 2:
         raise ValueError(
-            f"`gamma` must have at least two entries. Received: gamma.shape={np.shape(gamma)}"
+            f"`gamma` must have at least two entries. Received: gamma.shape={gamma.shape}"
         )
-    return size / (size - 1.0) * dense_constant(matrix.T, norm)
+    if not np.isfinite(gamma).all():
+        return math.inf
+    if norm == "linf":
+        return SAFETY * 2.0 * float(np.abs(gamma).max())
+    return size / (size - 1.0) * centered_diagonal_norm(gamma)
 
 
-def unit_normalization_constant(
-    epsilon: float, norm: str = "l2", *, width: int | None = None
-) -> float:
-    """`x / max(|x|, epsilon)` along the last axis: `1 / epsilon`.
+def centered_diagonal_norm(gamma: np.ndarray) -> float:
+    """`|| diag(gamma) (I - 11^T / d) ||`, exact up to rounding upwards.
+
+    Its square is the largest eigenvalue of `D^2 - g g^T / d` with `D = diag(gamma)`, the root of
+    `1 + sum_i (g_i^2 / d) / (x - g_i^2)` between the two largest `g_i^2`. The sum decreases there.
+    The result is the upper end of the last interval of a bisection.
 
     Args:
-        epsilon: least divisor.
-        norm: see the module.
-        width: length of the last axis, needed for `"linf"`.
+        gamma: float64, finite, shape `(d,)`.
 
     Returns:
-        A float, `inf` for `epsilon = 0`.
+        A float.
     """
-    return _normalization(np.eye(1), epsilon**2, norm, width=width)
+    scale = float(np.abs(gamma).max(initial=0.0))
+    if scale == 0.0 or gamma.size == 1:
+        return 0.0
+    squares = np.sort(np.square(gamma / scale))
+    low, high = squares[-2], squares[-1]
+    for _ in range(100):
+        middle = 0.5 * (low + high)
+        with np.errstate(divide="ignore"):
+            sums = 1.0 + float(np.sum(squares / (middle - squares))) / squares.size
+        if not low < middle < high:
+            break
+        # Between the root and the largest square the sum is negative.
+        low, high = (middle, high) if sums > 0.0 else (low, middle)
+    return SAFETY * scale * math.sqrt(high)
 
 
 def average_pooling_constant(
@@ -340,12 +313,6 @@ def global_average_constant(norm: str, tokens: int) -> float:
     return SAFETY / math.sqrt(tokens) if norm == "l2" else 1.0
 
 
-def global_max_constant(norm: str, tokens: int, channels: int) -> float:
-    """Maximum over at most `tokens` tokens, entry by entry."""
-    _check_norm(norm)
-    return SAFETY * math.sqrt(min(tokens, channels)) if norm == "token" else 1.0
-
-
 def regroup_constant(norm: str, merged: int) -> float:
     """A permutation of entries in which a new token takes them from at most `merged` old ones.
 
@@ -354,14 +321,6 @@ def regroup_constant(norm: str, merged: int) -> float:
     """
     _check_norm(norm)
     return SAFETY * math.sqrt(merged) if norm == "token" else 1.0
-
-
-def concatenate_constant(norm: str, constants: typing.Sequence[float], *, last_axis: bool) -> float:
-    """Concatenation of branches of one input, by the constants of the branches."""
-    _check_norm(norm)
-    if norm == "linf" or (norm == "token" and not last_axis):
-        return _clean(float(np.max(constants)))
-    return _clean(SAFETY * float(np.linalg.norm(constants)))
 
 
 def conversion_constant(source: str, target: str, *, tokens: int, width: int) -> float:
@@ -383,22 +342,6 @@ def conversion_constant(source: str, target: str, *, tokens: int, width: int) ->
     _check_norm(target)
     entries = {"l2": 1, "token": tokens, "linf": tokens * width}
     return SAFETY * math.sqrt(max(1.0, entries[source] / entries[target]))
-
-
-def _normalization(
-    matrix: np.ndarray, epsilon: float, norm: str, *, width: int | None = None
-) -> float:
-    _check_norm(norm)
-    if not epsilon > 0.0:
-        return math.inf
-    constant = SAFETY * operator_norm(matrix) / math.sqrt(epsilon)
-    # |.|_inf <= |.|_2 <= sqrt(d) |.|_inf along the last axis.
-    return constant * math.sqrt(width or len(matrix)) if norm == "linf" else constant
-
-
-def _centred(gamma: npt.ArrayLike) -> np.ndarray:
-    gamma = np.asarray(gamma, np.float64)
-    return np.diag(gamma) - gamma[:, None] / len(gamma)
 
 
 def _loads(

@@ -1,4 +1,4 @@
-"""The value object that carries a Lipschitz constant and what is known about it."""
+"""The value object for a Lipschitz constant: its norm, its kind and its source."""
 
 import dataclasses
 import math
@@ -17,17 +17,17 @@ KINDS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LipschitzBound:
-    """A number for a Lipschitz constant, with its norm, its standing and its source.
+    """A number for a Lipschitz constant, with its norm, its kind and its source.
 
     Args:
-        value: the number, `inf` when nothing finite is known. Never NaN.
+        value: the number, `inf` when no finite one is known. Never NaN.
         norm: norm of inputs and outputs: `"l2"` (2-norm of all entries), `"token"` (largest
             Euclidean norm of a token) or `"linf"` (largest absolute entry).
         kind: `"certified"` (an upper bound for inference, a fixed mask, at most the stated
-            number of tokens, in real arithmetic with the weights as they run), `"running"`
-            (the same formula fed with running norms, no guarantee) or `"lower"` (measured).
-        theorem: where the number comes from, for instance `"Theorem 3.B"`.
-        reason: why nothing finite is known. Required when `value` is `inf`.
+            number of tokens, in real arithmetic with the weights used at inference), `"running"`
+            (the same formula with running norms, no guarantee) or `"lower"` (measured).
+        theorem: the theorem that gives the number, for instance `"Theorem 3.B"`.
+        reason: why no finite number is known. Required when `value` is `inf`.
         published: the bound of Kim, Papamakarios and Mnih for the same quantity, `inf`
             when it was not evaluated.
 
@@ -69,13 +69,13 @@ class LipschitzBound:
             raise ValueError(f"`kind` must be one of {sorted(KINDS)}. Received: kind={self.kind!r}")
         if math.isinf(self.value) and not self.reason:
             raise ValueError(
-                "An infinite bound must say why in `reason`. "
+                "An infinite bound needs a `reason`. "
                 f"Received: value={self.value}, reason={self.reason!r}"
             )
 
     @property
     def is_finite(self) -> bool:
-        """Whether the bound says anything at all."""
+        """Whether the value is finite."""
         return math.isfinite(self.value)
 
     def __float__(self) -> float:

@@ -1,7 +1,7 @@
-"""Theorem 6 of docs/theory.md: the constant near one given input, in the 2-norm or token norm.
+"""Theorem 6 of docs/theory.md: the constant near a given input, in the 2-norm or token norm.
 
 Theorem 6 bounds the norm of each block `(i, j)` of the Jacobian on a ball. The norm of the matrix
-of these numbers is a bound in the 2-norm; the largest sum over a row is one in the token norm.
+of these bounds is a bound in the 2-norm; its largest row sum is a bound in the token norm.
 """
 
 import math
@@ -9,15 +9,14 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from keras_lipattn.bounds.key_weights import weights_of_pairs
+from keras_lipattn.bounds.key_weights import weighted_constants, weights_of_pairs
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
 from keras_lipattn.bounds.multihead import certified_layer_bound
-from keras_lipattn.bounds.scalars import s_star
 from keras_lipattn.bounds.unit_head import unit_head_bound
-from keras_lipattn.bounds.weighted import weighted_constants
+from keras_lipattn.bounds.unit_head_lemmas import s_star
 from keras_lipattn.linalg import SAFETY, operator_norm
 
-# Distances are rounded up or down by this factor, whichever is safe.
+# Relative amount by which distances are rounded, in the direction that keeps the bound valid.
 DISTANCE_ROUNDING = 1e-12
 # Entries of the largest intermediate array `(rows, N, d)`.
 BLOCK_ENTRIES = 1 << 22
@@ -32,18 +31,18 @@ def local_head_bound(
     covariance: str = "eigenvalue",
     cap: float | None = None,
 ) -> float:
-    """Constant of the unit head on the ball of a radius around its input `y`.
+    """Theorem 6: constant of the unit head on a ball around its input `y`.
 
     Args:
         y: shape `(N, d)`, the head's tokens `X B_h`, without padded tokens.
         radius: radius of the ball in the 2-norm of all entries, `>= 0`; 0 gives a bound of the
             Jacobian's norm at `y`.
         mask: shape `(N, N)`, true where query `i` sees key `j`, or the weight of key `j` for it.
-            The diagonal must be true, or 1. Everything is visible by default.
+            The diagonal must be true, or 1. By default every query sees every key.
         norm: `"l2"` or `"token"`, of inputs and outputs; the ball is one of the 2-norm for both.
-        covariance: `"eigenvalue"` is sharper, `"trace"` saves `N` eigenvalue problems.
-        cap: a constant valid everywhere; the result is never larger. The degrees of the mask
-            give one by default.
+        covariance: `"eigenvalue"` is tighter, `"trace"` avoids `N` eigenvalue problems.
+        cap: a constant for all inputs; the result is never larger. By default it is the global
+            constant for the mask or the weights.
 
     Returns:
         A float, `inf` when `y` is not finite.
@@ -108,7 +107,7 @@ def local_layer_bound(
     product_error: npt.ArrayLike = 0.0,
     published: float = math.inf,
 ) -> LipschitzBound:
-    """Constant of a layer on the ball of a radius around its input `x`.
+    """Theorem 6 with Theorems 5.1 and 5.2: constant of a layer on a ball around its input `x`.
 
     Args:
         x: shape `(N, D)`, without padded tokens.
@@ -131,7 +130,7 @@ def local_layer_bound(
         ValueError: see `local_head_bound`.
     """
     b, tokens = np.asarray(b, np.float64), np.asarray(x, np.float64)
-    # Heads do not notice a common shift of the tokens.
+    # A common shift of the tokens does not change the heads.
     tokens = tokens - tokens.mean(axis=0)
     size = len(tokens)
     errors = np.broadcast_to(np.asarray(query_error, np.float64), (len(b),))
@@ -139,7 +138,7 @@ def local_layer_bound(
     constants = [
         local_head_bound(
             tokens @ head,
-            # Other kernels also move the centre of the ball.
+            # Errors of the kernels also move the center of the ball.
             radius * (stretch + error) + float(np.linalg.norm(tokens)) * error,
             mask=visible,
             norm=norm,
@@ -225,14 +224,14 @@ def _block_norms(
         probability[index] = 1.0 / (1.0 + mass[:, 0])
 
     mean = np.einsum("ij,ijd->id", prob, edges)
-    centred = edges - mean[:, None]
-    reach = np.sqrt(np.square(centred).sum(axis=-1)) * (1.0 + DISTANCE_ROUNDING)
+    centered = edges - mean[:, None]
+    reach = np.sqrt(np.square(centered).sum(axis=-1)) * (1.0 + DISTANCE_ROUNDING)
     spread = radius * np.sqrt(prob_up.max(axis=1))
     change = np.maximum(prob_up - prob, prob - prob_down)
     mean_change = (change * reach).sum(axis=1) + spread
 
     if covariance == "eigenvalue":
-        weighted = centred * np.sqrt(prob_up)[..., None]
+        weighted = centered * np.sqrt(prob_up)[..., None]
         moments = np.matmul(weighted.transpose(0, 2, 1), weighted)
         largest = np.maximum(np.linalg.eigvalsh(moments)[:, -1], 0.0)
     else:
@@ -241,7 +240,7 @@ def _block_norms(
 
     shift = radius + mean_change[:, None]
     square = np.square((reach + shift) * far)
-    inner = np.einsum("ijd,ijd->ij", centred, edges)
+    inner = np.einsum("ijd,ijd->ij", centered, edges)
     turn = 1.0 - 2.0 * (inner - reach * travel - distance * shift - travel * shift)
     root = np.sqrt(np.maximum(np.square(square) + square * turn, 0.0))
     norms = prob_up * np.sqrt(np.maximum(turn + 2.0 * square + 2.0 * root, 1.0))

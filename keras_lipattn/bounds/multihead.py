@@ -1,10 +1,10 @@
-"""From folded kernels to the Lipschitz constant of a layer: one formula, several precisions.
+"""Section 5 of docs/theory.md: from folded kernels to the Lipschitz constant of a layer.
 
 A layer is `X -> sum_h g(X B_h) C_h + constant` with the unit head `g`. The functions below
-take the operator norm as an argument and the array namespace `xp` (`numpy` on the host,
-`keras.ops` in a graph), so that a running estimate and a certified number come from the same
-lines. `operator_norm(name, matrix)` gets one of three names, which tells a running estimate
-which vectors to use:
+take the operator norm and the array namespace `xp` (`numpy` on the host, `keras.ops` in a graph)
+as arguments, so that a running estimate and a certified number come from the same lines.
+`operator_norm(name, matrix)` receives one of three names, which tell a running estimate which
+vectors to use:
 
 - `"stacked_output"`: `stack(C_h / s_h)`, shape `(H*k, O)`, returns a scalar;
 - `"concatenated_query"`: `[s_h B_h]`, shape `(D, H*k)`, returns a scalar;
@@ -20,42 +20,25 @@ import typing
 import numpy as np
 import numpy.typing as npt
 
-from keras_lipattn.bounds.content_cache import cached_by_content
-from keras_lipattn.bounds.head_scaling import balancing_powers, polished_scaling
+from keras_lipattn.bounds.head_scaling import (
+    balancing_powers,
+    frobenius_scaling,
+    polished_scaling,
+    scaled_back,
+)
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
 from keras_lipattn.bounds.unit_head import UnitBound, unit_head_bound
-from keras_lipattn.linalg import SAFETY, fast_operator_norm
+from keras_lipattn.bounds.unit_head_lemmas import phi_inv
+from keras_lipattn.linalg import SAFETY, cached_by_content, fast_operator_norm
+from keras_lipattn.linalg.precision import SMALLEST_NORMAL
 
-# `(name, matrix) -> norm`, in the arrays of the namespace that is used.
+# `(name, matrix) -> norm`, in arrays of the namespace.
 OperatorNorm = typing.Callable[[str, typing.Any], typing.Any]
 
 # Relative error of a float64 product `B^T W_V W_O`, per unit of the product of the norms.
 PRODUCT_ROUNDING = 1e-14
 
 COMPOSITION = {"l2": "Theorem 5.1", "token": "Theorem 5.2"}
-
-
-def frobenius_scaling(b: typing.Any, c: typing.Any, xp: typing.Any) -> typing.Any:
-    """The scaling `s_h = sqrt(|C_h|_F / |B_h|_F)` of the heads.
-
-    It minimises the bound of Theorem 5.1 with Frobenius norms in place of operator norms. A
-    head with a zero matrix gets 1: values and gradients are finite everywhere.
-
-    Args:
-        b: shape `(H, D, k)`.
-        c: shape `(H, k, O)`.
-        xp: array namespace, `numpy` or `keras.ops`.
-
-    Returns:
-        Shape `(H,)`, positive and finite.
-    """
-    query_peak, query = _peaks_and_squares(b, xp)
-    output_peak, output = _peaks_and_squares(c, xp)
-    usable = xp.minimum(query, output) > 0.0
-    # The inner `where` keeps 0/0 out of the gradient, the outer one out of the value.
-    ratio = xp.where(usable, output, 1.0) / xp.where(usable, query, 1.0)
-    peaks = xp.where(usable, output_peak / query_peak, 1.0)
-    return xp.sqrt(peaks * xp.sqrt(ratio))
 
 
 def split_bound_l2(
@@ -122,7 +105,7 @@ def split_bound_token(
     if query_error is not None:
         sizes = sizes + query_error
     heads = scale * sizes
-    return stacked * _safe_sqrt(xp.sum(xp.square(heads)), xp)
+    return stacked * safe_sqrt(xp.sum(xp.square(heads)), xp)
 
 
 def bound_linf(
@@ -151,7 +134,7 @@ def bound_linf(
     Returns:
         A scalar of the namespace.
     """
-    columns = _safe_sqrt(xp.sum(xp.square(c), axis=1), xp)
+    columns = safe_sqrt(xp.sum(xp.square(c), axis=1), xp)
     values = xp.sum(xp.abs(xp.matmul(b, c)), axis=1)
     spread = xp.expand_dims(norm_2_to_1(b, operator_norm, xp), 1)
     if product_error is not None:
@@ -184,7 +167,7 @@ def norm_2_to_1(b: typing.Any, operator_norm: OperatorNorm, xp: typing.Any) -> t
     gram = xp.sum(xp.abs(xp.matmul(b, xp.transpose(b, (0, 2, 1)))), axis=(1, 2))
     column_sums = xp.sum(xp.square(xp.sum(xp.abs(b), axis=1)), axis=1)
     spectral = math.sqrt(b.shape[1]) * operator_norm("head_query", b)
-    return xp.minimum(_safe_sqrt(xp.minimum(gram, column_sums), xp), spectral)
+    return xp.minimum(safe_sqrt(xp.minimum(gram, column_sums), xp), spectral)
 
 
 def running_layer_bound(
@@ -196,10 +179,10 @@ def running_layer_bound(
     operator_norm: OperatorNorm,
     xp: typing.Any,
 ) -> typing.Any:
-    """The bound's formula with one scaling, for use in a graph.
+    """Theorems 5.1 to 5.3 with one scaling of the heads, for use in a graph.
 
-    With exact norms it is a valid upper bound, never below `certified_layer_bound`; with
-    running norms it promises nothing.
+    With exact norms it is a valid upper bound, never below `certified_layer_bound`. With running
+    norms there is no guarantee.
 
     Args:
         b: shape `(H, D, k)`.
@@ -243,7 +226,7 @@ def certified_layer_bound(
     product_error: npt.ArrayLike | None = None,
     published: float = math.inf,
 ) -> LipschitzBound:
-    """Certified Lipschitz bound of a layer of L2 attention heads.
+    """Certified Lipschitz bound of a layer of L2 attention heads: Theorems 5.1, 5.2 and 5.3.
 
     Valid at inference, for a fixed mask that keeps the diagonal and at most `tokens` tokens.
 
@@ -255,10 +238,10 @@ def certified_layer_bound(
         mask: `"full"` (padding included), `"causal"` or `"any"`.
         n_keys: for `mask="any"`, the largest number of other keys a query sees.
         n_queries: for `mask="any"`, the largest number of other queries that see a key.
-        head_constants: shape `(H,)`, constants of the heads in place of the unit head's
+        head_constants: shape `(H,)`, constants of the heads that replace the one of the unit head
             (from Theorem 6, for instance).
         head_scores: for `norm="linf"` with `head_constants`, shape `(H,)`: the constants `4 Phi`.
-        head_theorem: where `head_constants` come from.
+        head_theorem: the theorem behind `head_constants`.
         product_scale: scalar or shape `(H,)`, `||B_h|| ||W_V^h|| ||W_O^h||`. When given, an
             allowance for the rounding of the product `C_h` is added: it matters when the
             product cancels.
@@ -309,9 +292,8 @@ def certified_layer_bound(
             b, query = b * heads.reshape(-1, 1, 1), query * heads
         b, query, c, error = _balanced(b, query, c, error)
         # Kernels of size 1: squares neither overflow nor vanish. The bound is linear in each.
-        tiny = np.finfo(np.float64).tiny
-        size_b = max(float(np.abs(b).max()), float(query.max()), tiny)
-        size_c = max(float(np.abs(c).max()), float(error.max()), tiny)
+        size_b = max(float(np.abs(b).max()), float(query.max()), SMALLEST_NORMAL)
+        size_c = max(float(np.abs(c).max()), float(error.max()), SMALLEST_NORMAL)
         b, query, c, error = b / size_b, query / size_b, c / size_c, error / size_c
         if norm == "linf":
             unscaled = cached_by_content(_linf, b, c, rows, scores[:, None], query, error)
@@ -319,25 +301,77 @@ def certified_layer_bound(
         else:
             unscaled = unit.value * cached_by_content(_best_split, norm, b, c, query, error)
             theorem = f"{COMPOSITION[norm]} with {unit.theorem}"
-        value = SAFETY * unscaled * size_b * size_c
-        if unscaled > 0.0:
-            value = max(value, tiny)
-        if not math.isfinite(value):
-            value, theorem, reason = math.inf, "", "the bound is larger than the largest float64"
+        value, reason = scaled_back(unscaled, size_b, size_c)
     return LipschitzBound(
         value=value,
         norm=norm,
         kind="certified",
-        theorem=theorem,
+        theorem="" if reason else theorem,
         reason=reason,
         published=published,
     )
 
 
+def published_layer_bound(
+    query_kernel: npt.ArrayLike,
+    value_kernel: npt.ArrayLike,
+    output_kernel: npt.ArrayLike,
+    *,
+    norm: str,
+    tokens: int,
+) -> float:
+    """The bound of a layer by Kim, Papamakarios and Mnih, for comparison.
+
+    The exponent of the query kernel's norm in the 2-norm bound is 4 here. Section 2 of
+    docs/theory.md has a counterexample to the published exponent 2.
+
+    Args:
+        query_kernel: shape `(H, D, k)`, tied query and key kernel of each head.
+        value_kernel: shape `(H, D, v)`.
+        output_kernel: shape `(H, v, O)`.
+        norm: `"l2"` or `"linf"`. There is no published bound for `"token"`: `inf`.
+        tokens: number of tokens `N >= 1`.
+
+    Returns:
+        A float; `inf` when a kernel holds a NaN or infinite entry.
+
+    Reference: "The Lipschitz constant of self-attention", ICML 2021, Theorem 3.2.
+    """
+    query, value, output = (
+        np.asarray(kernel, np.float64) for kernel in (query_kernel, value_kernel, output_kernel)
+    )
+    if not all(np.isfinite(kernel).all() for kernel in (query, value, output)):
+        return math.inf
+    key_dim = query.shape[-1]
+    stacked = output.reshape(-1, output.shape[-1])
+    four_phi = 4.0 * phi_inv(tokens - 1)
+    # A bound larger than the largest float64 is `inf`.
+    with np.errstate(over="ignore"):
+        if norm == "l2":
+            heads = fast_operator_norm(query) ** 2 * fast_operator_norm(value)
+            head = math.sqrt(tokens / key_dim) * (four_phi + 1.0)
+            return float(SAFETY * head * math.hypot(*heads) * fast_operator_norm(stacked))
+        if norm == "linf":
+            rows = np.abs(query).sum(axis=2).max(axis=1)
+            columns = np.abs(query).sum(axis=1).max(axis=1)
+            values = np.abs(value).sum(axis=1).max()
+            outputs = np.abs(stacked).sum(axis=0).max()
+            head = four_phi + 1.0 / math.sqrt(key_dim)
+            return float(SAFETY * head * outputs * (rows * columns).max() * values)
+    return math.inf
+
+
+def safe_sqrt(x: typing.Any, xp: typing.Any) -> typing.Any:
+    """Square root with a finite gradient at 0."""
+    # The inner `where` keeps the infinite slope out of the gradient.
+    positive = x > 0.0
+    return xp.where(positive, xp.sqrt(xp.where(positive, x, 1.0)), 0.0)
+
+
 def _balanced(
     b: np.ndarray, query: np.ndarray, c: np.ndarray, error: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The same heads with both kernels of a head alike in size, errors included."""
+    """The same heads with kernels of equal size in each head, errors included."""
     powers = balancing_powers(
         np.maximum(np.abs(b).max(axis=(1, 2)), query), np.maximum(np.abs(c).max(axis=(1, 2)), error)
     )
@@ -388,39 +422,16 @@ def _stacked_output_norm(c, scale, operator_norm, xp, product_error):
 
 
 def _scaled_norm(name, matrix, scales, axis, operator_norm, xp):
-    """The norm of a matrix with one of its axes scaled, formed only for those who look at it."""
+    """Norm of a matrix with one axis scaled, which a norm with a method `scaled` does not form."""
     if hasattr(operator_norm, "scaled"):
         return operator_norm.scaled(name, matrix, scales, axis)
     return operator_norm(name, matrix * xp.expand_dims(scales, -3 - axis))
 
 
 def _per_feature(scale, key_dim, xp):
-    """A number for every head as one for every row or column of its block, `(H * key_dim,)`."""
+    """Repeats a number of each head for every row or column of its block, `(H * key_dim,)`."""
     heads = scale.shape[0]
     return xp.reshape(xp.broadcast_to(xp.expand_dims(scale, 1), (heads, key_dim)), (-1,))
-
-
-def _peaks_and_squares(matrices, xp):
-    """Largest absolute entry of every head's matrix, and the sum of squares relative to it.
-
-    Both `(H,)`. A float32 square overflows at 1e19 already.
-    """
-    peak = xp.max(xp.abs(matrices), axis=(1, 2))
-    peak = xp.where(peak > 0.0, peak, 1.0)
-    if xp is not np:
-        # The Frobenius norm does not depend on it.
-        peak = xp.stop_gradient(peak)
-    return peak, xp.sum(xp.square(matrices / _per_head(peak, xp)), axis=(1, 2))
-
-
-def _per_head(scale, xp):
-    return xp.reshape(scale, (-1, 1, 1))
-
-
-def _safe_sqrt(x, xp):
-    # The gradient of a square root is infinite at 0, hence the inner `where`.
-    positive = x > 0.0
-    return xp.where(positive, xp.sqrt(xp.where(positive, x, 1.0)), 0.0)
 
 
 def _check_shapes(b: np.ndarray, c: np.ndarray) -> None:

@@ -1,16 +1,32 @@
-"""Lipschitz constants of the unit head, the map `Y -> softmax(-|y_i - y_j|^2) Y`."""
+"""Lipschitz constants of the unit head, the map `Y -> softmax(-|y_i - y_j|^2) Y`.
+
+Theorems 3.A to 3.E bound the 2-norm, Theorem 4 is the exact constant of the token norm, Theorem
+5.3 needs two numbers for the max norm. A mask keeps the diagonal: a token always sees itself.
+"""
 
 import functools
 import math
 import typing
 
-from keras_lipattn.bounds.any_mask import any_mask_bound
-from keras_lipattn.bounds.causal_mask import causal_mask_bound
-from keras_lipattn.bounds.closed_form import closed_form_bound, closed_form_degree_bound
-from keras_lipattn.bounds.full_mask import full_mask_bound
+import numpy as np
+import numpy.typing as npt
+
 from keras_lipattn.bounds.lipschitz_bound import NORMS
-from keras_lipattn.bounds.scalars import phi_inv
-from keras_lipattn.bounds.token_norm import token_norm_bound
+from keras_lipattn.bounds.unit_head_lemmas import (
+    ENTROPY_PEAK,
+    SQUARE_MAJORANT,
+    Cells,
+    Floats,
+    cells,
+    diagonal_block,
+    diagonal_parts,
+    majorant_norm,
+    off_diagonal,
+    optimized_bound,
+    phi_inv,
+    points,
+    s_star,
+)
 from keras_lipattn.linalg import SAFETY
 
 MASKS = ("full", "causal", "any")
@@ -19,9 +35,16 @@ UNKNOWN_LENGTH = (
     "the number of tokens is not known and the constant grows with it; state the sequence length"
 )
 
+# Number of cells of the row mass on which a theorem is evaluated.
+_CELLS = 6000
+# Split of the constant term in Theorem 3.B; 0 first.
+_SPLITS = np.concatenate([[0.0], np.geomspace(0.1, 400.0, 44)])
+# Logarithms of `beta` and of the excess for Theorems 3.D and 3.E.
+_DEGREE_AXES = np.linspace(math.log(0.001), 0.0, 12), np.linspace(-5.0, 4.0, 12)
+
 
 class UnitBound(typing.NamedTuple):
-    """Constant of the unit head and where it comes from.
+    """Constant of the unit head and the theorem it comes from.
 
     Attributes:
         value: the constant, a Python float. For `"linf"` it is the row constant `V` of
@@ -46,10 +69,10 @@ def unit_head_bound(
     n_keys: int | None = None,
     n_queries: int | None = None,
 ) -> UnitBound:
-    """Certified Lipschitz constant of the unit head.
+    """Certified Lipschitz constant of the unit head: the smallest of Theorems 3.A to 3.D, or 4.
 
-    The mask must keep the diagonal, and padded tokens must be seen by nobody and give rows of
-    zeros; `"full"` and `"causal"` then cover every shorter or padded sequence too.
+    The mask must keep the diagonal. No token may see a padded one, and padded rows of the output
+    must be zero; `"full"` and `"causal"` then cover every shorter or padded sequence too.
 
     Args:
         tokens: largest number of tokens `N >= 1`, or `None` when unknown.
@@ -99,14 +122,100 @@ def unit_head_bound(
     return _l2(tokens, mask)
 
 
+def token_norm_bound(n_keys: float) -> float:
+    """Theorem 4: `V = 1 + 4 S*`, the constant of the unit head in the token norm.
+
+    Args:
+        n_keys: largest number of other keys a query sees, `>= 0`.
+
+    Returns:
+        A float; attained when `n_keys` is even, for every mask with diagonal.
+    """
+    return SAFETY * (1.0 + 4.0 * s_star(n_keys))
+
+
+def published_head_bound(tokens: int) -> float:
+    """The 2-norm constant of Kim, Papamakarios and Mnih, `sqrt(N) (4 Phi + 1)`.
+
+    Args:
+        tokens: number of tokens `N >= 1`.
+
+    Returns:
+        A float. Valid for every mask that keeps the diagonal.
+
+    Reference: "The Lipschitz constant of self-attention", ICML 2021, Theorem 3.2.
+    """
+    return math.sqrt(tokens) * (4.0 * phi_inv(tokens - 1) + 1.0)
+
+
+def mask_degrees(mask: npt.ArrayLike) -> tuple[int, int]:
+    """Largest number of other keys a query sees, and of other queries that see a key.
+
+    Args:
+        mask: array of shape `(N, N)` or `(..., N, N)`, true where query `i` sees key `j`. The
+            diagonal does not matter: a token always sees itself. With leading axes the degrees
+            are the largest over them.
+
+    Returns:
+        `(n_keys, n_queries)`, two integers.
+
+    Raises:
+        ValueError: if the last two axes are not square.
+    """
+    mask = np.asarray(mask)
+    if mask.ndim < 2 or mask.shape[-1] != mask.shape[-2]:
+        raise ValueError(
+            "`mask` must be square, of shape `(..., N, N)`: queries and keys of self-attention "
+            f"are the same tokens. Received: shape={mask.shape}"
+        )
+    others = mask.astype(bool) & ~np.eye(mask.shape[-1], dtype=bool)
+    if others.size == 0:
+        return 0, 0
+    return int(others.sum(axis=-1).max()), int(others.sum(axis=-2).max())
+
+
+def weighted_bound(n_keys: float, n_queries: float) -> float:
+    """Theorem 3.E (i): the 2-norm where keys have weights, the own one being 1.
+
+    Args:
+        n_keys: largest sum of the weights of the other keys of a query, `> 0`.
+        n_queries: largest sum of the weights of a key for the other queries.
+
+    Returns:
+        A float, certified.
+    """
+    return _by_degrees(n_keys, n_queries, _weighted_entry)[0]
+
+
+def weighted_bounds(totals: typing.Sequence[float]) -> list[float]:
+    """`weighted_bound(n, n)` for increasing `n`, from a faster search on fewer cells.
+
+    Each search starts around the parameters of the one before.
+    """
+    bounds, axes = [], _DEGREE_AXES
+    for n in totals:
+        bound, logs = _by_degrees(n, n, _weighted_entry, axes=axes, count=1500)
+        bounds.append(bound)
+        axes = [np.linspace(log - 0.4, log + 0.4, 3) for log in logs]
+        axes[0] = np.minimum(axes[0], 0.0)
+    return bounds
+
+
 @functools.lru_cache(maxsize=4096)
 def _l2(tokens: int, mask: str) -> UnitBound:
     if tokens == 1:
         return UnitBound(1.0, IDENTITY)
-    own = (full_mask_bound, "Theorem 3.B") if mask == "full" else (causal_mask_bound, "Theorem 3.C")
+    own = (
+        UnitBound(_full_mask(tokens), "Theorem 3.B")
+        if mask == "full"
+        else UnitBound(_causal_mask(tokens), "Theorem 3.C")
+    )
+    phi = phi_inv(tokens - 1)
+    column = math.sqrt(tokens if mask == "full" else 2.0 * tokens)
+    closed = math.sqrt(column) + 2.0 * phi + 2.0 * math.sqrt(SQUARE_MAJORANT * phi * column)
     return min(
-        UnitBound(own[0](tokens), own[1]),
-        UnitBound(closed_form_bound(tokens, mask), "Theorem 3.A"),
+        own,
+        UnitBound(SAFETY * closed, "Theorem 3.A"),
         _l2_by_degrees(tokens, tokens - 1, tokens - 1),
     )
 
@@ -115,14 +224,136 @@ def _l2(tokens: int, mask: str) -> UnitBound:
 def _l2_by_degrees(tokens: int | None, n_keys: int, n_queries: int) -> UnitBound:
     if n_keys == 0 or n_queries == 0:
         return UnitBound(1.0, IDENTITY)
+    phi = phi_inv(n_keys)
+    closed = math.sqrt(1.0 + n_queries / 2.0) + 2.0 * phi
+    closed += 2.0 * math.sqrt(ENTROPY_PEAK * phi * n_queries)
     candidates = [
-        UnitBound(any_mask_bound(n_keys, n_queries), "Theorem 3.D"),
-        UnitBound(closed_form_degree_bound(n_keys, n_queries), "Theorem 3.A"),
+        UnitBound(_by_degrees(n_keys, n_queries, _masked_entry)[0], "Theorem 3.D"),
+        UnitBound(SAFETY * closed, "Theorem 3.A"),
     ]
     if tokens is not None:
-        published = SAFETY * math.sqrt(tokens) * (4.0 * phi_inv(n_keys) + 1.0)
+        published = SAFETY * math.sqrt(tokens) * (4.0 * phi + 1.0)
         candidates.append(UnitBound(published, "Kim et al., Theorem 3.2"))
     return min(candidates)
+
+
+def _full_mask(tokens: int) -> float:
+    """Theorem 3.B for `tokens >= 2`."""
+    n = tokens - 1
+    return optimized_bound(
+        functools.partial(_full_squared, n),
+        (np.linspace(math.log(0.005), 0.0, 12), np.linspace(-4.0, 4.0, 12)),
+        sample=points(n, 160),
+        cover=cells(n, _CELLS),
+    )[0]
+
+
+def _full_squared(n: int, grid: Cells, beta: float, excess: float) -> float:
+    """Square of the bound; `B` is `1 + excess` times the smallest value the grid admits."""
+    low, high = grid
+    load = off_diagonal(high, n, beta) / (1.0 + low) ** 1.5
+    scale = (1.0 + excess) * load.max()
+    constants = majorant_norm(1.0 - _SPLITS, 1.0 / beta)
+    columns = _SPLITS[:, None] * high + constants[:, None] * math.sqrt(n)
+    row = diagonal_block(low, high, n) ** 2 / (1.0 - load / scale)
+    return float((row + scale * columns.min(axis=0)).max())
+
+
+def _causal_mask(tokens: int) -> float:
+    """Theorem 3.C for `tokens >= 2`."""
+    n = tokens - 1
+    sampled = _positions(tokens, 24)
+    ends = np.union1d(_positions(tokens, 160), np.arange(1, min(tokens, 64) + 1))
+    axes = (
+        np.linspace(math.log(0.005), 0.0, 7),
+        np.linspace(math.log(0.05), math.log(20.0), 6),
+        np.linspace(-4.0, 2.0, 5),
+    )
+    return optimized_bound(
+        _CausalGrid.squared_bound,
+        axes,
+        sample=_CausalGrid(tokens, points(n, 120), starts=sampled - 1, ends=sampled),
+        cover=_CausalGrid(
+            tokens, cells(n, _CELLS), starts=np.concatenate([[0], ends[:-1]]), ends=ends
+        ),
+    )[0]
+
+
+def _positions(tokens: int, count: int) -> np.ndarray:
+    return np.unique(np.round(np.geomspace(1, tokens, count)).astype(np.int64))
+
+
+class _CausalGrid:
+    """Cells of the row mass times blocks of positions, for one number of tokens.
+
+    A block `(start, end]` of positions is evaluated with the largest number of visible keys,
+    `end - 1`, and the largest number of later queries, `N - start - 1`. The first is `(0, 1]`.
+    """
+
+    def __init__(self, tokens: int, grid: Cells, *, starts: np.ndarray, ends: np.ndarray) -> None:
+        self.n = tokens - 1
+        self.low, self.high = grid
+        self.later = np.sqrt(tokens - starts - 1.0)
+        keys = ends[1:, None] - 1.0
+        own, slope, log_mass = diagonal_parts(self.low, self.high)
+        diagonal = own + slope * np.maximum(np.log(keys) - log_mass, 0.0)
+        self.diagonal_squared = np.where(self.low <= keys, diagonal**2, 0.0)
+
+    def squared_bound(self, beta: float, excess_kappa: float, excess: float) -> float:
+        """Square of the bound; `zbar` is `1 + excess` times the smallest admissible value."""
+        kappa = 1.0 + excess_kappa
+        weight = np.minimum(1.0, kappa / (self.high + np.sqrt(self.high**2 + kappa)))
+        load = off_diagonal(self.high, self.n, beta) / (1.0 + self.low) ** 2 / weight
+        scale = (1.0 + excess) * load.max()
+        inverse = 1.0 / (1.0 - load / scale)
+        # The first token sees only itself: its row mass is 0, which lies in the first cell.
+        row = np.concatenate([inverse[:1], (self.diagonal_squared * inverse).max(axis=1)])
+        column = float(majorant_norm(1.0, 1.0 / beta)) * math.sqrt(kappa) * scale
+        return float((row + column * self.later).max())
+
+
+def _by_degrees(
+    n_keys: float,
+    n_queries: float,
+    entry: typing.Callable[[Floats, float], Floats | float],
+    *,
+    axes: typing.Sequence[Floats] = _DEGREE_AXES,
+    count: int = _CELLS,
+) -> tuple[float, tuple[float, ...]]:
+    """Theorems 3.D and 3.E (i), which differ in the bound `h` of an entry: `(bound, logs)`."""
+    return optimized_bound(
+        functools.partial(_degrees_squared, n_keys, n_queries, entry),
+        axes,
+        sample=points(n_keys, 160),
+        cover=cells(n_keys, count),
+    )
+
+
+def _degrees_squared(
+    n_keys: float,
+    n_queries: float,
+    entry: typing.Callable[[Floats, float], Floats | float],
+    grid: Cells,
+    beta: float,
+    excess: float,
+) -> float:
+    """Square of the bound; `B` is `1 + excess` times the smallest value the grid admits."""
+    low, high = grid
+    load = off_diagonal(high, n_keys, beta) * entry(high, beta) / (1.0 + low) ** 2
+    scale = (1.0 + excess) * load.max()
+    row = diagonal_block(low, high, n_keys) ** 2 / (1.0 - load / scale)
+    return float(row.max() + scale * n_queries)
+
+
+def _masked_entry(high: Floats, beta: float) -> Floats:
+    """`h(S)`, the largest `kappa (1 + log(1 / kappa) / beta)` of an entry `kappa <= min(1, S)`."""
+    kappa = np.minimum(np.minimum(1.0, high), math.exp(beta - 1.0))
+    return kappa * (1.0 - np.log(kappa) / beta)
+
+
+def _weighted_entry(high: Floats, beta: float) -> float:
+    """The same for any `kappa` in `(0, 1]`: a near key of small weight adds little to `S`."""
+    return math.exp(beta - 1.0) / beta
 
 
 def _whole(name: str, value: int | None, *, least: int) -> int | None:

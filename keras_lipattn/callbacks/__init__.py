@@ -1,8 +1,6 @@
-"""Callbacks that watch and penalise Lipschitz bounds during `fit`, and survive interruptions."""
+"""Callbacks that log and penalize Lipschitz bounds in `fit`, and callbacks for interruptions."""
 
-from keras_lipattn.callbacks.durable_backup import DurableBackup
-from keras_lipattn.callbacks.durable_checkpoint import DurableCheckpoint
-from keras_lipattn.callbacks.durable_csv_logger import DurableCSVLogger
+from keras_lipattn.callbacks.durable import DurableBackup, DurableCheckpoint, DurableCSVLogger
 from keras_lipattn.callbacks.lipschitz_monitor import LipschitzMonitor
 
 __all__ = ["DurableBackup", "DurableCSVLogger", "DurableCheckpoint", "LipschitzMonitor"]

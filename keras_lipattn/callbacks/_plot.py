@@ -1,4 +1,4 @@
-"""Drawing bounds over epochs."""
+"""Plot of bounds over epochs."""
 
 import math
 import os
@@ -8,7 +8,7 @@ from keras_lipattn._whole_file import whole_file
 
 Bounds = Sequence[float]
 
-# More layers than this are told apart by depth, not one by one.
+# More layers than this are colored by depth and only the first and last are named.
 MOST_NAMED = 10
 
 
@@ -25,13 +25,13 @@ def plot_bounds(
     """Writes an image of bounds over epochs, 1200 by 750 pixels as a PNG.
 
     Args:
-        path: Where to write it; the ending of the name chooses the format.
+        path: Path of the image. Its suffix determines the format.
         title: Title of the plot.
         epochs: Numbers of the epochs.
         total: Certified bound of the model in each epoch.
         layers: Dictionary from names to certified bounds in each epoch.
-        running: Dictionary from names to running bounds in each epoch; may lack names.
-        targets: Dictionary from names to targets; may lack names.
+        running: Dictionary from names to running bounds in each epoch. Names may be missing.
+        targets: Dictionary from names to targets. Names may be missing.
     """
     try:
         from matplotlib import colormaps
@@ -61,7 +61,7 @@ def plot_bounds(
     if running:
         axes.plot([], [], color="gray", linewidth=1.2, linestyle=":", marker="x", label="running")
     draw.scale()
-    # Clear of the triangles at the upper edge.
+    # Leaves room for the triangles at the upper edge.
     axes.set_title(title, pad=14.0)
     axes.set_xlabel("epoch")
     axes.set_ylabel("bound of the Lipschitz constant")
@@ -73,7 +73,7 @@ def plot_bounds(
 
 
 class _Drawing:
-    """Lines on axes, and what was drawn, to choose the scale by."""
+    """Lines on axes, and the values drawn so far, which determine the scale."""
 
     def __init__(self, axes, epochs: Sequence[int]) -> None:
         self._axes = axes
@@ -93,7 +93,7 @@ class _Drawing:
     ) -> None:
         finite = [value if math.isfinite(value) else math.nan for value in values]
         self._finite += [value for value in finite if not math.isnan(value)]
-        # Markers, since a single point makes no line.
+        # With markers, since a single point makes no line.
         self._axes.plot(
             self._epochs,
             finite,
@@ -107,7 +107,7 @@ class _Drawing:
         above = [epoch for epoch, v in zip(self._epochs, values, strict=True) if math.isinf(v)]
         if above:
             self._infinite = True
-            # At the upper edge, whatever the scale; the total's is wider than those over it.
+            # At the upper edge for any scale. Sized by line width, so the total stays visible.
             self._axes.plot(
                 above,
                 [1.0] * len(above),

@@ -1,11 +1,10 @@
 """From a model to a certificate: rules for layers, propagation of constants, a value to keep."""
 
-from keras_lipattn.certification.certificate import Certificate
-from keras_lipattn.certification.certificate_row import CertificateRow
+from keras_lipattn.certification.certificate import Certificate, CertificateRow
+from keras_lipattn.certification.certified_radii import certified_radius
 from keras_lipattn.certification.certifying import certify
 from keras_lipattn.certification.fingerprint import fingerprint_of
 from keras_lipattn.certification.layer_call import LayerCall
-from keras_lipattn.certification.local_radii import local_radius
 from keras_lipattn.certification.maps import (
     Affine,
     CenterValue,
@@ -40,9 +39,9 @@ __all__ = [
     "ThreatModel",
     "TokenMixing",
     "TokenRange",
+    "certified_radius",
     "certify",
     "chain",
     "fingerprint_of",
-    "local_radius",
     "register_rule",
 ]

@@ -7,10 +7,8 @@ import keras
 import numpy as np
 from keras import KerasTensor
 
-from keras_lipattn.certification.tracing import Trace, TracedCall
-
-DEPENDS_ON_BATCH = "what it computes depends on how many examples are in the batch"
-MOVES_BATCH = "it mixes the examples of a batch, or moves the batch axis"
+from keras_lipattn.certification.reasons import DEPENDS_ON_BATCH, MOVES_BATCH, Reason
+from keras_lipattn.certification.trace import Trace, TracedCall
 
 # Attributes that hold a shape, whose first entry may be a multiple of the batch size.
 _TARGET_SHAPES = {"Reshape": "newshape", "BroadcastTo": "shape"}
@@ -49,7 +47,7 @@ class BatchComparison:
         self._first, self._second = first, second
         # Tensors whose shape depends on the batch in no way that is understood have no layout.
         self.layouts: dict[int, Layout] = {}
-        self.refusals: dict[int, str] = {}
+        self.refusals: dict[int, Reason] = {}
         self.differ = len(first.calls) != len(second.calls)
         if self.differ:
             return
@@ -62,7 +60,7 @@ class BatchComparison:
             if refusal:
                 self.refusals[index] = refusal
 
-    def _compare_calls(self, one: TracedCall, other: TracedCall) -> str:
+    def _compare_calls(self, one: TracedCall, other: TracedCall) -> Reason | None:
         for tensors in zip(
             [*one.tensors, *one.outputs], [*other.tensors, *other.outputs], strict=False
         ):
@@ -78,7 +76,7 @@ class BatchComparison:
         one.args, one.kwargs = args
         if any(id(tensor) not in self.layouts for tensor in one.outputs):
             return MOVES_BATCH
-        return ""
+        return None
 
     def _compare_tensors(self, one: KerasTensor, other: KerasTensor) -> None:
         if id(one) in self.layouts:

@@ -8,15 +8,15 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_lipattn.certification.tracing import function_of, input_keys
+from keras_lipattn.certification.keras_models import function_of, input_keys
 
 
-def check_ball(around: Any, radius: Any) -> None:
+def check_ball(center: Any, radius: Any) -> None:
     """Raises a `ValueError` unless both or none are given, and the radius is one."""
-    if (around is None) != (radius is None):
+    if (center is None) != (radius is None):
         raise ValueError(
-            "`around` and `radius` make a ball together: give both or none. "
-            f"Received: around {'missing' if around is None else 'given'}, radius={radius!r}"
+            "`center` and `radius` make a ball together: give both or none. "
+            f"Received: center {'missing' if center is None else 'given'}, radius={radius!r}"
         )
     if radius is not None and not (
         isinstance(radius, int | float | np.number)
@@ -28,12 +28,12 @@ def check_ball(around: Any, radius: Any) -> None:
         )
 
 
-def examples_of(model: keras.Model, around: Any) -> tuple[Any, list[list[np.ndarray]]]:
+def examples_of(model: keras.Model, center: Any) -> tuple[Any, list[list[np.ndarray]]]:
     """The centers of the balls.
 
     Args:
         model: the model.
-        around: its inputs, in the structure of the call: one example without a batch axis, or a
+        center: its inputs, in the structure of the call: one example without a batch axis, or a
             batch.
 
     Returns:
@@ -44,24 +44,24 @@ def examples_of(model: keras.Model, around: Any) -> tuple[Any, list[list[np.ndar
         ValueError: if they are not finite, or not of the shapes that the model takes.
     """
     function = function_of(model)
-    if function is not None and isinstance(around, dict):
+    if function is not None and isinstance(center, dict):
         names = input_keys(function)
-        if set(around) != set(names):
-            raise ValueError(f"`around` must have the keys {names}. Received: {list(around)}")
-        around = [around[name] for name in names]
-    arrays = keras.tree.map_structure(lambda leaf: np.asarray(_numbers(leaf)), around)
+        if set(center) != set(names):
+            raise ValueError(f"`center` must have the keys {names}. Received: {list(center)}")
+        center = [center[name] for name in names]
+    arrays = keras.tree.map_structure(lambda leaf: np.asarray(_numbers(leaf)), center)
     flat = keras.tree.flatten(arrays)
     shapes = _shapes(model, function, flat)
     if len(flat) != len(shapes):
         raise ValueError(
-            f"`around` must have one array for each of the {len(shapes)} inputs of the model. "
+            f"`center` must have one array for each of the {len(shapes)} inputs of the model. "
             f"Received: {len(flat)} arrays"
         )
     batched = [_with_batch(array, shape) for array, shape in zip(flat, shapes, strict=True)]
     count = len(batched[0])
     if count == 0 or any(len(array) != count for array in batched):
         raise ValueError(
-            "`around` must have at least one example, as many in every input. "
+            "`center` must have at least one example, as many in every input. "
             f"Received: {[len(array) for array in batched]} examples"
         )
     structure = keras.tree.pack_sequence_as(arrays, batched)
@@ -107,12 +107,12 @@ def _with_batch(array: np.ndarray, shape: tuple) -> np.ndarray:
     )
     if not fits or array.dtype.kind not in "fiub":
         raise ValueError(
-            "`around` must hold one example of an input of the model, or a batch of them, of shape "
+            "`center` must hold one example of an input of the model, or a batch of them, of shape "
             f"{shape}. Received: an array of shape {array.shape} and dtype {array.dtype}"
         )
     if not np.isfinite(array).all():
         raise ValueError(
-            "`around` must be finite. Received: an array with entries that are NaN or infinite"
+            "`center` must be finite. Received: an array with entries that are NaN or infinite"
         )
     if array.dtype.kind == "f":
         array = array.astype(np.float64)

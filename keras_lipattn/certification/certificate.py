@@ -12,9 +12,8 @@ import keras
 import numpy as np
 
 from keras_lipattn.bounds.lipschitz_bound import NORMS
-from keras_lipattn.certification.certificate_row import CertificateRow
 from keras_lipattn.certification.fingerprint import fingerprint_of
-from keras_lipattn.certification.replacements import REPLACEMENTS
+from keras_lipattn.certification.reasons import REPLACEMENTS
 from keras_lipattn.certification.threat_model import ThreatModel
 from keras_lipattn.linalg import SAFETY
 
@@ -23,6 +22,49 @@ SCHEMA = 1
 # than a fifth of one grey level of an image in [0, 1].
 VACUOUS_ABOVE = 1e3
 _MOST_PROPOSALS = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CertificateRow:
+    """What a certificate says about one call of a layer.
+
+    Args:
+        path: names of the models and layers on the way to the call, joined by "/"; unique in the
+            certificate. A layer that is called again gets ":call2" and so on; of different layers
+            of one name in a subclassed model the second has "#2".
+        layer: class of the layer, or of the node of `keras.ops`.
+        constant: Lipschitz constant of the call alone, in the norm of the certificate, with
+            respect to its inputs side by side.
+        published: the same by the earlier published bound, where there is one.
+        radius: radius of the ball that holds the tokens of its input, `inf` if none is known.
+        tokens: largest number of tokens of its input, `None` if it is not known.
+        theorem: where the constant comes from.
+        reason: why it is `inf` and what to do, in one line.
+        replacement: for a row that is `inf`, what to use in place of the layer, if that helps.
+        exact: whether the constant is attained or approached by the call alone.
+        cost: what the call adds to the natural logarithm of the total. The costs of all rows
+            sum to it: those of the branches of a sum count by their weight in the sum, and
+            the sum itself pays for having several.
+        explained_by: for a row that is `inf` only because of another row, the path of that row.
+    """
+
+    path: str
+    layer: str
+    constant: float
+    published: float
+    radius: float = math.inf
+    tokens: int | None = None
+    theorem: str = ""
+    reason: str = ""
+    replacement: str = ""
+    exact: bool = False
+    cost: float = 0.0
+    explained_by: str = ""
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the row says anything at all."""
+        return math.isfinite(self.constant)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,15 +82,15 @@ class Certificate:
         rows: one `CertificateRow` per call of a layer, in the order they run.
         head: `"softmax"`, `"sigmoid"`, `"logits"`, `"logit"` or `""`: what kind of classifier the
             model looks like.
-        pairs: for each pair of classes an upper bound of how fast the difference of their logits
-            can change; empty for models that are no classifiers.
+        pairwise_constants: for each pair of classes a Lipschitz constant of the difference of their
+            logits; empty for models that are not classifiers.
         fingerprint: SHA-256 of the weights, see `matches`.
 
     Example:
 
     >>> certificate = certify(model)
     >>> print(certificate)
-    >>> certificate.radius(logits)
+    >>> certificate.certified_radius(logits)
     """
 
     model: str
@@ -59,7 +101,7 @@ class Certificate:
     threat_model: ThreatModel
     rows: tuple[CertificateRow, ...]
     head: str = ""
-    pairs: tuple[tuple[float, ...], ...] = ()
+    pairwise_constants: tuple[tuple[float, ...], ...] = ()
     fingerprint: str = ""
 
     @property
@@ -159,7 +201,7 @@ class Certificate:
 
     # Classifiers ------------------------------------------------------------------------------
 
-    def pair_radius(self, logits: Any, *, allowance: float = 0.0) -> np.ndarray:
+    def pairwise_radius(self, logits: Any, *, allowance: float = 0.0) -> np.ndarray:
         """For each example and rival class, how far the input must move to make the rival win.
 
         Args:
@@ -176,7 +218,7 @@ class Certificate:
             ValueError: if the model is no classifier, or `logits` has another number of classes.
         """
         logits = np.asarray(logits, np.float64)
-        pairs = self._pairs_for(logits)
+        pairs = self._pairwise_constants_for(logits)
         classes = logits.shape[-1]
         winner = logits.argmax(axis=-1)
         with np.errstate(invalid="ignore"):
@@ -189,7 +231,7 @@ class Certificate:
         own = np.arange(classes) == winner[..., None]
         return np.where(own & np.isfinite(logits), np.inf, np.where(np.isnan(radii), 0.0, radii))
 
-    def radius(self, logits: Any, *, allowance: float = 0.0) -> np.ndarray:
+    def certified_radius(self, logits: Any, *, allowance: float = 0.0) -> np.ndarray:
         """Radius of the open ball around each input on which its class provably stays.
 
         The ball is one of the norm of the threat model, within the domain named there. A model
@@ -215,22 +257,23 @@ class Certificate:
                 radius = (np.abs(logits) - allowance) / self.total
             radius = np.where(np.isfinite(logits) & (radius > 0.0), radius, 0.0)
         else:
-            radius = self.pair_radius(logits, allowance=allowance).min(axis=-1)
+            radius = self.pairwise_radius(logits, allowance=allowance).min(axis=-1)
         return np.minimum(radius, self.threat_model.radius)
 
-    def _pairs_for(self, logits: np.ndarray) -> np.ndarray:
+    def _pairwise_constants_for(self, logits: np.ndarray) -> np.ndarray:
         if self.head not in ("softmax", "logits"):
             raise ValueError(
                 "Only a model with one vector of two or more logits per example has margins "
                 f"between classes. Received: a model whose head is {self.head!r}"
             )
         classes = logits.shape[-1] if logits.ndim else 0
-        if self.pairs:
-            if classes != len(self.pairs):
+        if self.pairwise_constants:
+            if classes != len(self.pairwise_constants):
                 raise ValueError(
-                    f"`logits` must have {len(self.pairs)} classes. Received: shape={logits.shape}"
+                    f"`logits` must have {len(self.pairwise_constants)} classes. "
+                    f"Received: shape={logits.shape}"
                 )
-            return np.asarray(self.pairs)
+            return np.asarray(self.pairwise_constants)
         if classes < 2:
             raise ValueError(
                 f"`logits` must have at least two classes. Received: shape={logits.shape}"
@@ -308,10 +351,7 @@ class Certificate:
 
 def _proposals_without_bound(classes: dict[str, list[CertificateRow]]):
     for layer, rows in classes.items():
-        # Where a reason says something else to do, another layer would not help.
-        replacements = [
-            row.reason.partition("; use ")[2] for row in rows if not row.is_finite and row.reason
-        ]
+        replacements = [row.replacement for row in rows if not row.is_finite]
         for replacement in dict.fromkeys(filter(None, replacements)):
             count = replacements.count(replacement)
             yield f"{count} {layer}, no bound: use {replacement}"

@@ -10,20 +10,19 @@ import numpy as np
 from keras_lipattn.bounds.lipschitz_bound import NORMS
 from keras_lipattn.certification import rules as _rules  # registers the rules
 from keras_lipattn.certification.centers import check_ball, describe, examples_of
-from keras_lipattn.certification.certificate import Certificate
-from keras_lipattn.certification.certificate_row import CertificateRow
-from keras_lipattn.certification.classifier_head import pair_constants
-from keras_lipattn.certification.enclosure import Enclosure
+from keras_lipattn.certification.certificate import Certificate, CertificateRow
+from keras_lipattn.certification.classifier_head import pairwise_constants
 from keras_lipattn.certification.evaluation import require_float64
 from keras_lipattn.certification.fingerprint import fingerprint_of
 from keras_lipattn.certification.local_pass import LocalPass
-from keras_lipattn.certification.maps import side_by_side, unbounded
-from keras_lipattn.certification.propagation import Options, Propagation, Row
+from keras_lipattn.certification.maps import side_by_side
+from keras_lipattn.certification.propagation import Options, Propagation
+from keras_lipattn.certification.reasons import Cause, Reason
 from keras_lipattn.certification.self_check import check_certificate
-from keras_lipattn.certification.tensor_state import TensorState
+from keras_lipattn.certification.tensor_state import Enclosure, TensorState
 from keras_lipattn.certification.threat_model import ThreatModel
+from keras_lipattn.certification.trace import TraceError
 from keras_lipattn.certification.traced_model import TracedModel
-from keras_lipattn.certification.tracing import TraceError
 from keras_lipattn.linalg import SAFETY
 
 _OUTPUTS = {
@@ -43,7 +42,7 @@ def certify(
     assume_fixed_mask: bool = False,
     mask: Any = None,
     inputs: Any = None,
-    around: Any = None,
+    center: Any = None,
     radius: float | None = None,
     check: bool = False,
 ) -> Certificate:
@@ -57,7 +56,7 @@ def certify(
     `inf`. The model is not changed in any way: not its weights, losses, random state,
     traced functions, nor its graph.
 
-    With `around` and `radius` the certificate is a local one: for inputs in the ball of this
+    With `center` and `radius` the certificate is a local one: for inputs in the ball of this
     radius around a given input, in the chosen norm. It is never larger than the global one, and
     often much smaller: attention uses what it sees there (Theorem 6), normalizations the sizes of
     their tokens, products the sizes of their factors. Everything else keeps its global constant.
@@ -79,7 +78,7 @@ def certify(
             visible pairs. `None`: none from outside, and `"any"` for those in the graph.
         inputs: for subclassed models, what they are called on: arrays, or `keras.KerasTensor`s, in
             the structure of the call. By default the shape they were built with, as floats.
-        around: for a local certificate, the center: one example (no batch axis) in the structure of
+        center: for a local certificate, the center: one example (no batch axis) in the structure of
             the call, or a batch of examples. For a batch the certificate holds in each of the
             balls: its total and its pairs are the largest of all, its rows are those of the
             example with the largest total. Lengths and masks are those of the examples; integers
@@ -94,7 +93,7 @@ def certify(
 
     Raises:
         ValueError: if `model` is not a built model, an argument is out of range, or only one of
-            `around` and `radius` is given.
+            `center` and `radius` is given.
         CertificateRefuted: with `check=True`, if a measurement contradicts the certificate. That is
             an error of this package; please report it.
 
@@ -111,7 +110,7 @@ def certify(
         everything else.
     """
     _check_arguments(model, norm, sequence_length, input_radius, mask)
-    check_ball(around, radius)
+    check_ball(center, radius)
     options = Options(
         norm=norm,
         sequence_length=sequence_length,
@@ -119,8 +118,8 @@ def certify(
         assume_fixed_mask=assume_fixed_mask,
         mask=mask,
     )
-    if around is not None:
-        return local_certificate(model, options, inputs, around, float(radius or 0.0))[0]
+    if center is not None:
+        return local_certificate(model, options, inputs, center, float(radius or 0.0))[0]
     traced = TracedModel(model, inputs, sequence_length)
     propagation, certificate = _certify_traced(traced, options)
     if check:
@@ -147,26 +146,25 @@ def _refused(traced: TracedModel, propagation: Propagation) -> list[TensorState]
         for name, tensor in zip(traced.names, traced.trace.inputs, strict=True)
     ]
     model = traced.model
-    refusal = unbounded(traced.failure)
-    mend = "write it with `keras.ops`, and pass `inputs` if it takes other shapes or dtypes"
-    reason = f"{traced.failure}; {mend}" if "traced" in traced.failure else traced.failure
-    row = Row(model.name, type(model).__name__, refusal, reason, math.inf, None)
-    propagation.rows.append(row)
-    layout = dict(shape=(), dynamic=(), fold=1, dtype="float32")
-    return [refusal.propagate(states, 0, propagation.options.norm, layout)]
+    reason = traced.failure or Reason()
+    if reason.cause in (Cause.CODE, Cause.LAYER) and reason.remedy is None:
+        remedy = "write it with `keras.ops`, and pass `inputs` if it takes other shapes or dtypes"
+        reason = dataclasses.replace(reason, remedy=remedy)
+    reason = reason.with_remedy(model, has_rule=False)
+    return [propagation.refuse(model.name, type(model).__name__, reason, states)]
 
 
 def local_certificate(
-    model: keras.Model, options: Options, inputs: Any, around: Any, radius: float
+    model: keras.Model, options: Options, inputs: Any, center: Any, radius: float
 ) -> tuple[Certificate, list[Enclosure | None]]:
     """The certificate near some inputs, and for each of them what is known about the output."""
     require_float64()
     if options.sequence_length is not None:
         raise ValueError(
-            "`around` has a length of its own. "
-            f"Received: sequence_length={options.sequence_length} together with `around`"
+            "`center` has a length of its own. "
+            f"Received: sequence_length={options.sequence_length} together with `center`"
         )
-    structure, examples = examples_of(model, around)
+    structure, examples = examples_of(model, center)
     _check_inside(options.input_radius, examples)
     if inputs is None:
         inputs = _specs(model, structure)
@@ -189,22 +187,22 @@ def local_certificate(
         threat = dataclasses.replace(certificate.threat_model, lost=tuple(local.lost.items()))
         certificates.append(dataclasses.replace(certificate, threat_model=threat))
     worst = max(certificates, key=lambda one: one.total)
-    pairs = np.max([one.pairs for one in certificates], axis=0)
+    pairs = np.max([one.pairwise_constants for one in certificates], axis=0)
     # Dot-product attention is bounded by where its tokens are: a smaller ball with another center
     # may give more than the larger one.
     _, everywhere = _certify_traced(traced, options)
     lost = {path: reason for one in certificates for path, reason in one.threat_model.lost}
     if everywhere.total < worst.total:
         worst = everywhere
-    if everywhere.pairs and everywhere.is_finite:
-        pairs = np.minimum(pairs, everywhere.pairs)
+    if everywhere.pairwise_constants and everywhere.is_finite:
+        pairs = np.minimum(pairs, everywhere.pairwise_constants)
     threat = dataclasses.replace(
-        worst.threat_model, around=describe(examples), radius=radius, lost=tuple(lost.items())
+        worst.threat_model, center=describe(examples), radius=radius, lost=tuple(lost.items())
     )
     total = dataclasses.replace(
         worst,
         threat_model=threat,
-        pairs=tuple(tuple(float(value) for value in row) for row in pairs),
+        pairwise_constants=tuple(tuple(float(value) for value in row) for row in pairs),
     )
     return total, enclosures
 
@@ -219,7 +217,7 @@ def _check_inside(input_radius, examples) -> None:
             largest = float(np.linalg.norm(array, axis=-1).max(initial=0.0))
             if largest > input_radius * (1.0 + 1e-9):
                 raise ValueError(
-                    "The tokens of `around` must have a norm of at most `input_radius`. "
+                    "The tokens of `center` must have a norm of at most `input_radius`. "
                     f"Received: input_radius={input_radius}, largest norm {largest:g}"
                 )
 
@@ -242,15 +240,11 @@ def _certificate(
     conflicts = sorted(propagation.computed_inputs & set(propagation.looked_up_inputs))
     if conflicts:
         names = ", ".join(propagation.inputs[index] for index in conflicts)
-        reason = (
-            f"the integer input {names} is looked up in one place and computed with in another; "
-            "make two inputs of it"
+        reason = Reason(
+            f"the integer input {names} is looked up in one place and computed with in another",
+            remedy="make two inputs of it",
         )
-        refusal = unbounded(reason)
-        row = Row("inputs", type(model).__name__, refusal, reason, math.inf, None)
-        propagation.rows.append(row)
-        layout = dict(shape=(), dynamic=(), fold=1, dtype="float32")
-        outputs = [refusal.propagate(outputs, len(propagation.rows) - 1, norm, layout)]
+        outputs = [propagation.refuse("inputs", type(model).__name__, reason, outputs)]
         head = ""
     used = [
         name
@@ -273,6 +267,7 @@ def _certificate(
     lengths = [*propagation.max_tokens]
     if options.sequence_length is not None:
         lengths.append(int(options.sequence_length))
+    pairs = pairwise_constants(outputs[0], total, norm) if head in ("softmax", "logits") else ()
     return Certificate(
         model=model.name,
         total=total,
@@ -282,17 +277,17 @@ def _certificate(
         threat_model=ThreatModel(
             norm=norm,
             inputs=tuple(used),
-            held=tuple(propagation.fixed_inputs),
+            fixed_inputs=tuple(propagation.fixed_inputs),
             output=_OUTPUTS[head],
             input_radius=math.inf if options.input_radius is None else float(options.input_radius),
-            longest=min(lengths, default=None),
+            max_tokens=min(lengths, default=None),
             shapes=traced.shapes if traced.only_for_its_shapes else (),
             mask=options.mask if isinstance(options.mask, str | None) else "given",
             assumed_masks=tuple(dict.fromkeys(propagation.assumed_masks)),
         ),
         rows=_rows(propagation, costs, log),
         head=head,
-        pairs=pair_constants(outputs[0], total, norm) if head in ("softmax", "logits") else (),
+        pairwise_constants=pairs,
         fingerprint=fingerprint_of(model),
     )
 
@@ -312,7 +307,8 @@ def _rows(propagation: Propagation, costs: dict[int, float], log: float):
                 radius=row.radius,
                 tokens=row.tokens,
                 theorem=row.map.theorem,
-                reason=row.reason,
+                reason=str(row.reason),
+                replacement=row.reason.replacement,
                 exact=row.map.exact,
                 cost=cost,
                 explained_by=row.explained_by,

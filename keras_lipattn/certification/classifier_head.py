@@ -10,7 +10,7 @@ import numpy as np
 
 from keras_lipattn.certification.linear_map import as_matrix
 from keras_lipattn.certification.tensor_state import TensorState
-from keras_lipattn.certification.tracing import Trace, TracedCall
+from keras_lipattn.certification.trace import Trace, TracedCall
 from keras_lipattn.layers import SpectralDense
 from keras_lipattn.linalg import SAFETY
 
@@ -44,8 +44,7 @@ def find_head(trace: Trace) -> tuple[str, int | None]:
     if len(output.shape) != 2 or output.shape[-1] is None or output.shape[0] != trace.batch:
         return "", None
     classes = output.shape[-1]
-    while id(output) in trace.aliases:
-        output = trace.aliases[id(output)]
+    output = trace.resolve(output)
     for index, call in enumerate(trace.calls):
         if len(call.outputs) == 1 and call.outputs[0] is output:
             kind = _activation_kind(call, classes)
@@ -71,7 +70,9 @@ def _activation_kind(call: TracedCall, classes: int) -> str:
     return ""
 
 
-def pair_constants(state: TensorState, total: float, norm: str) -> tuple[tuple[float, ...], ...]:
+def pairwise_constants(
+    state: TensorState, total: float, norm: str
+) -> tuple[tuple[float, ...], ...]:
     """For each pair of classes an upper bound of how fast `z_y - z_j` can change.
 
     With features of constant `L` and the kernel `w` of the last linear map it is `L |w_y - w_j|`

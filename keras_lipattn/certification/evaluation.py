@@ -9,7 +9,7 @@ import numpy as np
 from keras import KerasTensor
 from keras.src import backend
 
-from keras_lipattn.certification.tracing import TracedCall
+from keras_lipattn.certification.trace import TracedCall
 from keras_lipattn.layers import CenterNormalization, MaxMin, PositionEmbedding, Residual
 
 # Layers of this package that compute in the dtype of their input.

@@ -1,11 +1,8 @@
 """Linear maps of the last axis, remembered so that consecutive ones merge."""
 
-import math
-
 import numpy as np
 
-from keras_lipattn.bounds.content_cache import cached_by_content
-from keras_lipattn.linalg import SAFETY, fast_operator_norm
+from keras_lipattn.linalg import SAFETY, cached_by_content, fast_operator_norm
 
 # A map of the last axis: a matrix of shape `(d_in, d_out)` that acts as `x @ matrix`, its
 # diagonal of shape `(d,)`, or `None` for the identity.
@@ -61,32 +58,3 @@ def matrix_norm(linear: LinearMap, norm: str) -> float:
 
 def _spectral_norm(matrix: np.ndarray) -> float:
     return SAFETY * fast_operator_norm(matrix)
-
-
-def centered_diagonal_norm(gamma: np.ndarray) -> float:
-    """`|| diag(gamma) (I - 11^T / d) ||`, exact up to rounding upwards.
-
-    Its square is the largest eigenvalue of `D^2 - g g^T / d` with `D = diag(gamma)`, the root of
-    `1 + sum_i (g_i^2 / d) / (x - g_i^2)` between the two largest `g_i^2`: the sum decreases there,
-    and the upper end of the interval that bisection leaves is returned.
-
-    Args:
-        gamma: float64, finite, shape `(d,)`.
-
-    Returns:
-        A float.
-    """
-    scale = float(np.abs(gamma).max(initial=0.0))
-    if scale == 0.0 or gamma.size == 1:
-        return 0.0
-    squares = np.sort(np.square(gamma / scale))
-    low, high = squares[-2], squares[-1]
-    for _ in range(100):
-        middle = 0.5 * (low + high)
-        with np.errstate(divide="ignore"):
-            sums = 1.0 + float(np.sum(squares / (middle - squares))) / squares.size
-        if not low < middle < high:
-            break
-        # Beyond the root the term of the largest entry drags the sum under 0.
-        low, high = (middle, high) if sums > 0.0 else (low, middle)
-    return SAFETY * scale * math.sqrt(high)

@@ -12,12 +12,11 @@ from collections.abc import Sequence
 import numpy as np
 from keras import KerasTensor
 
-from keras_lipattn.certification.enclosure import Enclosure
 from keras_lipattn.certification.evaluation import UnknownValue, evaluate
 from keras_lipattn.certification.gain import Gain
 from keras_lipattn.certification.maps import LipschitzMap
-from keras_lipattn.certification.tensor_state import TensorState
-from keras_lipattn.certification.tracing import Trace
+from keras_lipattn.certification.tensor_state import Enclosure, TensorState
+from keras_lipattn.certification.trace import Trace
 from keras_lipattn.linalg import SAFETY
 
 # Of a float64 evaluation, relative to the sizes of inputs and outputs.
@@ -134,8 +133,7 @@ class LocalPass:
         return evaluate(call, self._value_of) if result is None else [result]
 
     def _value_of(self, tensor: KerasTensor) -> np.ndarray | None:
-        while id(tensor) in self._trace.aliases:
-            tensor = self._trace.aliases[id(tensor)]
+        tensor = self._trace.resolve(tensor)
         if id(tensor) in self._trace.constants:
             return np.asarray(self._trace.constants[id(tensor)])
         return self._values.get(id(tensor))

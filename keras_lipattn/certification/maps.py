@@ -14,9 +14,9 @@ import numpy as np
 from keras_lipattn.certification import linear_map
 from keras_lipattn.certification.gain import Gain
 from keras_lipattn.certification.linear_map import LinearMap
-from keras_lipattn.certification.tensor_state import Kind, TensorState
+from keras_lipattn.certification.reasons import Reason
+from keras_lipattn.certification.tensor_state import Kind, TensorState, costs_after
 from keras_lipattn.certification.token_range import TokenRange
-from keras_lipattn.linalg import SAFETY
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -45,7 +45,7 @@ class LipschitzMap:
         constant: Lipschitz constant in the norm of the certificate, with respect to all
             perturbed inputs side by side. NaN counts as `inf`.
         theorem: where the number comes from, in a few words.
-        reason: why no finite constant is known.
+        reason: why no finite constant is known: a clause, or a `Reason` that also says what to do.
         published: the constant by the published bound, where it differs; NaN stands for the same.
         exact: whether the constant is attained or approached.
         range: where the tokens of the output can be, as far as the layer itself tells.
@@ -65,7 +65,7 @@ class LipschitzMap:
 
     constant: float
     theorem: str = ""
-    reason: str = ""
+    reason: Reason | str = ""
     published: float = math.nan
     exact: bool = False
     range: TokenRange | None = None
@@ -84,12 +84,13 @@ class LipschitzMap:
             # Arithmetic on NaN weights ends here, never in a certificate.
             constant = math.inf
         object.__setattr__(self, "constant", constant)
+        object.__setattr__(self, "reason", Reason.of(self.reason))
         if math.isnan(self.published):
             object.__setattr__(self, "published", constant)
         if math.isinf(constant) and not self.reason:
             raise ValueError(
                 "A rule without a finite constant must say why in `reason`. "
-                f"Received: constant={self.constant}, reason={self.reason!r}"
+                f"Received: constant={self.constant}, reason={str(self.reason)!r}"
             )
 
     # What changes -----------------------------------------------------------------------------
@@ -123,7 +124,7 @@ class LipschitzMap:
             unbounded = Gain.unbounded(norm, [state.gain for state in perturbed])
             return TensorState(gain=unbounded, published=unbounded, **layout)
         output = self._advance(operands, norm, layout)
-        costs = _costs(output.gain, perturbed, row)
+        costs = costs_after(output.gain, perturbed, row)
         return output.replace(costs=costs, function_of=self.function_of)
 
     def _advance(self, operands: list[TensorState], norm: str, layout: dict) -> TensorState:
@@ -177,9 +178,7 @@ class Affine(LipschitzMap):
         if state.range.bounded:
             # The radius is Euclidean whatever the norm of the certificate.
             size = self.constant if norm != "linf" else linear_map.matrix_norm(self.matrix, "l2")
-            token_range = token_range.smaller(
-                affine_range(state.range, self.matrix, self.bias, size)
-            )
+            token_range = token_range.smaller(state.range.mapped(self.matrix, self.bias, size))
         if state.linear is not None and self.matrix is not None:
             merged = linear_map.matrix_norm(linear, norm)
             gain = gain.smaller(anchor.gain.scaled(merged))
@@ -222,11 +221,8 @@ class Combination(LipschitzMap):
         width = layout["shape"][-1] if layout["shape"] else None
         total = None
         for coefficient, state in terms:
-            term = affine_range(
-                _repeated_range(state, width),
-                _as_linear(coefficient, width),
-                None,
-                _largest(coefficient),
+            term = state.repeated_range(width).mapped(
+                _as_linear(coefficient, width), None, _largest(coefficient)
             )
             total = term if total is None else total.plus(term)
         groups: dict[int, list[tuple]] = {}
@@ -400,20 +396,24 @@ def chain(
     if constant is not None:
         ours, published = min(ours, constant), min(published, constant)
     names = dict.fromkeys(stage.theorem for stage in stages if stage.theorem)
-    reasons = dict.fromkeys(stage.reason for stage in stages if stage.reason)
+    reasons = list(dict.fromkeys(Reason.of(stage.reason) for stage in stages if stage.reason))
+    reason = Reason()
+    if math.isinf(ours):
+        text = "; ".join(one.text for one in reasons)
+        reason = dataclasses.replace(reasons[0], text=text)
     return Composite(
         constant=ours,
         published=published,
         theorem=theorem or ", then ".join(names),
-        reason="; ".join(reasons) if math.isinf(ours) else "",
+        reason=reason,
         stages=stages,
         **fields,
     )
 
 
-def unbounded(reason: str) -> LipschitzMap:
-    """A call for which no constant is known."""
-    return LipschitzMap(constant=math.inf, reason=reason)
+def unbounded(reason: Reason | str, **fields) -> LipschitzMap:
+    """The map of a call without a known constant; `fields` are further ones of a `Reason`."""
+    return LipschitzMap(constant=math.inf, reason=dataclasses.replace(Reason.of(reason), **fields))
 
 
 def side_by_side(norm: str, states: Sequence[TensorState], *, entrywise: bool = False):
@@ -422,40 +422,6 @@ def side_by_side(norm: str, states: Sequence[TensorState], *, entrywise: bool = 
         Gain.stacked(norm, [state.gain for state in states], entrywise=entrywise),
         Gain.stacked(norm, [state.published for state in states], entrywise=entrywise),
     )
-
-
-def affine_range(token_range: TokenRange, matrix, bias, constant: float) -> TokenRange:
-    """The range of `x @ matrix + bias`, where `constant` bounds the norm of the matrix."""
-    if not token_range.bounded:
-        return TokenRange()
-    center = token_range.center
-    if center is not None and matrix is not None:
-        if matrix.shape[0] != center.shape[0]:
-            center = np.broadcast_to(center, matrix.shape[:1])
-        center = center * matrix if matrix.ndim == 1 else center @ matrix
-    moved = TokenRange(token_range.radius * constant if constant else 0.0, center)
-    shift = TokenRange(0.0) if bias is None else TokenRange.of_values(bias)
-    shifted = moved if bias is None else moved.plus(shift)
-    if shift.radius > 0.0:
-        return shifted
-    maps = token_range.maps if matrix is None else (*token_range.maps, matrix)
-    source = token_range.source if token_range.maps else token_range.radius
-    return dataclasses.replace(shifted, maps=maps, source=source)
-
-
-def _repeated_range(state: TensorState, width: int | None) -> TokenRange:
-    """Where the tokens of an operand are once they have `width` entries."""
-    if state.width == width:
-        return state.range
-    if width is None:
-        return TokenRange()
-    if state.values is not None and (state.values.ndim == 0 or state.values.shape[-1] == 1):
-        rows = state.values.reshape(-1, 1)
-        return TokenRange.of_values(np.broadcast_to(rows, (len(rows), width)))
-    if state.width != 1:
-        return TokenRange()
-    largest = state.range.largest
-    return TokenRange(SAFETY * math.sqrt(width) * largest, None, largest)
 
 
 def _as_linear(coefficient, width: int | None):
@@ -468,27 +434,3 @@ def _as_linear(coefficient, width: int | None):
 
 def _largest(coefficient) -> float:
     return float(np.max(np.abs(coefficient)))
-
-
-def _costs(gain: Gain, perturbed: list[TensorState], row: int) -> dict[int, float]:
-    """Parts of the logarithm of a gain, by row; they sum to it.
-
-    What several inputs bring is weighted by their shares in the sum; the rest is what the call
-    itself costs, the price of branching included.
-    """
-    if not math.isfinite(gain.log):
-        return {}
-    logs = [state.gain.log for state in perturbed]
-    top = max(logs)
-    if not math.isfinite(top):
-        return {row: gain.log}
-    weights = [math.exp(log - top) for log in logs]
-    costs: dict[int, float] = {}
-    brought = 0.0
-    for state, weight in zip(perturbed, weights, strict=True):
-        share = weight / sum(weights)
-        brought += share * state.gain.log if weight > 0.0 else 0.0
-        for index, cost in state.costs.items():
-            costs[index] = costs.get(index, 0.0) + share * cost
-    costs[row] = costs.get(row, 0.0) + gain.log - brought
-    return costs

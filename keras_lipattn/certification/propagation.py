@@ -8,44 +8,31 @@ from typing import Any
 import keras
 from keras import KerasTensor
 
-from keras_lipattn.certification.batch_axis import MOVES_BATCH, BatchComparison, Layout
+from keras_lipattn.certification.batch_axis import BatchComparison, Layout
 from keras_lipattn.certification.fixed_entries import interval_after
 from keras_lipattn.certification.gain import Gain
 from keras_lipattn.certification.layer_call import LayerCall, is_mask
 from keras_lipattn.certification.local_pass import LocalPass
 from keras_lipattn.certification.maps import LipschitzMap, unbounded
+from keras_lipattn.certification.reasons import (
+    COMPUTES_INTEGERS,
+    MOVES_BATCH,
+    TAKES_MASK,
+    Cause,
+    Reason,
+)
 from keras_lipattn.certification.registry import find_rule
-from keras_lipattn.certification.replacements import REPLACEMENTS
+from keras_lipattn.certification.rows import Rows
 from keras_lipattn.certification.tensor_state import Interval, Kind, TensorState
 from keras_lipattn.certification.token_range import TokenRange
-from keras_lipattn.certification.tracing import Trace, TracedCall
-from keras_lipattn.layers._as_run import is_finite_as_run
-
-_MASK_CHANGES = "its mask is computed from a certified input and jumps when the input changes"
-_INTEGERS_JUMP = (
-    "it computes integers or a mask from a certified input, which jump when the input changes"
-)
+from keras_lipattn.certification.trace import Trace, TracedCall
 
 # Operations that move integers around and do not look at them.
 _MOVES = frozenset(
-    {
-        "BroadcastTo",
-        "Cast",
-        "Concatenate",
-        "ConvertToTensor",
-        "ExpandDims",
-        "Flatten",
-        "GetItem",
-        "Identity",
-        "Permute",
-        "Reshape",
-        "Slice",
-        "Split",
-        "Squeeze",
-        "StopGradient",
-        "Swapaxes",
-        "Transpose",
-    }
+    (
+        "BroadcastTo Cast Concatenate ConvertToTensor ExpandDims Flatten GetItem Identity Permute "
+        "Reshape Slice Split Squeeze StopGradient Swapaxes Transpose"
+    ).split()
 )
 _COMPARISONS = frozenset({"Greater", "GreaterEqual", "Less", "LessEqual"})
 # Operations whose output depends on the shape of the input alone.
@@ -57,6 +44,10 @@ _FILLED = {
 }
 
 
+# An output of which nothing is known.
+_NUMBER = Layout((), (), 1, "float32")
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """The choices of the caller of `certify`."""
@@ -66,19 +57,6 @@ class Options:
     input_radius: float | None = None
     assume_fixed_mask: bool = False
     mask: Any = None
-
-
-@dataclasses.dataclass
-class Row:
-    """A row of the certificate in the making."""
-
-    path: str
-    layer_class: str
-    map: LipschitzMap
-    reason: str
-    radius: float
-    tokens: int | None
-    explained_by: str = ""
 
 
 class Propagation:
@@ -103,7 +81,7 @@ class Propagation:
         self.trace = trace
         self.options = options
         self.local = local
-        self.rows: list[Row] = []
+        self.rows = Rows(trace, comparison.refusals, options.sequence_length)
         self.inputs: list[str] = []
         self.looked_up_inputs: dict[int, str] = {}
         self.computed_inputs: set[int] = set()
@@ -117,9 +95,6 @@ class Propagation:
         self.resets: set[int] = set()
         self._comparison = comparison
         self._logit_call = logit_call
-        self._paths: set[str] = set()
-        # Rows without a bound that a tensor depends on.
-        self._causes: dict[int, frozenset[int]] = {}
 
     def run(self, names: Sequence[str]) -> list[TensorState]:
         """The states of the outputs.
@@ -135,7 +110,7 @@ class Propagation:
             states = self.local.begin(states)
         for tensor, state in zip(self.trace.inputs, states, strict=True):
             self.states[id(tensor)] = state
-        self.needed = self._needed()
+        self.needed = self.trace.needed_calls()
         for index, call in enumerate(self.trace.calls):
             if index in self.needed:
                 outputs = self._apply(index, call)
@@ -147,7 +122,7 @@ class Propagation:
 
     def state_of(self, tensor: KerasTensor) -> TensorState:
         """The state of a tensor of the trace."""
-        tensor = self._resolve(tensor)
+        tensor = self.trace.resolve(tensor)
         if id(tensor) not in self.states:
             # A constant that came out of a layer.
             values = keras.ops.convert_to_numpy(self.trace.constants[id(tensor)])
@@ -159,28 +134,6 @@ class Propagation:
                 range=TokenRange.of_values(values) if numbers else TokenRange(),
             )
         return self.states[id(tensor)]
-
-    def _resolve(self, tensor: KerasTensor) -> KerasTensor:
-        while id(tensor) in self.trace.aliases:
-            tensor = self.trace.aliases[id(tensor)]
-        return tensor
-
-    def _needed(self) -> set[int]:
-        """Indices of the calls which the outputs depend on."""
-        producers = {
-            id(tensor): index
-            for index, call in enumerate(self.trace.calls)
-            for tensor in call.outputs
-        }
-        needed: set[int] = set()
-        stack = list(self.trace.outputs)
-        while stack:
-            index = producers.get(id(self._resolve(stack.pop())))
-            if index is not None and index not in needed:
-                needed.add(index)
-                call = self.trace.calls[index]
-                stack += [*call.tensors, *call.keras_masks]
-        return needed
 
     def _layout(self, tensor: KerasTensor) -> Layout:
         known = self._comparison.layouts.get(id(tensor))
@@ -226,11 +179,8 @@ class Propagation:
         low, high = interval
         token_range = TokenRange(largest=max(-low, high))
         width = layout.shape[-1] if layout.shape else 1
-        if (
-            math.isfinite(token_range.largest)
-            and width is not None
-            and not any(layout.dynamic[-1:])
-        ):
+        known = width is not None and not any(layout.dynamic[-1:])
+        if known and math.isfinite(token_range.largest):
             token_range = TokenRange.of_entries(low, high, width)
         return self._fixed(layout, kind=kind, range=token_range, interval=interval)
 
@@ -256,7 +206,7 @@ class Propagation:
             if not outputs[0].range.bounded and not call.refusal:
                 outputs[0] = self._ranged(index, call, arguments, outputs[0])
             return self._enclosed(index, None, given, outputs)
-        refusal = call.refusal or self._comparison.refusals.get(index, "")
+        refusal = call.refusal or self._comparison.refusals.get(index)
         if not refusal and any(layout.fold == 0 for layout in layouts):
             refusal = MOVES_BATCH
         if refusal:
@@ -274,7 +224,7 @@ class Propagation:
         ]
         masks += [self.state_of(mask) for mask in call.keras_masks]
         if any(isinstance(mask, TensorState) and not mask.is_fixed for mask in masks):
-            return self._record(call, unbounded(_MASK_CHANGES), given, layouts, index)
+            return self._record(call, unbounded(TAKES_MASK), given, layouts, index)
         if all(_is_integer(layout.dtype) for layout in layouts):
             return self._integers(index, call, given, layouts, arguments)
         rule_map = self._ask_rule(index, call, arguments, layouts[0])
@@ -286,18 +236,18 @@ class Propagation:
         if not layout.fold or index in self._comparison.refusals or _is_integer(layout.dtype):
             return output
         # Rules speak of tensors that change; one that changes by nothing has the same range.
-        moving = {
+        perturbed = {
             id(leaf): leaf.replace(kind=Kind.PERTURBED)
             for leaf in keras.tree.flatten(list(arguments.values()))
             if isinstance(leaf, TensorState) and not _is_integer(leaf.dtype) and leaf.fold
         }
-        if not moving:
+        if not perturbed:
             return output
-        arguments = keras.tree.map_structure(lambda leaf: moving.get(id(leaf), leaf), arguments)
+        arguments = keras.tree.map_structure(lambda leaf: perturbed.get(id(leaf), leaf), arguments)
         rule_map = self._ask_rule(index, call, arguments, layout)
         if rule_map.resets_input or math.isinf(rule_map.constant):
             return output
-        given = list(moving.values())
+        given = list(perturbed.values())
         after = rule_map.propagate(given, -1, self.options.norm, layout.fields())
         return output.replace(range=output.range.smaller(after.range))
 
@@ -307,7 +257,7 @@ class Propagation:
     def _ask_rule(self, index: int, call: TracedCall, arguments, layout: Layout) -> LipschitzMap:
         rule, missing = find_rule(call.operation)
         if rule is None:
-            return unbounded(missing)
+            return unbounded(missing, cause=Cause.NO_RULE)
         layer_call = self._layer_call(
             arguments,
             layout,
@@ -335,7 +285,8 @@ class Propagation:
         """The map of a layer on one input, for layers that hold another one as activation."""
         rule, missing = find_rule(layer)
         if rule is None:
-            return unbounded(f"{type(layer).__name__} {layer.name!r} inside it: {missing}")
+            reason = f"{type(layer).__name__} {layer.name!r} inside it: {missing}"
+            return unbounded(reason, cause=Cause.NO_RULE)
         layout = Layout(state.shape, state.dynamic, state.fold, state.dtype)
         call = self._layer_call(
             {next(iter(layer._call_signature.parameters)): state},
@@ -359,7 +310,7 @@ class Propagation:
         else:
             outputs = self._sign(call, arguments, layouts)
             if outputs is None:
-                return self._record(call, unbounded(_INTEGERS_JUMP), given, layouts, index)
+                return self._record(call, unbounded(COMPUTES_INTEGERS), given, layouts, index)
         return self._enclosed(index, None, given, outputs)
 
     def _sign(self, call, arguments, layouts) -> list[TensorState] | None:
@@ -375,7 +326,11 @@ class Propagation:
             return None
         zero = others[0].values if isinstance(others[0], TensorState) else others[0]
         (output,) = call.outputs
-        if zero is None or keras.ops.convert_to_numpy(zero).any() or not self._decides(output):
+        if (
+            zero is None
+            or keras.ops.convert_to_numpy(zero).any()
+            or not self.trace.is_only_a_condition(output)
+        ):
             return None
         nothing = Gain.unbounded(self.options.norm, [tensors[0].gain])
         return [
@@ -387,20 +342,6 @@ class Propagation:
             )
             for layout in layouts
         ]
-
-    def _decides(self, tensor: KerasTensor) -> bool:
-        """Whether a tensor is nothing but the condition of `where`."""
-        if any(self._resolve(output) is tensor for output in self.trace.outputs):
-            return False
-        for call in self.trace.calls:
-            used = sum(self._resolve(one) is tensor for one in (*call.tensors, *call.keras_masks))
-            condition = call.arguments.get("condition")
-            decides = type(call.operation).__name__ == "Where" and isinstance(
-                condition, KerasTensor
-            )
-            if used and not (used == 1 and decides and self._resolve(condition) is tensor):
-                return False
-        return True
 
     def _moved(self, index, call, arguments, perturbed, layouts) -> list[TensorState] | None:
         """Integers of one input that were moved around, `None` if anything else happened."""
@@ -431,7 +372,7 @@ class Propagation:
         """Adds the row of a call and returns the states of its outputs."""
         perturbed = [state for state in given if not state.is_fixed]
         row = len(self.rows)
-        path = self._unique(call.path)
+        path = self.rows.unique(call.path)
         name = type(call.operation).__name__
         if rule_map.resets_input:
             self.resets.add(index)
@@ -454,83 +395,36 @@ class Propagation:
             self.max_tokens.append(rule_map.max_tokens)
         if rule_map.assumes_fixed_mask:
             self.assumed_masks.append(path)
-        self.rows.append(
-            Row(
-                path=path,
-                layer_class=name,
-                map=rule_map,
-                reason=self._reason(call, rule_map),
-                radius=max((state.range.radius for state in perturbed), default=0.0),
-                tokens=perturbed[0].tokens if perturbed else None,
-            )
-        )
-        self._explain(call, index)
+        self.rows.add(index, call, path, rule_map, perturbed)
         return self._enclosed(index, rule_map, given, outputs)
 
-    def _reason(self, call: TracedCall, rule_map: LipschitzMap) -> str:
-        """Why the call has no constant and the one thing to do about it, in one line."""
-        reason = rule_map.reason
-        if not math.isinf(rule_map.constant):
-            return reason
-        mend = _mend(call.operation, reason, self.options.sequence_length)
-        return f"{reason}; {mend}" if mend else reason
-
-    def _explain(self, call: TracedCall, index: int) -> None:
-        """Notes where the cause of the last row is, if it is in another row."""
-        number, row = len(self.rows) - 1, self.rows[-1]
-        causes = frozenset().union(
-            *(
-                self._causes.get(id(self._resolve(tensor)), frozenset())
-                for tensor in (*call.tensors, *call.keras_masks)
-            )
-        )
-        if math.isinf(row.map.constant):
-            for cause in (self.rows[other] for other in sorted(causes)):
-                jumps = cause.map.reason == _INTEGERS_JUMP
-                if row.map.reason == _MASK_CHANGES and _MASKING in cause.map.reason:
-                    row.explained_by = row.explained_by or cause.path
-                elif jumps and row.map.reason == _MASK_CHANGES:
-                    # The call that takes the mask says more.
-                    cause.explained_by = row.path
-                elif (jumps and any(words in row.map.reason for words in _AFTER_JUMPS)) or (
-                    "batch" in cause.map.reason
-                    and (index in self._comparison.refusals or _REPEATS in row.map.reason)
-                ):
-                    row.explained_by = row.explained_by or cause.path
-            causes |= {number}
-        if causes:
-            self._causes.update(dict.fromkeys(map(id, call.outputs), causes))
-
     def _of_one_example(self, state: TensorState) -> TensorState:
-        """An output that has not one row for each example has no bound."""
+        """The state of an output, which has no bound without one row for each example."""
         if state.fold == 1 or state.is_fixed or math.isinf(state.gain.log):
             return state
-        refusal = unbounded("the output of the model has not one row for each example")
-        self.rows.append(
-            Row(
-                path=self._unique("output"),
-                layer_class="output",
-                map=refusal,
-                reason=f"{refusal.reason}; {_KEEP_APART}",
-                radius=math.inf,
-                tokens=None,
-            )
-        )
+        reason = Reason(
+            "the output of the model does not have one row for each example", cause=Cause.BATCH
+        ).with_remedy(None, has_rule=False)
         layout = Layout(state.shape, state.dynamic, state.fold, state.dtype)
-        return refusal.propagate([state], len(self.rows) - 1, self.options.norm, layout.fields())
+        return self.refuse("output", "output", reason, [state], layout)
+
+    def refuse(
+        self,
+        path: str,
+        layer_class: str,
+        reason: Reason,
+        states: Sequence[TensorState],
+        layout: Layout = _NUMBER,
+    ) -> TensorState:
+        """Adds a row without a bound that belongs to no call, and returns the output it gives."""
+        self.rows.add_refusal(path, layer_class, reason)
+        row = len(self.rows) - 1
+        return unbounded(reason).propagate(states, row, self.options.norm, layout.fields())
 
     def _enclosed(self, index, rule_map, given, outputs) -> list[TensorState]:
         if self.local is None:
             return outputs
         return self.local.after(index, rule_map, given, outputs)
-
-    def _unique(self, path: str) -> str:
-        candidate, calls = path, 1
-        while candidate in self._paths:
-            calls += 1
-            candidate = f"{path}:call{calls}"
-        self._paths.add(candidate)
-        return candidate
 
 
 def _as_map(answer: Any) -> LipschitzMap:
@@ -542,80 +436,6 @@ def _as_map(answer: Any) -> LipschitzMap:
         theorem="as its rule states",
         reason="its rule returns no finite constant" if not math.isfinite(value) else "",
     )
-
-
-# Reasons of rows that have no bound only because of integers or masks computed before them.
-_AFTER_JUMPS = (_INTEGERS_JUMP, "not bounded", "its condition changes")
-_REPEATS = "it repeats an input along an axis"
-_MASKING = "it computes a mask from its input"
-# Reasons with one of these say what to do.
-_REMEDIES = ("pass `", "`assume_fixed_mask=True`", "`input_radius`", ": use `", ": declare ")
-_UNKNOWN_SIZES = (
-    "number of tokens",
-    "length of",
-    "its window",
-    "how many entries",
-    "how often",
-    "size of",
-    "unknown size",
-    "size that varies",
-)
-_KEEP_APART = "keep the examples of a batch apart"
-_ATTENTION = REPLACEMENTS["MultiHeadAttention"]
-_ACTIVATION = f"use {REPLACEMENTS['Activation']}"
-# From words of a reason to what to do, where the class of the call does not tell.
-_MENDS = {
-    "training=True": "call it without `training=True`",
-    "quantized": "certify the model before it is quantized",
-    "tokens are unbounded": f"use {_ATTENTION}, or bound its tokens by a normalization before it "
-    "or by `input_radius`",
-    "multiplies two tensors": f"use {_ATTENTION} if this is attention, else put it into a layer "
-    "of its own with a rule, see `register_rule`",
-    "self-attention": "attend to both sequences joined along the tokens",
-    "different tensors": "attend to all of them joined along the tokens",
-    "attention scores": "leave out `return_attention_scores=True`",
-    "random numbers": "do that only when `training` is true",
-    "activation": _ACTIVATION,
-    "slope": _ACTIVATION,
-    "interpolation": 'use `interpolation="nearest"`',
-    "moves the batch axis": _KEEP_APART,
-    "over the batch axis": _KEEP_APART,
-    "along the batch axis": _KEEP_APART,
-    "in the batch": _KEEP_APART,
-    "mixes examples": _KEEP_APART,
-}
-
-
-def _mend(operation: Any, reason: str, sequence_length: int | None) -> str:
-    """What gives the call a constant; empty where the reason says it or nothing does."""
-    cls = type(operation)
-    is_layer = isinstance(operation, keras.layers.Layer)
-    if reason in (_MASK_CHANGES, _INTEGERS_JUMP):
-        takes_causal = is_layer and "use_causal_mask" in operation._call_signature.parameters
-        causal = "pass `use_causal_mask=True` if it is the causal mask, else " * takes_causal
-        return f"{causal}pass `assume_fixed_mask=True` to certify for a fixed mask"
-    if any(words in reason for words in _REMEDIES):
-        return ""
-    for words, mend in _MENDS.items():
-        if words in reason:
-            return mend
-    if is_layer and not all(
-        is_finite_as_run(weight, operation.compute_dtype) for weight in operation.weights
-    ):
-        return ""
-    if any(words in reason for words in _UNKNOWN_SIZES):
-        if sequence_length is None and "varies" not in reason:
-            return "pass `sequence_length`"
-        return "build the model with fixed sizes"
-    if cls.__module__.startswith("keras.") and cls.__name__ in REPLACEMENTS:
-        return f"use {REPLACEMENTS[cls.__name__]}"
-    if not is_layer:
-        return "put it into a layer of its own with a rule, see `register_rule`"
-    if "cannot be followed" in reason:
-        return f"write it with `keras.ops`, or give it a rule with `register_rule({cls.__name__})`"
-    # A rule that knows no constant has said so.
-    known = find_rule(operation)[0] is not None and "no rule" not in reason
-    return "" if known else f"give it a rule with `register_rule({cls.__name__})`"
 
 
 def _looks_up(operation: Any) -> bool:

@@ -18,10 +18,11 @@ from keras.src import backend
 
 from keras_lipattn.certification.certificate import Certificate
 from keras_lipattn.certification.classifier_head import without_activation
+from keras_lipattn.certification.keras_models import names_kept
 from keras_lipattn.certification.propagation import Propagation
 from keras_lipattn.certification.tensor_state import TensorState
+from keras_lipattn.certification.trace import TracedCall
 from keras_lipattn.certification.traced_model import TracedModel
-from keras_lipattn.certification.tracing import TracedCall, names_kept
 from keras_lipattn.layers._autodiff import vector_jacobian
 
 # What rounding may add to a quotient or an entry, in units of the rounding of the dtype: a network

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from keras_lipattn.certification.enclosure import Enclosure
 from keras_lipattn.certification.gain import Gain
 from keras_lipattn.certification.linear_map import LinearMap
 from keras_lipattn.certification.token_range import TokenRange
+from keras_lipattn.linalg import SAFETY
 
 # Lowest and highest entry.
 Interval = tuple[float, float]
@@ -29,6 +29,37 @@ class Kind(enum.Enum):
     FIXED = "fixed"
     # It stays as it is, and follows from an integer or string input.
     FROM_INTEGERS = "from integers"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Enclosure:
+    """The value of a tensor at the center of a local certificate, and how far it can be from it.
+
+    Args:
+        value: the tensor at the center, for one example, float64 where it is a float.
+        radius: for every input in the ball, the tensor is within this distance of `value` in the
+            2-norm of all entries, `rounding_error` included.
+        rounding_error: how far `value` may be from the tensor of real arithmetic with the weights
+            used at inference: their roundings, and those of the evaluation.
+    """
+
+    value: np.ndarray
+    radius: float = 0.0
+    rounding_error: float = 0.0
+
+    @property
+    def size(self) -> float:
+        """2-norm of the value."""
+        return float(np.linalg.norm(np.asarray(self.value, np.float64)))
+
+    @property
+    def range(self) -> TokenRange:
+        """A ball that contains every token of the tensor."""
+        # Numbers without an axis of their own are tokens of one entry.
+        tokens = TokenRange.of_values(self.value if self.value.ndim > 1 else self.value[..., None])
+        if not tokens.bounded:
+            return tokens
+        return TokenRange(tokens.radius + self.radius, tokens.center, tokens.largest + self.radius)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -113,9 +144,46 @@ class TensorState:
         """Largest number of entries after the first axis."""
         return product(self.shape)
 
+    def repeated_range(self, width: int | None) -> TokenRange:
+        """Where its tokens are once they are broadcast to `width` entries."""
+        if self.width == width:
+            return self.range
+        if width is None:
+            return TokenRange()
+        if self.values is not None and (self.values.ndim == 0 or self.values.shape[-1] == 1):
+            rows = self.values.reshape(-1, 1)
+            return TokenRange.of_values(np.broadcast_to(rows, (len(rows), width)))
+        if self.width != 1:
+            return TokenRange()
+        return TokenRange(SAFETY * math.sqrt(width) * self.range.largest, None, self.range.largest)
+
     def replace(self, **changes) -> "TensorState":
         """A copy with other fields."""
         return dataclasses.replace(self, **changes)
+
+
+def costs_after(gain: Gain, perturbed: list[TensorState], row: int) -> dict[int, float]:
+    """Parts of the logarithm of the gain of a call, by row of the certificate; they sum to it.
+
+    The costs of several inputs are weighted by their shares in the sum. The rest is the cost of the
+    call itself, which includes that of having several branches.
+    """
+    if not math.isfinite(gain.log):
+        return {}
+    logs = [state.gain.log for state in perturbed]
+    top = max(logs)
+    if not math.isfinite(top):
+        return {row: gain.log}
+    weights = [math.exp(log - top) for log in logs]
+    costs: dict[int, float] = {}
+    brought = 0.0
+    for state, weight in zip(perturbed, weights, strict=True):
+        share = weight / sum(weights)
+        brought += share * state.gain.log if weight > 0.0 else 0.0
+        for index, cost in state.costs.items():
+            costs[index] = costs.get(index, 0.0) + share * cost
+    costs[row] = costs.get(row, 0.0) + gain.log - brought
+    return costs
 
 
 def product(sizes: tuple[int | None, ...]) -> int | None:

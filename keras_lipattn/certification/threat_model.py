@@ -13,17 +13,17 @@ class ThreatModel:
     Args:
         norm: `"l2"`, `"token"` or `"linf"`, of inputs and outputs alike.
         inputs: names of the certified inputs; the norm is that of all of them side by side.
-        held: inputs of integers or booleans that stay fixed.
+        fixed_inputs: inputs of integers or booleans that stay fixed.
         output: what the output is, for instance `"pre-softmax logits"`.
         input_radius: radius of the ball around the origin in which the tokens of the certified
             inputs stay, `inf` for no restriction.
-        longest: largest number of tokens, `None` when the shapes of the model say it all.
+        max_tokens: largest number of tokens, `None` when the shapes of the model say it all.
         shapes: if not empty, the certificate holds only for inputs of exactly these shapes, the
             batch axis left out. Python code of the model ran at these sizes and may compute
             something else at others.
         mask: class of mask that was assumed for attention layers with an unknown one, or `None`.
         assumed_masks: layers that compute a mask from a certified input which was assumed fixed.
-        around: for a local certificate, a description of its centers and a digest of their numbers;
+        center: for a local certificate, a description of its centers and a digest of their numbers;
             empty for a global one.
         radius: radius of the balls around them in the norm of the certificate, `inf` for a global
             certificate.
@@ -32,14 +32,14 @@ class ThreatModel:
 
     norm: str
     inputs: tuple[str, ...]
-    held: tuple[str, ...] = ()
+    fixed_inputs: tuple[str, ...] = ()
     output: str = "output"
     input_radius: float = math.inf
-    longest: int | None = None
+    max_tokens: int | None = None
     shapes: tuple[tuple[int | None, ...], ...] = ()
     mask: str | None = None
     assumed_masks: tuple[str, ...] = ()
-    around: str = ""
+    center: str = ""
     radius: float = math.inf
     lost: tuple[tuple[str, str], ...] = ()
 
@@ -52,13 +52,13 @@ class ThreatModel:
         ]
         if len(self.inputs) > 1:
             lines.append("a change of several inputs is measured side by side, as one tensor")
-        if self.around:
+        if self.center:
             lines.append(
-                f"ONLY for inputs within {self.radius:g} of {self.around}, in the norm above"
+                f"ONLY for inputs within {self.radius:g} of {self.center}, in the norm above"
             )
         lines += [f"values are not known after {path}: {reason}" for path, reason in self.lost]
-        if self.held:
-            lines.append("held fixed: " + ", ".join(self.held))
+        if self.fixed_inputs:
+            lines.append("fixed inputs: " + ", ".join(self.fixed_inputs))
         if math.isfinite(self.input_radius):
             lines.append(
                 "only for inputs whose tokens have a Euclidean norm of at most "
@@ -70,8 +70,8 @@ class ThreatModel:
                 f"only for inputs of shape {shapes} per example: its Python code ran at these "
                 "sizes and may compute something else at others"
             )
-        elif self.longest is not None:
-            lines.append(f"for at most {self.longest} tokens that attend to each other")
+        elif self.max_tokens is not None:
+            lines.append(f"for at most {self.max_tokens} tokens that attend to each other")
         lines.append(
             "for a fixed mask and a fixed length"
             + (f"; unknown masks are of class {self.mask!r}" if self.mask else "")

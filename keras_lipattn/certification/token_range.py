@@ -108,6 +108,32 @@ class TokenRange:
             return self.about_origin().plus(other.about_origin())
         return TokenRange(self.radius + other.radius, center, self.largest + other.largest)
 
+    def mapped(
+        self, matrix: np.ndarray | None, bias: np.ndarray | None, constant: float
+    ) -> "TokenRange":
+        """The range of `x @ matrix + bias`.
+
+        Args:
+            matrix: shape `(d_in, d_out)`, a diagonal of shape `(d,)`, or `None` for the identity.
+            bias: shape `(d_out,)`, `(tokens, d_out)`, or `None`.
+            constant: upper bound of the spectral norm of the matrix.
+        """
+        if not self.bounded:
+            return TokenRange()
+        center = self.center
+        if center is not None and matrix is not None:
+            if matrix.shape[0] != center.shape[0]:
+                center = np.broadcast_to(center, matrix.shape[:1])
+            center = center * matrix if matrix.ndim == 1 else center @ matrix
+        moved = TokenRange(self.radius * constant if constant else 0.0, center)
+        shift = TokenRange(0.0) if bias is None else TokenRange.of_values(bias)
+        shifted = moved if bias is None else moved.plus(shift)
+        if shift.radius > 0.0:
+            return shifted
+        maps = self.maps if matrix is None else (*self.maps, matrix)
+        source = self.source if self.maps else self.radius
+        return dataclasses.replace(shifted, maps=maps, source=source)
+
     def smaller(self, other: "TokenRange") -> "TokenRange":
         """The smaller of two valid domains of the same tensor."""
         best = other if other.radius < self.radius else self

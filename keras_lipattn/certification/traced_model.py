@@ -1,5 +1,6 @@
 """A model, traced on batches of two sizes, ready to be certified."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -8,21 +9,20 @@ import keras
 from keras import KerasTensor
 
 from keras_lipattn._seen_calls import remembered_call
-from keras_lipattn.certification.batch_axis import DEPENDS_ON_BATCH, BatchComparison
+from keras_lipattn.certification.batch_axis import BatchComparison
 from keras_lipattn.certification.classifier_head import find_head
+from keras_lipattn.certification.keras_models import call_specs, function_of, names_kept
+from keras_lipattn.certification.reasons import DEPENDS_ON_BATCH, UNKNOWN_ACTIVATION, Reason
 from keras_lipattn.certification.registry import find_rule
 from keras_lipattn.certification.rules.activations import name_of
-from keras_lipattn.certification.tracing import (
-    BATCH_SIZES,
-    Trace,
-    TraceError,
-    call_specs,
-    function_of,
-    names_kept,
-    trace,
-)
+from keras_lipattn.certification.trace import Trace, TraceError
+from keras_lipattn.certification.tracing import trace
 
 Shape = tuple[int | None, ...]
+
+# A graph that depends on the size of the batch differs between these two: primes, which are rarely
+# the size of anything else.
+BATCH_SIZES = (5, 7)
 
 # Layers whose code is a few operations with rules: with an activation of the user's own they are
 # looked into like any other code.
@@ -40,7 +40,7 @@ class TracedModel:
 
     Attributes:
         names: of the inputs, in flat order.
-        failure: why the model cannot be traced; empty when it can.
+        failure: why the model cannot be traced; `None` when it can.
         trace: the trace that is certified.
         comparison: of that trace with one on another number of examples.
         head: how the model ends, see `find_head`.
@@ -57,7 +57,8 @@ class TracedModel:
     ):
         self.model = model
         arguments, self.names = call_specs(model, inputs)
-        self.failure, self.head, self.logit_call = "", "", None
+        self.failure: Reason | None = None
+        self.head, self.logit_call = "", None
         # As `predict` calls it.
         self.call_options = {"training": False} if model._call_has_training_arg else {}
         fixed = [leaf.shape[0] for leaf in keras.tree.flatten(arguments) if leaf.shape[0]]
@@ -68,7 +69,10 @@ class TracedModel:
             if inputs is None and _guesses_dtypes(model) and self._look_up_integers():
                 self.trace = self._trace(sizes[0])
         except TraceError as error:
-            self.failure = f"it cannot be traced on a batch of {sizes[0]} examples: {error}"
+            self.failure = dataclasses.replace(
+                error.reason,
+                text=f"it cannot be traced on a batch of {sizes[0]} examples: {error}",
+            )
             self.trace = self._empty(sizes[0])
             self.comparison = BatchComparison(self.trace, self.trace)
             return
@@ -164,7 +168,7 @@ def _refusal_of(layer: keras.layers.Layer) -> str:
     if type(layer) in _SPELLED_OUT and not (
         activation is None or isinstance(activation, keras.layers.Layer) or name_of(activation)
     ):
-        return "the constant of its activation is not known"
+        return UNKNOWN_ACTIVATION.text
     return find_rule(layer)[1]
 
 
@@ -177,7 +181,7 @@ def _sized(model, arguments, sequence_length, shapes) -> tuple[Any, list[Shape]]
         sizes = tuple(leaf.shape[1:])
         integers = not keras.backend.is_float_dtype(keras.backend.standardize_dtype(leaf.dtype))
         if shapes is not None:
-            sizes = varying = tuple(shapes[index])
+            sizes = open_sizes = tuple(shapes[index])
         else:
             if (
                 not has_graph
@@ -187,9 +191,9 @@ def _sized(model, arguments, sequence_length, shapes) -> tuple[Any, list[Shape]]
             ):
                 # The length it was first called with is not the only one it takes.
                 sizes = (None, *sizes[1:])
-            varying = sizes
+            open_sizes = sizes
             if sizes.count(None) == 1 and sequence_length is not None:
                 sizes = tuple(sequence_length if size is None else size for size in sizes)
         sized.append(KerasTensor((leaf.shape[0], *sizes), dtype=leaf.dtype))
-        flexible.append(varying)
+        flexible.append(open_sizes)
     return keras.tree.pack_sequence_as(arguments, sized), flexible

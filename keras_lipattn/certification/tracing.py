@@ -1,28 +1,30 @@
 """Reading what a model does, by letting Keras run it on symbolic tensors.
 
 The model is called on `keras.KerasTensor`s, so that Keras itself binds arguments, fills in masks,
-resolves `training` and matches the inputs of nested models. Layers with a rule become one call;
-all others are looked into. The only module that relies on the private side of Keras.
+resolves `training` and matches the inputs of nested models. A layer with a rule becomes one call;
+the code of every other layer runs on symbols as well, down to the operations of `keras.ops`.
 """
 
-import collections
-import contextlib
 import dataclasses
 import functools
-import inspect
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 from keras import KerasTensor
 from keras.src import backend
-from keras.src.backend.common import global_state
-from keras.src.models.functional import Functional
-from keras.src.ops import core
 
-from keras_lipattn._seen_calls import remembered_call, specs_of
-from keras_lipattn.certification.paths import sibling_names
+from keras_lipattn.certification.keras_models import (
+    augments,
+    function_of,
+    nodes_in_order,
+    recorded_operations,
+    sibling_names,
+)
+from keras_lipattn.certification.reasons import NOT_QUANTIZED, Cause, Reason
+from keras_lipattn.certification.trace import Trace, TracedCall, TraceError, symbols_in
+from keras_lipattn.certification.untouched import conversions_as_on_data, untouched
 
 # What code written for data may raise when it is called on symbols.
 TRACE_ERRORS = (
@@ -36,196 +38,13 @@ TRACE_ERRORS = (
     ValueError,
 )
 
-# A graph that depends on the size of the batch differs between these two. Primes which are rarely
-# the size of anything else.
-BATCH_SIZES = (5, 7)
-
-
+_CHANGES_STATE = Reason(
+    "it changes its state or draws random numbers at inference",
+    remedy="do that only when `training` is true",
+)
 # Operations that return their input, perhaps in another dtype.
 _COPIES = ("Cast", "ConvertToTensor", "Copy", "SaturateCast", "StopGradient")
 
-
-class TraceError(Exception):
-    """A layer cannot be called on symbolic tensors. The message says why."""
-
-    # Keras then leaves the message as it is.
-    _keras_call_info_injected = True
-
-
-@dataclasses.dataclass(eq=False, kw_only=True)
-class TracedCall:
-    """One call of a layer with a rule, or of an operation.
-
-    Args:
-        operation: the layer, or the node of `keras.ops`.
-        args: positional arguments; tensors are `KerasTensor`s.
-        kwargs: keyword arguments, with masks and `training` as Keras fills them in.
-        outputs: the tensors it returns, flat.
-        path: name of the layer or operation, after those of the layers it is called in.
-        compute_dtype: dtype to which variables are cast there, `None` for no cast.
-        refusal: why the layer could not be looked into; empty for calls with a rule.
-        recorded: whether the operation belongs to the model, and not to one run of its code.
-        masks: for a layer, the masks that came with its tensors when it was called, by `id` of the
-            tensor. Its `call` may look at them; later calls may have changed them.
-    """
-
-    operation: Any
-    args: tuple
-    kwargs: dict[str, Any]
-    outputs: list[KerasTensor]
-    path: str
-    compute_dtype: str | None = None
-    refusal: str = ""
-    recorded: bool = True
-    masks: dict[int, KerasTensor] = dataclasses.field(default_factory=dict)
-
-    @functools.cached_property
-    def arguments(self) -> dict[str, Any]:
-        """Every argument by its name in the signature of `call`, those not given left out."""
-        signature = inspect.signature(self.operation.call)
-        try:
-            bound = signature.bind(*self.args, **self.kwargs).arguments
-        except TypeError:
-            # A `call` that was replaced on the instance may not take what Keras fills in.
-            return {**dict(zip(signature.parameters, self.args, strict=False)), **self.kwargs}
-        for name, parameter in signature.parameters.items():
-            if parameter.kind is inspect.Parameter.VAR_KEYWORD and name in bound:
-                bound.update(bound.pop(name))
-        return dict(bound)
-
-    @property
-    def keras_masks(self) -> list[KerasTensor]:
-        """The masks that came with its tensors."""
-        return list(self.masks.values())
-
-    @property
-    def tensors(self) -> list[KerasTensor]:
-        """All symbolic tensors among the arguments."""
-        return symbols_in((self.args, self.kwargs))
-
-
-@dataclasses.dataclass(eq=False, kw_only=True)
-class Trace:
-    """What a model does, as a flat list of calls, each after those it depends on.
-
-    Args:
-        batch: number of examples it was called on.
-        inputs: the symbolic inputs, flat.
-        outputs: the symbolic outputs, flat.
-        calls: the calls.
-        constants: values of tensors which are the same whatever the inputs, by `id`.
-        aliases: the tensor of which another one is a copy in another floating dtype, by `id`.
-        flexible: shapes by `id`, with `None` for axes whose size varies from call to call.
-        exact_length: whether Python code of a layer saw a size that varies: what it did there says
-            nothing about other sizes.
-    """
-
-    batch: int
-    inputs: list[KerasTensor]
-    outputs: list[KerasTensor] = dataclasses.field(default_factory=list)
-    calls: list[TracedCall] = dataclasses.field(default_factory=list)
-    constants: dict[int, Any] = dataclasses.field(default_factory=dict)
-    aliases: dict[int, KerasTensor] = dataclasses.field(default_factory=dict)
-    flexible: dict[int, tuple[int | None, ...]] = dataclasses.field(default_factory=dict)
-    exact_length: bool = False
-
-
-def symbols_in(structure: Any) -> list[KerasTensor]:
-    """All symbolic tensors in a structure."""
-    return [leaf for leaf in keras.tree.flatten(structure) if isinstance(leaf, KerasTensor)]
-
-
-# Models -------------------------------------------------------------------------------------------
-
-
-def function_of(model: keras.Model) -> keras.Function | None:
-    """The graph of a Functional or Sequential model, `None` for any other."""
-    if isinstance(model, keras.Sequential):
-        return model._functional if type(model).call is keras.Sequential.call else None
-    return model if type(model).call is Functional.call else None
-
-
-def input_names(function: keras.Function) -> list[str]:
-    """Names of the inputs of a graph, in order."""
-    names = []
-    for tensor in function.inputs:
-        operation = tensor._keras_history.operation
-        names.append(tensor.name if operation is None else operation.name)
-    return names
-
-
-def input_keys(function: keras.Function) -> list[str]:
-    """Keys of the inputs of a graph that takes a dictionary, in the order of the inputs.
-
-    Those of any other graph are the names of its inputs.
-    """
-    structure = function._inputs_struct
-    if not isinstance(structure, dict) or len(structure) != len(function.inputs):
-        return input_names(function)
-    keys = {id(tensor): key for key, tensor in structure.items()}
-    return [keys[id(tensor)] for tensor in function.inputs]
-
-
-def call_specs(model: keras.Model, inputs: Any = None) -> tuple[tuple, list[str]]:
-    """What a model is called on.
-
-    Args:
-        model: a built model.
-        inputs: for models without a graph, arrays or `KerasTensor`s in the structure of the call; a
-            tuple holds the positional arguments.
-
-    Returns:
-        Positional arguments, with a `KerasTensor` for every tensor and `None` for the batch axis;
-        and the names of their tensors, in flat order.
-
-    Raises:
-        ValueError: if nothing is known about the call.
-    """
-    function = function_of(model)
-    if function is not None:
-        return (function._inputs_struct,), input_names(function)
-    if inputs is not None:
-        arguments = specs_of(inputs if isinstance(inputs, tuple) else (inputs,))
-    else:
-        arguments = remembered_call(model) or _built_specs(model)
-    names = [
-        f"input {index} of shape {tuple(leaf.shape[1:])}"
-        for index, leaf in enumerate(keras.tree.flatten(arguments), start=1)
-    ]
-    return arguments, names
-
-
-def _built_specs(model: keras.Model) -> tuple:
-    """The shapes that a model without a graph was built with, as numbers of its own dtype."""
-    config = model.get_build_config() or {}
-    shapes = config.get("shapes_dict") or config
-    arguments = tuple(
-        keras.tree.map_shape_structure(
-            lambda sizes: KerasTensor((None, *sizes[1:]), dtype=model.input_dtype), shape
-        )
-        for name, shape in shapes.items()
-        if name.endswith("shape") and shape is not None
-    )
-    if not arguments:
-        raise ValueError(
-            "The shape that the model is called on is not known: pass `inputs`. "
-            "Received: inputs=None"
-        )
-    return arguments
-
-
-def nodes_in_order(function: keras.Function) -> list[Any]:
-    """The calls recorded in a graph, each after those it depends on, without the inputs."""
-    by_depth = function._nodes_by_depth
-    return [
-        node
-        for depth in sorted(by_depth, reverse=True)
-        for node in by_depth[depth]
-        if node.operation and not node.is_input
-    ]
-
-
-# Tracing ------------------------------------------------------------------------------------------
 
 # From a wrapper to how it runs the layer inside on symbols; registered beside the rules.
 _expansions: dict[type, Callable] = {}
@@ -278,7 +97,7 @@ def trace(
     tracer = _Tracer(model, keras.tree.flatten(symbols), batch, refusal_of)
     for tensor, shape in zip(tracer.trace.inputs, flexible or [], strict=bool(flexible)):
         tracer.trace.flexible[id(tensor)] = (tensor.shape[0], *shape)
-    with _untouched(model), _conversions_as_on_data(), warnings.catch_warnings():
+    with untouched(model), conversions_as_on_data(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         scope = keras.StatelessScope(collect_losses=True)
         with scope:
@@ -297,7 +116,7 @@ class _Tracer:
         # Ids are only unique among tensors that live.
         self._alive: list[Any] = list(inputs)
         self._stack: list[_Frame] = []
-        self._recorded = _recorded_operations(model)
+        self._recorded = recorded_operations(model)
         self._trained = _called_in_training(model)
 
     def run(self, symbols: tuple, options: dict[str, Any]) -> None:
@@ -330,12 +149,12 @@ class _Tracer:
                 outputs = self._run_inside(layer, args, kwargs)
                 self._collect(symbols_in(outputs))
             except (TraceError, *TRACE_ERRORS) as error:
-                refusal = str(error) if isinstance(error, TraceError) else _explain(error)
+                refusal = error.reason if isinstance(error, TraceError) else _explain(error)
             else:
                 changed = set(backend.get_stateless_scope().state_mapping) - state
                 if not changed:
                     return outputs
-                refusal = "it changes its state or draws random numbers at inference"
+                refusal = _CHANGES_STATE
             finally:
                 self._stack.pop()
         if layer is self._model:
@@ -344,12 +163,13 @@ class _Tracer:
         del self.trace.calls[calls:]
         self.trace.exact_length = exact_length
         _forget_changes(state)
-        return self._record(layer, args, kwargs, refusal=f"{missing}, and {refusal}")
+        refusal = dataclasses.replace(refusal, text=f"{missing}, and {refusal.text}")
+        return self._record(layer, args, kwargs, refusal=refusal)
 
     def _run_inside(self, layer, args, kwargs) -> Any:
         expand = _expansions.get(type(layer))
         if getattr(layer, "quantization_mode", None) is not None:
-            raise TraceError("it is quantized")
+            raise TraceError(Reason("it is quantized", remedy=NOT_QUANTIZED))
         outputs = expand(layer, *args, **kwargs) if expand else layer.call(*args, **kwargs)
         # What does not depend on the inputs comes out as a constant; Keras wants tensors.
         return keras.tree.map_structure(self._symbol, outputs)
@@ -364,18 +184,18 @@ class _Tracer:
         self._alive.append(tensor)
         return tensor
 
-    def _refuse_lengths(self, layer, arguments) -> str:
+    def _refuse_lengths(self, layer, arguments) -> Reason | None:
         """Notes that Python code sees a size that varies; why it cannot, where it is not known."""
         if _is_graph(layer) or type(layer) in _expansions:
-            return ""
+            return None
         tensors = symbols_in(arguments)
         if any(None in tensor.shape for tensor in tensors):
-            return "what it does may depend on the length of its input: pass `sequence_length`"
+            return Reason("its result may depend on the length of its input", cause=Cause.SIZE)
         if any(None in self._flexible_shape(tensor) for tensor in tensors):
             self.trace.exact_length = True
-        return ""
+        return None
 
-    def _record(self, layer, args, kwargs, refusal: str = "") -> Any:
+    def _record(self, layer, args, kwargs, refusal: Reason | None = None) -> Any:
         given = [(tensor, backend.get_keras_mask(tensor)) for tensor in symbols_in((args, kwargs))]
         outputs = type(layer).symbolic_call(layer, *args, **kwargs)
         # A layer may return what it was given.
@@ -521,14 +341,6 @@ def _is_graph(layer: keras.layers.Layer) -> bool:
     return isinstance(layer, keras.Model) and function_of(layer) is not None
 
 
-def _recorded_operations(model: keras.Model) -> dict[int, Any]:
-    """Operations in the graphs of a model and of the models inside, by `id`."""
-    graphs = [
-        function_of(layer) for layer in model._flatten_layers() if isinstance(layer, keras.Model)
-    ]
-    return {id(op): op for graph in graphs if graph is not None for op in graph._operations}
-
-
 def _called_in_training(model: keras.Model) -> set[int]:
     """Layers that a graph calls with `training=True`, by `id`.
 
@@ -552,12 +364,6 @@ def _called_in_training(model: keras.Model) -> set[int]:
     }
 
 
-def augments(layer: keras.layers.Layer) -> bool:
-    """Whether a layer runs as in training unless it is told otherwise, as augmentation does."""
-    default = layer._call_signature.parameters.get("training")
-    return default is not None and default.default is True
-
-
 def _copies_a_number(operation, inputs, outputs) -> bool:
     if type(operation).__name__ not in _COPIES or len(inputs) != 1:
         return False
@@ -565,13 +371,14 @@ def _copies_a_number(operation, inputs, outputs) -> bool:
     return dtypes[0] == dtypes[1] or all(map(keras.backend.is_float_dtype, dtypes))
 
 
-def _explain(error: Exception) -> str:
-    """Why code cannot be followed, in our words: those of Keras are about building models."""
+def _explain(error: Exception) -> Reason:
+    """The reason why code cannot be traced; the message of Keras is about building models."""
     if isinstance(error, NotImplementedError):
-        return "it has no `call` that can be followed"
-    return (
-        "its code cannot be followed: it uses other functions than `keras.ops`, or looks at the "
-        "values of its input"
+        return Reason("its `call` is not implemented")
+    return Reason(
+        "its code uses functions other than those of `keras.ops`, or looks at the values of its "
+        "input",
+        cause=Cause.CODE,
     )
 
 
@@ -579,84 +386,3 @@ def _forget_changes(before: set) -> None:
     mapping = backend.get_stateless_scope().state_mapping
     for key in [key for key in mapping if key not in before]:
         del mapping[key]
-
-
-# Leaving no trace ---------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _untouched(model: keras.Model) -> Iterator[None]:
-    """Puts back whatever a symbolic call leaves behind on a model and everything inside it."""
-    layers = model._flatten_layers()
-    operations = {id(one): one for one in layers} | _recorded_operations(model)
-    attributes = [dict(vars(inner)) for inner in layers]
-    lists = [
-        (kept, list(kept))
-        for inner in operations.values()
-        for kept in (inner._inbound_nodes, inner._outbound_nodes)
-    ]
-    lists += [(inner._losses, list(inner._losses)) for inner in layers]
-    loss_ids = [(inner._loss_ids, set(inner._loss_ids)) for inner in layers]
-    for inner in layers:
-        if not inner.built:
-            vars(inner)["build"] = _refuse_to_build(inner)
-    try:
-        yield
-    finally:
-        for inner, before in zip(layers, attributes, strict=True):
-            now = vars(inner)
-            for name in [name for name in now if name not in before]:
-                del now[name]
-            now.update(before)
-        for kept, before in lists:
-            kept[:] = before
-        for kept, before in loss_ids:
-            kept.clear()
-            kept.update(before)
-
-
-@contextlib.contextmanager
-def _conversions_as_on_data() -> Iterator[None]:
-    """A conversion to the dtype that a tensor has returns the tensor itself, with its mask.
-
-    So it is on data. On symbols Keras makes a new tensor, which has lost the mask.
-    """
-    classes = (core.Cast, core.ConvertToTensor)
-    originals = [vars(one).get("symbolic_call") for one in classes]
-
-    def symbolic_call(self, x):
-        if self.dtype is None or keras.backend.standardize_dtype(self.dtype) == x.dtype:
-            return x
-        return keras.Operation.symbolic_call(self, x)
-
-    for one in classes:
-        one.symbolic_call = symbolic_call
-    try:
-        yield
-    finally:
-        for one, original in zip(classes, originals, strict=True):
-            if original is None:
-                del one.symbolic_call
-            else:
-                one.symbolic_call = original
-
-
-def _refuse_to_build(layer: keras.layers.Layer):
-    def build(*args, **kwargs):
-        raise TraceError(f"layer {layer.name!r} inside it is not built")
-
-    return build
-
-
-@contextlib.contextmanager
-def names_kept() -> Iterator[None]:
-    """Puts back the counters which number the names that Keras makes up."""
-    counters: Any = global_state.get_global_attribute(
-        "object_name_uids", collections.defaultdict(int), set_to_default=True
-    )
-    before = dict(counters)
-    try:
-        yield
-    finally:
-        counters.clear()
-        counters.update(before)

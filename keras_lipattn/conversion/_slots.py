@@ -3,10 +3,10 @@
 from typing import Any
 
 import keras
+from keras.src.models.functional import Functional
 from keras.src.ops.node import KerasHistory
 
-from keras_lipattn.certification import tracing
-from keras_lipattn.certification.paths import sibling_names
+from keras_lipattn.certification.keras_models import function_of, sibling_names
 from keras_lipattn.layers import L2MultiHeadAttention
 
 _ATTENTION = (keras.layers.MultiHeadAttention, L2MultiHeadAttention)
@@ -39,8 +39,8 @@ def attention_slots(root: keras.layers.Layer) -> dict[str, keras.layers.Layer]:
 
 def is_plain_graph(layer: Any) -> bool:
     """Whether the configuration of `layer` holds the layers inside as they are."""
-    return type(layer) in (keras.Model, keras.Sequential, tracing.Functional) and (
-        tracing.function_of(layer) is not None
+    return type(layer) in (keras.Model, keras.Sequential, Functional) and (
+        function_of(layer) is not None
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from keras.src import backend
 
 from keras_lipattn._seen_calls import specs_of
-from keras_lipattn.certification import tracing
+from keras_lipattn.certification.keras_models import call_specs, function_of, names_kept
 from keras_lipattn.conversion._slots import attention_slots, exchange, is_plain_graph
 from keras_lipattn.conversion._tied_weights import matching_value, tied_query
 from keras_lipattn.conversion.conversion import Conversion
@@ -69,7 +69,7 @@ def convert_attention(model: keras.Model, x: Any = None) -> Conversion:
         raise ValueError(f"`model` must be a built `keras.Model`. Received: model={model!r}")
     arguments = _arguments(model, x)
     olds = attention_slots(model)
-    with tracing.names_kept():
+    with names_kept():
         copy = _copy(model, arguments)
         pairs = list(zip(model._flatten_layers(), copy._flatten_layers(), strict=True))
         # Names that Keras makes up are others in the copy, the order is the same.
@@ -97,12 +97,12 @@ def convert_attention(model: keras.Model, x: Any = None) -> Conversion:
 
 def _arguments(model: keras.Model, x: Any) -> tuple:
     """The positional arguments of a call of `model`, as symbols."""
-    function = tracing.function_of(model)
+    function = function_of(model)
     if function is not None:
         return (keras.tree.map_structure(lambda tensor: tensor, function._inputs_struct),)
     if x is not None:
         return specs_of((keras.tree.map_structure(keras.ops.convert_to_tensor, x),))
-    return tracing.call_specs(model)[0]
+    return call_specs(model)[0]
 
 
 def _call_symbolically(model: keras.Model, arguments: tuple) -> None:

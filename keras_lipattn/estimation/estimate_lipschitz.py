@@ -56,7 +56,7 @@ def estimate_lipschitz(
             `certify`. The points in `x` must.
         radius: If given, each point stays within this distance, in the norm `norm`, of the point in
             `x` that it began from: a lower estimate of a local constant, as
-            `certify(around=x, radius=radius)` bounds it.
+            `certify(center=x, radius=radius)` bounds it.
         call_kwargs: Further arguments of `function`, such as masks.
         seed: Seed of the search.
 

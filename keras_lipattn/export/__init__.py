@@ -1,6 +1,6 @@
-"""From a trained model to a SavedModel that carries its certificate."""
+"""Export of a trained model as a SavedModel that contains its certificate."""
 
-from keras_lipattn.export.export_error import ExportError
-from keras_lipattn.export.export_saved_model import export_saved_model
+from keras_lipattn.export.saving import ExportedModel, export_saved_model
+from keras_lipattn.export.serving_graph import ExportError
 
-__all__ = ["ExportError", "export_saved_model"]
+__all__ = ["ExportError", "ExportedModel", "export_saved_model"]

@@ -1,14 +1,14 @@
-"""Serves one file of requests from a SavedModel, with TensorFlow and numpy alone.
+"""Program that answers a file of requests from a SavedModel with TensorFlow and numpy alone.
 
-Run as a program of its own: `python _serving_program.py MODEL REQUESTS.npz RESULTS.npz`. Keras and
-this package cannot be imported in it.
+Run as `python _serving_program.py MODEL REQUESTS.npz RESULTS.npz`. Keras and this
+package cannot be imported in it.
 """
 
 import sys
 
 BLOCKED = ("keras", "keras_lipattn", "tf_keras")
 
-# Not a finder that raises: TensorFlow asks whether Keras is there and takes no for an answer.
+# `None` rather than an import hook that raises: TensorFlow handles a missing Keras.
 for _name in BLOCKED:
     sys.modules[_name] = None  # type: ignore[assignment]
 

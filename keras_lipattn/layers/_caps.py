@@ -2,10 +2,10 @@
 
 import math
 
+from keras_lipattn.linalg.precision import UNIT_ROUNDOFF
+
 # A cap aims this much below itself, so that float32 roundings of the scaled weights stay under it.
 CAP_MARGIN = 1e-6
-# Largest relative error of rounding a float32 to the dtypes that layers compute in.
-_ROUNDOFF = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
 
 
 def cap_factor(norm, cap, xp, *, margin=CAP_MARGIN):
@@ -24,6 +24,6 @@ def cap_margin(dtype, shape):
     Rounding changes each entry by a relative `u` at most, hence the 2-norm by `u |W|_F`, which is
     at most `u sqrt(min(rows, columns))` times itself, and sums of absolute entries by `2 u`.
     """
-    if dtype not in _ROUNDOFF:
+    if dtype not in ("bfloat16", "float16"):
         return CAP_MARGIN
-    return CAP_MARGIN + _ROUNDOFF[dtype] * max(2.0, math.sqrt(min(shape)))
+    return CAP_MARGIN + UNIT_ROUNDOFF[dtype] * max(2.0, math.sqrt(min(shape)))

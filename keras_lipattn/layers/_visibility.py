@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from keras import ops
 
-from keras_lipattn.bounds.mask_degrees import mask_degrees
+from keras_lipattn.bounds.unit_head import mask_degrees
 
 # Far below any score: the own token's score is at least zero. Finite, so that a row in which
 # everything is padded stays finite until it is set to zero.

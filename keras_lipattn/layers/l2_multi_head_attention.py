@@ -7,22 +7,22 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lipattn.bounds.key_weights import weights_by_lag
+from keras_lipattn.bounds.head_scaling import frobenius_scaling
+from keras_lipattn.bounds.key_weights import (
+    weighted_layer_bound,
+    weighted_unit_bound,
+    weights_by_lag,
+    weights_of_tokens,
+)
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
 from keras_lipattn.bounds.multihead import (
     certified_layer_bound,
-    frobenius_scaling,
+    published_layer_bound,
     running_layer_bound,
     split_bound_l2,
     split_bound_token,
 )
-from keras_lipattn.bounds.published import published_layer_bound
 from keras_lipattn.bounds.unit_head import UNKNOWN_LENGTH, UnitBound, unit_head_bound
-from keras_lipattn.bounds.weighted import (
-    weighted_layer_bound,
-    weighted_unit_bound,
-    weights_of_tokens,
-)
 from keras_lipattn.layers._arguments import require_positive_integer
 from keras_lipattn.layers._as_run import as_run, is_finite_as_run
 from keras_lipattn.layers._condensed_attention import CondensedAttention

@@ -1,4 +1,4 @@
-"""Base of the layers whose Lipschitz constant can be watched, penalised, capped and condensed."""
+"""Base of the layers whose Lipschitz constant can be watched, penalized, capped and condensed."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -32,12 +32,12 @@ class Tracking:
     Attributes:
         norm: Norm of the running bound: `"l2"`, `"token"` or `"linf"`.
         sequence_length: Number of tokens the bound is for; `None` for the layer's own.
-        penalise: Whether `call` adds the penalty to the losses.
+        penalize: Whether `call` adds the penalty to the losses.
     """
 
     norm: str = "l2"
     sequence_length: int | None = None
-    penalise: bool = False
+    penalize: bool = False
 
 
 class LipschitzLayer(keras.layers.Layer):
@@ -283,10 +283,10 @@ class LipschitzLayer(keras.layers.Layer):
             return self._inference_norms(kernels)
         return None
 
-    def _record(self, bound, *, penalise=True):
+    def _record(self, bound, *, penalize=True):
         """Stores the running bound and adds the penalty, at the end of a tracked training call."""
         self.running_bound.assign(ops.cast(ops.stop_gradient(bound), self.running_bound.dtype))
-        if self._tracking.penalise and penalise:
+        if self._tracking.penalize and penalize:
             # log(0) would make the gradient of a layer which is switched off a NaN.
             log_bound = ops.log(ops.maximum(bound, 1e-30))
             target = ops.cast(self.penalty_log_target, log_bound.dtype)

@@ -137,7 +137,7 @@ class SpectralDense(LipschitzLayer):
             norm = self._tracking.norm
             # Without a constant of the activation there is nothing that a penalty could lower.
             finite = math.isfinite(activation_constant(self.activation, norm)[0])
-            self._record(self._bound(raw, norms, norm, ops) * factor, penalise=finite)
+            self._record(self._bound(raw, norms, norm, ops) * factor, penalize=finite)
         if training and norms is not None:
             norms.commit()
         return kernel

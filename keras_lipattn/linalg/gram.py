@@ -1,12 +1,11 @@
 """Upper bound of an operator norm by Gram iteration: matrix products only, for use in a graph."""
 
-import math
-
-import keras
 from keras import ops
 
+from keras_lipattn.linalg.precision import product_allowance, roundoff
+
 NUM_SQUARINGS = 10
-# Far below the roundings of float32, so that a cap is the same however its norm was found.
+# Far below the rounding of float32, so that a cap does not depend on how its norm was computed.
 CONVERGED = 3e-8
 
 
@@ -21,7 +20,7 @@ def gram_upper_bound(matrix, *, num_squarings=NUM_SQUARINGS):
     Rounding is accounted for step by step. A computed product of `d x d` matrices differs from the
     exact one by at most `gamma |A|_F |B|_F` in Frobenius norm, `gamma = d u / (1 - d u)`, so
     `||A||^2 <= ||fl(A^2)|| + gamma` for `|A|_F = 1`. The allowance is `gamma` with the roundoff of
-    the device: products of float32 matrices lose more on devices which round their factors first.
+    the device: products of float32 matrices lose more on devices that round their factors first.
 
     Args:
         matrix: Tensor `(..., m, n)`, float32 or float64.
@@ -47,7 +46,7 @@ def gram_upper_bound(matrix, *, num_squarings=NUM_SQUARINGS):
         bound = radius * ops.sqrt(bound + squaring_allowance)
     bound = frobenius * ops.sqrt(bound + product_allowance(summed, matrix.dtype))
     # A few elementwise roundings (scaling, square roots) remain outside the products.
-    slack = 1.0 + 16 * (num_squarings + 2) * _roundoff(matrix.dtype)
+    slack = 1.0 + 16 * (num_squarings + 2) * roundoff(matrix.dtype)
     return ops.squeeze(peak * bound, axis=(-2, -1)) * slack
 
 
@@ -87,15 +86,15 @@ def converged_upper_bound(matrix, *, tolerance=CONVERGED):
     rounding = 2.0 * side * product_allowance(side, matrix.dtype)
     bound = ops.exp(log_bound) * (1.0 + rounding) + product_allowance(summed, matrix.dtype)
     # The excess halves with every squaring, so there are fewer than 64 of them.
-    slack = 1.0 + 16 * 64 * _roundoff(matrix.dtype)
+    slack = 1.0 + 16 * 64 * roundoff(matrix.dtype)
     return ops.squeeze(peak * frobenius * ops.sqrt(bound), axis=(-2, -1)) * slack
 
 
 def _scaled_gram(matrix):
-    """Largest entry, Frobenius norm once divided by it, and the smaller Gram matrix of the rest."""
-    # The largest entry goes first, so that the squares neither under- nor overflow. A matrix of
-    # ones stands in for zero: nothing below is zero then, and the bound, times the largest entry,
-    # is. No gradient need flow through that entry: what is divided by it is multiplied with it.
+    """Largest entry, Frobenius norm after division by it, and the normalized Gram matrix."""
+    # Dividing by the largest entry keeps the squares from under- or overflowing. A zero matrix is
+    # replaced by ones, so that no divisor below is zero; the bound is multiplied by the largest
+    # entry, 0. No gradient needs to flow through that entry: the bound does not depend on it.
     rows, cols = matrix.shape[-2:]
     peak = ops.stop_gradient(ops.max(ops.abs(matrix), axis=(-2, -1), keepdims=True))
     usable = peak > 0
@@ -107,75 +106,5 @@ def _scaled_gram(matrix):
     return peak, frobenius, power
 
 
-def product_allowance(inner, dtype):
-    """Bound of `|fl(AB) - AB|_F / (|A|_F |B|_F)` for an inner dimension `inner` on this device."""
-    summation = inner * _roundoff(dtype)
-    # 5 % covers 1 / (1 - d u) and Frobenius norms which are one only up to rounding.
-    return 1.05 * (summation + 2.0 * _factor_roundoff(dtype))
-
-
-def _roundoff(dtype):
-    return 2.0**-53 if _keeps_float64(dtype) else 2.0**-24
-
-
-def _keeps_float64(dtype):
-    """Whether what is computed from this dtype stays float64: not on every backend of Keras."""
-    return keras.backend.result_type(dtype, dtype) == "float64"
-
-
-def _factor_roundoff(dtype):
-    """Relative error to which the device may round the factors of a product before multiplying."""
-    if _keeps_float64(dtype):
-        return 0.0
-    # A float64 factor becomes a float32 first.
-    rounded = 2.0**-24 if keras.backend.standardize_dtype(dtype) == "float64" else 0.0
-    return max(rounded, _product_roundoff())
-
-
-def _product_roundoff():
-    """The same for float32: the least precise that this device and its settings allow."""
-    kind, setting = _device()
-    # TensorFloat-32 keeps 10 explicit bits, bfloat16 (the default of a TPU's matrix unit) keeps 7.
-    return max({"cpu": 0.0, "gpu": 2.0**-11, "tpu": 2.0**-8}[kind], _SETTINGS.get(setting, 2.0**-8))
-
-
-# What a user may have set for the precision of float32 products, on PyTorch and JAX. Any other
-# setting is taken for the coarsest one.
-_SETTINGS = {
-    None: 0.0,
-    "default": 0.0,
-    "highest": 0.0,
-    "float32": 0.0,
-    "high": 2.0**-11,
-    "tensorfloat32": 2.0**-11,
-}
-
-
-def _device():
-    """`"cpu"`, `"gpu"` or `"tpu"`, the least precise one in use, and the precision set, if any."""
-    backend = keras.backend.backend()
-    if backend == "tensorflow":
-        import tensorflow as tf
-
-        kinds = {device.device_type for device in tf.config.list_logical_devices()}
-        return ("tpu" if "TPU" in kinds else "gpu" if "GPU" in kinds else "cpu"), None
-    if backend == "jax":
-        import jax  # pyright: ignore[reportMissingImports]
-
-        kind = jax.default_backend()
-        return (kind if kind in ("cpu", "tpu") else "gpu"), jax.config.jax_default_matmul_precision
-    if backend == "torch":
-        import torch  # pyright: ignore[reportMissingImports]
-
-        kind = "gpu" if torch.cuda.is_available() else "cpu"
-        return kind, torch.get_float32_matmul_precision()
-    return "cpu", None
-
-
 def _frobenius(matrix):
     return ops.sqrt(ops.sum(ops.square(matrix), axis=(-2, -1), keepdims=True))
-
-
-def relative_slack(side, num_squarings=NUM_SQUARINGS):
-    """Largest ratio of the bound to the norm in exact arithmetic for a smaller side `side`."""
-    return math.exp(math.log(max(side, 1)) * 2.0 ** -(num_squarings + 2))

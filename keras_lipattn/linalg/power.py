@@ -14,8 +14,8 @@ def power_step(matrix, vector, *, rows=None, columns=None):
 
     The estimate is `u^T W v` for the unit vectors `u ~ W vector` and `v ~ W^T u`, whose gradient is
     that of the norm itself once `v` has converged. It is lifted to `|W|_F / sqrt(min(m, n))`, a
-    lower bound too, which keeps a cold vector from seeing nothing; the gradient stays the
-    estimate's.
+    lower bound too, because the estimate of a cold vector may be near 0. The gradient is that of
+    the estimate.
 
     Args:
         matrix: Tensor `(..., m, n)`.
@@ -27,8 +27,8 @@ def power_step(matrix, vector, *, rows=None, columns=None):
 
     Returns:
         A pair: the estimate `(...)` and the new vector `(..., n)`, no gradient flowing through it.
-        Where a vector of zeros or NaN is given or reached (by a zero matrix, say), a fixed one
-        takes its place.
+        A vector of zeros or NaN, given or computed (of a zero matrix, for instance), is replaced
+        by a fixed one.
     """
     *batch, height, width = matrix.shape
     # All vectors are rows `(..., 1, n)`, but where a product wants a column.
@@ -51,10 +51,7 @@ def power_step(matrix, vector, *, rows=None, columns=None):
 
 
 def cold_vector(shape):
-    """Unit vectors `(..., n)` to start from, with no reason to be orthogonal to a leading one.
-
-    Random, but always the same: every replica and every restart begins alike.
-    """
+    """Random unit vectors `(..., n)` to start from, equal on every replica and after a restart."""
     return _host_unit(np.random.default_rng(0).standard_normal(shape))
 
 

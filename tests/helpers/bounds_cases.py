@@ -35,10 +35,10 @@ def witnesses(tokens, width):
     n = tokens - 1
     reach = math.sqrt(float(lambertw(n * math.exp(-1.5)).real) + 1.5)
     found = []
-    # The other tokens half on each side of a centre: the largest diagonal block.
-    for centre in (0, tokens - 1):
+    # The other tokens half on each side of a center: the largest diagonal block.
+    for center in (0, tokens - 1):
         y = np.zeros((tokens, width))
-        others = [i for i in range(tokens) if i != centre]
+        others = [i for i in range(tokens) if i != center]
         y[others[::2], 0], y[others[1::2], 0] = reach, -reach
         found.append(y)
     # A hub with a star around it, off its axis where there is room: the order of growth.
@@ -146,7 +146,7 @@ def attained(jac, norm):
         covector = np.zeros((tokens, outer))
         covector[i, o] = 1.0
         return sums[i, o], covector, np.sign(jac[i, o])
-    # Alternating maximisation over the rows all at once, from coordinates and in between.
+    # Alternating maximization over the rows all at once, from coordinates and in between.
     starts = np.concatenate([np.eye(outer), np.random.default_rng(0).normal(size=(2, outer))])
     best = (0.0, np.zeros((tokens, outer)), np.zeros((sources, inner)))
     for start in starts:

@@ -1,8 +1,8 @@
-"""What workers tell each other in one training step, with a monitor and without.
+"""Counts the collectives in the graph of one training step, with and without a monitor.
 
     python collectives.py OUTPUT.json
 
-writes, for each way to train, how many collectives of which size are in the graph of a step.
+writes their number by size, for each way to train.
 """
 
 import collections
@@ -19,12 +19,12 @@ from keras_lipattn.layers import Tracking, lipschitz_layers
 WAYS = {
     "no monitor": None,
     "running bounds": Tracking(),
-    "penalty": Tracking(penalise=True),
+    "penalty": Tracking(penalize=True),
 }
 
 
 def collectives(strategy, tracking):
-    """Pairs of an operation and the number of entries it sends, counted, in the graph of a step."""
+    """Counts of the collectives in a step, by operation and number of entries sent."""
     with strategy.scope():
         model = multi_worker(monitor_models.compiled(monitor_models.capped()))
         model.optimizer.build(model.trainable_variables)

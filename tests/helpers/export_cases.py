@@ -1,4 +1,4 @@
-"""Models to export, each small, together all kinds of inputs and endings."""
+"""Small models to export, with all kinds of inputs and outputs."""
 
 import contextlib
 from typing import Any
@@ -9,7 +9,7 @@ from helpers.serving_client import ServingClient
 from keras import layers, ops
 
 import keras_lipattn as lip
-from keras_lipattn.export import _clean_process
+from keras_lipattn.export import verification
 
 LENGTH = 6
 WIDTH = 8
@@ -17,14 +17,14 @@ WIDTH = 8
 
 @contextlib.contextmanager
 def one_serving_process():
-    """Lets exports be checked by one clean process for all, instead of a new one for each."""
+    """Check all exports in one clean process instead of a new one for each."""
     client = ServingClient()
-    original = _clean_process.serve
-    _clean_process.serve = client.serve
+    original = verification.serve
+    verification.serve = client.serve
     try:
         yield client
     finally:
-        _clean_process.serve = original
+        verification.serve = original
         client.close()
 
 
@@ -43,13 +43,13 @@ def spectral_dense(units, capped, **options):
 
 
 def block(x, attend=None, **call):
-    """A pre-normalised residual block of attention."""
+    """A pre-normalized residual block of attention."""
     attend = attend or attention()
     return lip.Residual(alpha=0.5)([x, attend(lip.CenterNormalization()(x), **call)])
 
 
 def randomized(model, scale=1.5):
-    """The model with weights large enough that the caps are at work."""
+    """The model with weights so large that the caps are active."""
     rng = np.random.default_rng(7)
     for variable in model.trainable_variables:
         noise = rng.normal(size=variable.shape) / np.sqrt(max(1, variable.shape[0]))
@@ -58,7 +58,7 @@ def randomized(model, scale=1.5):
 
 
 def classifier(capped=True) -> Any:
-    """Tokens of any length to a softmax."""
+    """A softmax over tokens of any length."""
     caps: dict[str, Any] = {} if capped else {"spectral_norm": None, "lipschitz_bound": None}
     inputs = keras.Input((None, WIDTH), name="tokens")
     x = spectral_dense(WIDTH, capped)(inputs)
@@ -68,7 +68,7 @@ def classifier(capped=True) -> Any:
 
 
 def ids_classifier():
-    """Integers, padded with 0, to a sigmoid."""
+    """A sigmoid over integers that are padded with 0."""
     inputs = keras.Input((None,), dtype="int32", name="ids")
     x = block(layers.Embedding(11, WIDTH, mask_zero=True)(inputs))
     x = layers.GlobalAveragePooling1D()(x)
@@ -76,7 +76,7 @@ def ids_classifier():
 
 
 def masked_classifier():
-    """A dict of tokens and of which of them count."""
+    """A model with a dict of tokens and their mask as input."""
     tokens = keras.Input((None, WIDTH), name="tokens")
     valid = keras.Input((None,), dtype="bool", name="valid")
     x = layers.GlobalMaxPooling1D()(block(tokens, query_mask=valid))
@@ -85,7 +85,7 @@ def masked_classifier():
 
 
 def tagger():
-    """A dict of outputs, one of them a label for every token."""
+    """A model with a dict of outputs, one of them a label for each token."""
     inputs = keras.Input((None, WIDTH))
     x = block(inputs, attention(max_relative_position=3), use_causal_mask=True)
     return randomized(
@@ -96,12 +96,12 @@ def tagger():
 
 
 def dense(end, width=4):
-    """A vector to whatever `end` makes of it."""
+    """A small dense model that ends in `end`."""
     inputs = keras.Input((width,), name="x")
     return randomized(keras.Model(inputs, end(layers.Dense(5, activation="relu")(inputs))))
 
 
-# Endings that stand for the same logits, by name.
+# Outputs with the same logits, by name.
 ENDINGS = {
     "linear": lambda x: layers.Dense(3)(x),
     "dense softmax": lambda x: layers.Dense(3, activation="softmax")(x),
@@ -118,7 +118,7 @@ ENDINGS = {
 
 @keras.saving.register_keras_serializable(package="export_cases")
 class Subclassed(keras.Model):
-    """A model without a graph of its own."""
+    """A subclassed model."""
 
     def __init__(self, by_operation=False, **kwargs):
         super().__init__(**kwargs)

@@ -1,8 +1,8 @@
 """Writes the record of `monitor_fits` under MirroredStrategy on two logical CPUs.
 
-It is joined by how far the running vectors of the replicas are from each other.
+It also contains the largest difference between the running vectors of the replicas.
 
-To be run in a process of its own, with the folder of the tests on the path:
+Run it in a separate process, with the folder of the tests on the path:
 
     python mirrored_fit.py OUTPUT.npz
 """
@@ -29,7 +29,7 @@ def main(path):
             first, second = (copy.numpy() for copy in variable.value.values)
             apart = max(apart, np.abs(first - second).max())
     results |= {"replicas": np.array(strategy.num_replicas_in_sync), "apart": np.array(apart)}
-    np.savez(path, allow_pickle=False, **results)
+    np.savez(path, **results)  # pyright: ignore[reportArgumentType]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The same fits with a monitor, whatever the distribution strategy in force."""
+"""Fits with a monitor, to be run under different strategies."""
 
 import keras
 import numpy as np
@@ -9,7 +9,7 @@ from keras_lipattn.distribution import multi_worker
 
 
 def penalty_gradient():
-    """Minus the step which the penalty alone makes plain gradient descent of rate 1 take."""
+    """Gradient of the penalty: minus the step of gradient descent of rate 1."""
     keras.utils.set_random_seed(11)
     model = monitor_models.compiled(
         multi_worker(monitor_models.functional()),
@@ -23,13 +23,13 @@ def penalty_gradient():
 
 
 def record():
-    """Arrays which must not depend on the number of replicas, and the model of the last ones."""
+    """Arrays that must not depend on the number of replicas, and the trained model."""
     results = {"gradient": penalty_gradient()}
     keras.utils.set_random_seed(12)
     x, y = monitor_models.data(32)
     model = monitor_models.compiled(monitor_models.capped(), learning_rate=0.05)
     monitor = LipschitzMonitor(
-        penalty=lambda epoch: 0.1 * (epoch + 1), target=0.1, running_every=1, lower=x[:2]
+        penalty=lambda epoch: 0.1 * (epoch + 1), target=0.1, running_freq=1, lower_bound_data=x[:2]
     )
     history = model.fit(
         x,

@@ -50,7 +50,7 @@ def capped():
 
 
 def _encoder(name):
-    # Built on its own, so that Keras knows its layer by the same path as that of its twin.
+    # Built alone, so that Keras gives the layers of both encoders the same path.
     inputs = keras.Input((TOKENS, FEATURES))
     return keras.Model(inputs, dense()(inputs), name=name)
 
@@ -58,7 +58,7 @@ def _encoder(name):
 def nested():
     inputs = keras.Input((TOKENS, FEATURES))
     x = _encoder("encoder-b")(_encoder("encoder.a")(inputs))
-    # Written like the path of the layer in the first encoder.
+    # Its name equals the key of the layer in the first encoder.
     x = dense(name="encoder_a_dense")(x)
     x = keras.layers.GlobalAveragePooling1D()(x)
     return keras.Model(inputs, dense(CLASSES, name="total")(x), name="nested")
@@ -73,7 +73,7 @@ def shared():
 
 
 class Subclassed(keras.Model):
-    """Gets its weights when it is called first."""
+    """Gets its weights in its first call."""
 
     def __init__(self, *names):
         super().__init__(name="subclassed")
@@ -97,7 +97,7 @@ KINDS: dict[str, Callable[[], Any]] = {
 
 
 def compiled(model: Any, *, learning_rate=0.01, loss: Any = None, **kwargs: Any) -> Any:
-    """`model`, compiled with options which keep tests short unless `kwargs` say otherwise."""
+    """`model`, compiled with options that keep tests short, unless `kwargs` override them."""
     model.compile(
         keras.optimizers.SGD(learning_rate),
         loss or keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -107,7 +107,7 @@ def compiled(model: Any, *, learning_rate=0.01, loss: Any = None, **kwargs: Any)
 
 
 def without_loss(targets, outputs):
-    """A loss of zero, whatever the outputs: what trains then is the penalty alone."""
+    """A loss that is always zero, so that only the penalty trains."""
     return ops.mean(ops.multiply(outputs, 0.0), axis=-1)
 
 

@@ -1,6 +1,6 @@
-"""A process that serves SavedModels without Keras and without this package, kept for many models.
+"""A process that serves many SavedModels without Keras and without this package.
 
-Run as a program it reads one request a line from its standard input. Imported, it starts that
+As a program it reads one request per line from its standard input. As a module it starts that
 program, and reads saved graphs without running them.
 """
 
@@ -19,7 +19,7 @@ BLOCKED = ("keras", "keras_lipattn", "tf_keras")
 
 
 class ServingClient:
-    """One process for many models: starting TensorFlow takes longer than serving a small model."""
+    """One process for many models, because TensorFlow takes seconds to start."""
 
     def __init__(self):
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": "2"}
@@ -34,7 +34,7 @@ class ServingClient:
         )
 
     def serve(self, model, requests):
-        """From `{signature: {input: array}}` to `{signature: {output: array}}`."""
+        """Answer `{signature: {input: array}}` with `{signature: {output: array}}`."""
         with tempfile.TemporaryDirectory() as folder:
             asked, answered = f"{folder}/asked.npz", f"{folder}/answered.npz"
             arrays: dict[str, Any] = {
@@ -74,7 +74,7 @@ def graph_of(model):
 
 
 def operations_of(model):
-    """Types of all operations of all functions of a SavedModel but those that save and restore."""
+    """Types of all operations of a SavedModel, except those that save and restore."""
     graph = graph_of(model)
     nodes = [node.op for node in graph.node]
     for function in graph.library.function:
@@ -87,7 +87,7 @@ def operations_of(model):
 
 
 def operations_of_signature(model, signature):
-    """Types of the operations of the one function behind a signature."""
+    """Types of the operations of the function behind a signature."""
     (function,) = [
         function
         for function in graph_of(model).library.function
@@ -105,10 +105,10 @@ def variable_names(model):
 
 
 def in_float64(model, signature):
-    """A signature of a SavedModel, computed with its float32 constants in float64 arithmetic.
+    """A signature of a SavedModel in float64 arithmetic, with its float32 constants.
 
     Returns:
-        A function of named arrays which returns a list of arrays, in the order of the outputs.
+        A function from named arrays to a list of arrays, in the order of the outputs.
     """
     import tensorflow as tf
     from tensorflow.python.framework.convert_to_constants import (

@@ -1,4 +1,4 @@
-"""A real file system of one megabyte, to be filled or made read-only."""
+"""A real file system of one megabyte that can be filled or made read-only."""
 
 import pathlib
 import subprocess
@@ -10,14 +10,14 @@ class SmallDisk:
     """A mounted file system.
 
     Args:
-        folder: Where it is mounted.
+        folder: Mount point.
     """
 
     def __init__(self, folder: pathlib.Path) -> None:
         self.folder = folder
 
     def fill(self, *, leaving: int) -> None:
-        """Fills it up to so many bytes."""
+        """Fill it, except for `leaving` bytes."""
         filler = self.folder / "filler"
         with open(filler, "wb") as file:
             try:
@@ -28,16 +28,16 @@ class SmallDisk:
             file.raw.truncate(filler.stat().st_size - leaving)
 
     def empty(self) -> None:
-        """Makes room again."""
+        """Delete what `fill` has written."""
         (self.folder / "filler").unlink()
 
     def make_read_only(self) -> None:
-        """From now on it cannot be written, by root neither."""
+        """Make it read-only, also for root."""
         _run("mount", "-o", "remount,ro", str(self.folder))
 
 
 def mounted(folder: pathlib.Path):
-    """A fresh `SmallDisk`, unmounted afterwards; skips where nobody may mount."""
+    """A new `SmallDisk`, unmounted at the end. Skips the test if mounting is not allowed."""
     done = _run("mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder), check=False)
     if done.returncode:
         pytest.skip(f"mounting a file system needs root. Received: {done.stderr.strip()}")

@@ -1,8 +1,8 @@
-"""A `fit` of Keras with workers, without one of the two changes which `multi_worker` makes.
+"""A `fit` of Keras with workers, without one of the two changes that `multi_worker` makes.
 
     python stock_fit.py build|steps
 
-ends with status 3 if `fit` fails in the way that this change is there for.
+ends with status 3 if `fit` fails for the reason that this change removes.
 """
 
 import sys
@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_lipattn.distribution import _changes
+from keras_lipattn import distribution
 
 FAILURES = {"build": "unsupported type", "steps": "Invalid reduction dimension 0"}
 
@@ -22,9 +22,9 @@ def main(left_out):
         model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
         model.compile("sgd", "mse")
     if left_out == "build":
-        _changes.give_outputs_of_steps_an_axis(model)
+        distribution._add_axis_to_step_outputs(model)
     else:
-        _changes.build_from_local_batches(model, strategy)
+        distribution._build_from_local_batches(model, strategy)
     try:
         model.fit(np.ones((8, 3)), np.ones((8, 2)), batch_size=4, verbose=0)
     except (TypeError, ValueError) as error:

@@ -1,13 +1,13 @@
-"""What training under a strategy comes to, to be compared with what it comes to without one.
+"""Records a training under a strategy, for comparison with one device.
 
-To be run in a process of its own, or in one for each worker, with `tests` on the path:
+Run it in a separate process, or in one per worker, with `tests` on the path:
 
     python strategy_record.py STRATEGY FOLDER whole|killed|resumed
 
 STRATEGY is `default`, `mirrored-N` for N logical CPUs, or `workers`. Every process writes the
-arrays of `record` to FOLDER/record-INDEX.npz, the chief the history and models beside it. When
-`killed`, the last worker ends without a word to anybody in the middle of epoch `KILLED_IN`; when
-`resumed`, training goes on from the backup in FOLDER.
+arrays of `record` to FOLDER/record-INDEX.npz; the chief also writes the history and models. With
+`killed`, the last worker is killed in the middle of epoch `KILLED_IN`. With `resumed`, training
+resumes from the backup in FOLDER.
 """
 
 import os
@@ -64,7 +64,7 @@ def task(strategy):
 
 
 def penalty(epoch, current):
-    """A schedule that stands on what it was before."""
+    """A schedule that depends on the current coefficient."""
     return current + 0.05
 
 
@@ -76,7 +76,7 @@ def train(strategy, folder, killed):
             multi_worker(monitor_models.capped()), learning_rate=0.05, metrics=["accuracy"]
         )
     x, y = monitor_models.data(EXAMPLES)
-    monitor = LipschitzMonitor(penalty=penalty, target=0.1, running_every=1)
+    monitor = LipschitzMonitor(penalty=penalty, target=0.1, running_freq=1)
     callbacks = [monitor]
     if is_chief(strategy):
         log = keras.callbacks.CSVLogger(str(folder / "history.csv"), append=True)
@@ -102,7 +102,7 @@ def train(strategy, folder, killed):
 
 
 def record(model, monitor, history):
-    """Arrays which must not depend on the strategy."""
+    """Arrays that must not depend on the strategy."""
     x, y = monitor_models.data(EXAMPLES)
     results = {f"fit_{key}": np.array(values) for key, values in history.items()}
     results |= {f"batch_{k}": np.array(v) for k, v in monitor.running_history.items()}
@@ -139,7 +139,7 @@ def main(name, folder, mode):
         if is_chief(strategy):
             export_saved_model(model, folder / "saved_model")
     index, _ = task(strategy)
-    np.savez(folder / f"record-{index}.npz", allow_pickle=False, **results)
+    np.savez(folder / f"record-{index}.npz", **results)  # pyright: ignore[reportArgumentType]
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 
-from keras_lipattn.distribution import run_workers
+from local_workers import run_workers
 
 TESTS = pathlib.Path(__file__).parent.parent
 PROGRAM = TESTS / "helpers" / "strategy_record.py"
@@ -18,7 +18,7 @@ STRATEGIES = {
     "workers-2": ("workers", 2, 2),
     "workers-4": ("workers", 4, 4),
 }
-# A run takes half a minute on an idle machine; a worker that waits for ever is to be found out.
+# A run takes half a minute on an idle machine. A worker that waits forever must be an error.
 TIMEOUT = 400.0
 
 
@@ -32,7 +32,7 @@ def run(program, *arguments, workers=1, timeout=TIMEOUT):
         environment={
             **os.environ,
             "PYTHONPATH": os.pathsep.join(paths),
-            # With one thread a worker that waits for the others could not answer them.
+            # With one thread, a worker that waits for the others could not answer them.
             "TF_NUM_INTEROP_THREADS": "2",
         },
     )

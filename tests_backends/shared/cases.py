@@ -79,7 +79,7 @@ def trained(build=monitor_models.functional, epochs=EPOCHS, **monitor_options):
     model.compile(
         keras.optimizers.SGD(0.05), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     )
-    options = {"penalty": 0.1, "target": 0.5, "running_every": 1, **monitor_options}
+    options = {"penalty": 0.1, "target": 0.5, "running_freq": 1, **monitor_options}
     x, y = data()
     history = model.fit(
         x,

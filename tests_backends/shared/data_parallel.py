@@ -53,7 +53,7 @@ def record(devices, path):
         shuffle=False,
         verbose=0,
         validation_data=(x, y),
-        callbacks=[kl.LipschitzMonitor(penalty=0.1, target=0.1, running_every=1)],
+        callbacks=[kl.LipschitzMonitor(penalty=0.1, target=0.1, running_freq=1)],
     ).history
     arrays: dict[str, Any] = {f"log {key}": np.array(values) for key, values in history.items()}
     for variable in model.variables:

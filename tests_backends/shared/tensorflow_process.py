@@ -61,8 +61,8 @@ def _export(path, folder):
 
     # An optimizer of another backend cannot be loaded here.
     model = keras.saving.load_model(path, compile=False)
-    certificate = kl.export_saved_model(model, folder, verbose=False)
-    served = tf.saved_model.load(f"{folder}/1").signatures["serving_default"]
+    certificate, exported = kl.export_saved_model(model, folder, verbose=False)
+    served = tf.saved_model.load(str(exported)).signatures["serving_default"]
     x = cases.data()[0]
     (answer,) = served(tf.constant(x)).values()
     return {

@@ -28,8 +28,8 @@ def measure():
         folder = pathlib.Path(name)
         standard = encoder(DEPTH, WIDTH, LENGTH, standard=True)
         standard.export(folder / "standard", verbose=False)
-        export_saved_model(encoder(DEPTH, WIDTH, LENGTH), folder / "ours", verbose=False)
-        paths = {"standard": folder / "standard", "ours": folder / "ours" / "1"}
+        exported = export_saved_model(encoder(DEPTH, WIDTH, LENGTH), folder / "ours", verbose=False)
+        paths = {"standard": folder / "standard", "ours": exported.path}
         return [weights_row(standard, paths["ours"]), size_row(paths), *latency_rows(paths)]
 
 

@@ -46,7 +46,7 @@ def measure():
     )
     variants = {
         "bounds alone": dict(),
-        "running bounds": dict(running_every=1),
+        "running bounds": dict(running_freq=1),
         "penalty": dict(penalty=0.1),
     }
     plain, watched = [], {name: [] for name in variants}

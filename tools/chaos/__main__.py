@@ -3,13 +3,15 @@
     python -m tools.chaos --kills=20 --seed=0 --minutes=15
 
 A program that trains on handwritten digits is killed by SIGKILL while it starts, trains, certifies
-or writes, and run again until it ends, as often as it takes to reach the number of kills. After
-each kill every file must be whole and no epoch lost; at the end history, weights, running vectors,
-penalty coefficient, state of the optimizer and of random numbers must equal, bit for bit, those of
-a training that nobody killed. A table tells where each kill fell.
+or writes, and run again until it ends. This is repeated up to the number of kills. After each kill
+every file must be whole and no epoch lost. At the end the history, weights, running vectors,
+penalty coefficient, optimizer state and random number state must equal, bit for bit, those of an
+uninterrupted training. A table lists the phase of each kill.
 
-Exit codes: 0 all of that held, 1 anything did not, or time was up before the last kill.
---whose=keras does the same to Keras' own callbacks, which do not stand it.
+Exit codes: 0 if all of that holds, 1 if not, or if time is up before the last kill.
+--whose=keras does the same with the callbacks of Keras, which do not pass. --whose=managed backs up
+with `tf.train.CheckpointManager`, --whose=orbax with `keras.callbacks.OrbaxCheckpoint`, which needs
+`pip install orbax-checkpoint jax`.
 """
 
 import os
@@ -24,7 +26,9 @@ _KILLS = flags.DEFINE_integer("kills", 20, "Number of kills.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", None, "Seed of the moments; by default a new one.")
 _MINUTES = flags.DEFINE_float("minutes", 15.0, "Give up after this time.", lower_bound=0.0)
 _EPOCHS = flags.DEFINE_integer("epochs", 6, "Epochs of a training.", lower_bound=1)
-_WHOSE = flags.DEFINE_enum("whose", "durable", ["durable", "keras"], "Whose callbacks write.")
+_WHOSE = flags.DEFINE_enum(
+    "whose", "durable", ["durable", "keras", "managed", "orbax"], "Whose callbacks write."
+)
 
 
 def main(argv):

@@ -1,4 +1,4 @@
-"""Trainings killed at random moments until there were enough kills, and what came of it."""
+"""Kills trainings at random moments and reports the results."""
 
 import pathlib
 import time
@@ -13,18 +13,18 @@ _ROW = "{:>4}  {:>7}  {:>8}  {:<28}  {:>6}  {}"
 def attack(
     folder: pathlib.Path, *, kills: int, seed: int, minutes: float, epochs: int, whose: str
 ) -> int:
-    """Kills trainings and prints a table of where each kill fell.
+    """Kills trainings and prints a table with the phase of each kill.
 
     Args:
         folder: Folder of the trainings.
         kills: Number of kills.
         seed: Seed of the moments.
-        minutes: Time after which no further training is begun.
+        minutes: Time after which no further training is started.
         epochs: Number of epochs of a training.
-        whose: Whose callbacks write, `"durable"` or `"keras"`.
+        whose: Which callbacks write: `"durable"`, `"keras"`, `"managed"` or `"orbax"`.
 
     Returns:
-        Exit code: 1 if anything was wrong, or time was up before the last kill.
+        Exit code: 1 after any problem, or if time is up before the last kill.
     """
     print(f"seed {seed}, {kills} kills, callbacks: {whose}", flush=True)
     end = time.monotonic() + 60.0 * minutes

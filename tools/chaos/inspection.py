@@ -1,10 +1,11 @@
-"""What is wrong with the files of a training, whole or interrupted; empty lists when nothing is."""
+"""Checks of the files of a training. Each returns a list of problems."""
 
 import csv
 import io
 import itertools
 import json
 import pathlib
+import re
 import zipfile
 
 import h5py
@@ -14,7 +15,7 @@ from tools.chaos.phase import read_journal
 
 
 def broken_files(folder: pathlib.Path) -> list[str]:
-    """The files that cannot be read to their end, apart from hidden ones."""
+    """Files that cannot be read to their end, except hidden files."""
     problems = []
     readers = {".h5": _read_h5, ".keras": _read_zip, ".npz": _read_zip, ".json": _read_json}
     for path in sorted(folder.rglob("*")):
@@ -29,17 +30,21 @@ def broken_files(folder: pathlib.Path) -> list[str]:
 
 
 def epochs_backed_up(folder: pathlib.Path) -> int:
-    """The number of epochs that the next run will not train again, whoever wrote the backup."""
+    """Number of epochs in the backup, in any of the formats."""
     metadata = folder / "backup" / "training_metadata.json"
     if metadata.exists():
         text = metadata.read_text()
         return json.loads(text)["epoch"] if text else 0
     numbers = [int(path.name[6:11]) for path in (folder / "backup").glob("epoch-*.npz")]
+    state = folder / "backup" / "checkpoint"
+    if state.exists():
+        numbers += map(int, re.findall(r'^model_checkpoint_path: "epoch-(\d+)"', state.read_text()))
+    numbers += [int(path.name) + 1 for path in (folder / "backup").glob("*") if path.name.isdigit()]
     return max(numbers, default=0)
 
 
 def wrong_rows(folder: pathlib.Path, epochs: int) -> list[str]:
-    """What is wrong with a history that must hold `epochs` epochs, or one more."""
+    """Problems of a history that must hold `epochs` epochs, or one more."""
     path = folder / "history.csv"
     lines = path.read_text().splitlines() if path.exists() else []
     rows = list(csv.reader(lines))
@@ -53,21 +58,21 @@ def wrong_rows(folder: pathlib.Path, epochs: int) -> list[str]:
 
 
 def lost_epochs(folder: pathlib.Path, epochs: int) -> list[str]:
-    """What is wrong with the order in which `epochs` epochs were begun."""
+    """Problems in the order in which `epochs` epochs were started."""
     journal = read_journal(folder)
     problems = []
     for (before, done), (process, begun) in itertools.pairwise(journal):
-        # A run goes on; the next one may begin the last epoch again, and nothing before it.
+        # A run continues. The next run may start the last epoch again, but no earlier one.
         if begun != done + 1 and (process == before or begun != done):
-            problems.append(f"epoch {begun + 1} was begun after epoch {done + 1}")
+            problems.append(f"epoch {begun + 1} was started after epoch {done + 1}")
     begun = sorted({epoch for _, epoch in journal})
     if begun != list(range(epochs)):
-        problems.append(f"the epochs begun are {begun}")
+        problems.append(f"the epochs started are {begun}")
     return problems
 
 
 def differences(one: pathlib.Path, other: pathlib.Path) -> list[str]:
-    """Where the results of two trainings differ in a single bit."""
+    """Results of two trainings that differ in any bit."""
     problems = []
     if (one / "history.csv").read_text() != (other / "history.csv").read_text():
         problems.append("history.csv differs from that of an uninterrupted training")

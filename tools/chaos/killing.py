@@ -16,12 +16,12 @@ _POLL_SECONDS = 0.0005
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Aim:
-    """Where a kill is meant to fall.
+    """Moment of a kill.
 
     Attributes:
-        phase: How the phase begins in which it falls, `""` for any.
-        within: The kill comes at most this many seconds after the phase began.
-        share: How often this aim is taken, in comparison with the others.
+        phase: Prefix of the phase in which to kill, `""` for any phase.
+        within: Largest number of seconds between the start of the phase and the kill.
+        share: Weight of this aim in the random choice.
     """
 
     phase: str
@@ -36,8 +36,8 @@ class Ending:
     Attributes:
         killed: Whether it was killed.
         exit_code: Its exit code.
-        phase: What it was doing.
-        seconds: How long it ran.
+        phase: Its last phase.
+        seconds: Its running time.
     """
 
     killed: bool
@@ -47,9 +47,9 @@ class Ending:
 
 
 class Programs:
-    """Starts programs as processes of their own, quickly.
+    """Starts programs in separate processes, quickly.
 
-    They are forked from a process which has imported what they need and done nothing else.
+    They are forked from a process that has only imported their modules.
 
     Args:
         modules: Names of the modules to import.
@@ -71,7 +71,7 @@ class Programs:
         aim: Aim,
         random: np.random.Generator,
     ) -> Ending:
-        """Runs it, and kills it by SIGKILL at a random moment, if it does not end before."""
+        """Runs it, and kills it by SIGKILL at a random moment unless it ends before."""
         return self._run(folder, program, arguments, aim.phase, aim.within * random.random())
 
     def _run(self, folder, program, arguments, phase, delay) -> Ending:
@@ -88,7 +88,7 @@ class Programs:
             process.kill()
         process.join()
         seconds = time.monotonic() - start
-        # It may have ended by itself in the last moment.
+        # It may have ended just before the kill.
         killed = killed and process.exitcode == -9
         return Ending(
             killed=killed, exit_code=process.exitcode, phase=read_phase(folder), seconds=seconds

@@ -1,4 +1,4 @@
-"""What a program is doing, told so that a kill cannot take it away."""
+"""Phase of a program, written so that it survives a kill."""
 
 import os
 import pathlib
@@ -8,7 +8,7 @@ _APPENDING = os.O_CREAT | os.O_WRONLY | os.O_APPEND
 
 
 class Phase:
-    """Tells of the phases and epochs of a program, in files that its killer reads.
+    """Writes the phases and epochs of a program to files.
 
     Args:
         folder: Folder of the files `phase` and `journal`.
@@ -24,27 +24,27 @@ class Phase:
         os.close(self._journal)
 
     def tell(self, phase: str) -> None:
-        # One system call of fixed size: a kill comes before or after it.
+        # One system call of fixed size, which a kill cannot interrupt.
         os.pwrite(self._phase, phase.ljust(_WIDTH).encode()[:_WIDTH], 0)
 
     def record(self, epoch: int) -> None:
-        """Adds an epoch that begins to the journal."""
+        """Adds an epoch that starts to the journal."""
         os.write(self._journal, f"{os.getpid()} {epoch}\n".encode())
 
 
 def reset_phase(folder: pathlib.Path) -> None:
-    """Forgets what an earlier program told of its phase."""
+    """Discards the phase of an earlier program."""
     Phase(folder).tell("starting")
 
 
 def read_phase(folder: pathlib.Path) -> str:
-    """The phase told last."""
+    """The last phase."""
     path = folder / "phase"
     return path.read_text().strip() if path.exists() else ""
 
 
 def read_journal(folder: pathlib.Path) -> list[tuple[int, int]]:
-    """Pairs of a process and an epoch it began, in order."""
+    """Pairs of a process and an epoch that it started, in order."""
     path = folder / "journal"
     lines = path.read_text().splitlines() if path.exists() else []
     return [(int(process), int(epoch)) for process, epoch in (line.split() for line in lines)]

@@ -1,7 +1,7 @@
-"""A training on handwritten digits which may be killed and run again at any moment.
+"""A training on handwritten digits that may be killed and run again at any moment.
 
-Run again in the same folder it goes on where it was. It tells which epochs it begins, and what it
-is doing. At the end `final.npz` has every variable of model and optimizer.
+When it is run again in the same folder, it resumes. It writes which epochs it starts, and its
+phase. At the end `final.npz` contains every variable of the model and the optimizer.
 """
 
 import os
@@ -14,6 +14,7 @@ from sklearn import datasets
 
 import keras_lipattn as kl
 from keras_lipattn._whole_file import whole_file
+from tools.chaos.alternatives import ManagedBackup, orbax_backup
 from tools.chaos.phase import Phase
 
 _BATCH = 64
@@ -21,7 +22,7 @@ _IMAGES = 1024
 
 
 class Digits(keras.utils.PyDataset):
-    """Batches whose order depends on the number of the epoch alone."""
+    """Batches whose order depends on the epoch alone."""
 
     def __init__(self, x, y):
         super().__init__()
@@ -44,7 +45,7 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def classifier() -> keras.Model:
-    """A small model with capped and penalised layers, and dropout."""
+    """A small model with capped and penalized layers, and dropout."""
     inputs = keras.Input((8, 8))
     x = kl.SpectralDense(16, name="embed")(inputs)
     y = kl.L2MultiHeadAttention(2, 8, spectral_norm=2.0, name="attention")(x)
@@ -53,7 +54,7 @@ def classifier() -> keras.Model:
     return keras.Model(inputs, kl.SpectralDense(10, spectral_norm=None, name="logits")(x))
 
 
-def everything(model: Any) -> dict[str, np.ndarray]:
+def everything(model: Any) -> dict[str, Any]:
     """Every variable of a model and its optimizer."""
     variables = [*model.variables, *model.optimizer.variables]
     return {
@@ -63,12 +64,12 @@ def everything(model: Any) -> dict[str, np.ndarray]:
 
 
 def run(folder: pathlib.Path, epochs: int, whose: str) -> None:
-    """Trains, from the last backup on if there is one.
+    """Trains, starting from the last backup if there is one.
 
     Args:
-        folder: Folder of everything that is written.
+        folder: Folder of all files.
         epochs: Number of epochs.
-        whose: `"durable"` for our callbacks, `"keras"` for those of Keras.
+        whose: Which callbacks write, as in `attack`.
     """
     phase = Phase(folder)
     phase.tell("building")
@@ -81,7 +82,7 @@ def run(folder: pathlib.Path, epochs: int, whose: str) -> None:
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         jit_compile=False,
     )
-    # Else the first step is traced twice.
+    # Otherwise the first step is traced twice.
     model.optimizer.build(model.trainable_variables)
     history, checkpoint, backup = _writers(folder, whose)
 
@@ -99,7 +100,7 @@ def run(folder: pathlib.Path, epochs: int, whose: str) -> None:
         callbacks=[
             _Begin(phase, data),
             kl.LipschitzMonitor(
-                # It grows from what the backup holds, so that a forgotten one would show.
+                # Depends on the coefficient in the backup, so that a lost one would show.
                 penalty=lambda epoch, coefficient: 1.5 * coefficient + 0.01,
                 target=0.5,
             ),
@@ -113,11 +114,11 @@ def run(folder: pathlib.Path, epochs: int, whose: str) -> None:
     )
     phase.tell("finishing")
     with whole_file(folder / "final.npz") as path:
-        np.savez(path, allow_pickle=False, **everything(model))
+        np.savez(path, **everything(model))
 
 
 class _Begin(keras.callbacks.Callback):
-    """Tells of epochs that begin, to the data too."""
+    """Writes the epochs that start, and passes them to the data."""
 
     def __init__(self, phase, data):
         super().__init__()
@@ -137,10 +138,15 @@ def _writers(folder: pathlib.Path, whose: str) -> tuple[Any, Any, Any]:
     history, best, backup = (
         os.fspath(folder / name) for name in ("history.csv", "model.keras", "backup")
     )
-    if whose == "durable":
-        return kl.DurableCSVLogger(history), kl.DurableCheckpoint(best), kl.DurableBackup(backup)
+    if whose == "keras":
+        return (
+            keras.callbacks.CSVLogger(history, append=True),
+            keras.callbacks.ModelCheckpoint(best),
+            keras.callbacks.BackupAndRestore(backup, delete_checkpoint=False),
+        )
+    backups = {"durable": kl.DurableBackup, "managed": ManagedBackup, "orbax": orbax_backup}
     return (
-        keras.callbacks.CSVLogger(history, append=True),
-        keras.callbacks.ModelCheckpoint(best),
-        keras.callbacks.BackupAndRestore(backup, delete_checkpoint=False),
+        kl.DurableCSVLogger(history),
+        kl.DurableCheckpoint(best),
+        backups[whose](folder / "backup"),
     )

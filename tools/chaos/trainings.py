@@ -9,7 +9,7 @@ from tools.chaos import inspection
 from tools.chaos.killing import Aim, Ending, Programs
 from tools.chaos.training import run
 
-# Most of the time goes into training, most of the danger is in writing.
+# Training takes most of the time, but kills are most dangerous during writes.
 AIMS = (
     Aim(phase="building", within=2.0, share=1.0),
     Aim(phase="training epoch {epoch}", within=0.3, share=3.0),
@@ -26,9 +26,9 @@ class Kill:
     """One run of a training that was killed.
 
     Attributes:
-        ending: How it ended.
+        ending: Its ending.
         backed_up: Number of epochs in the backup afterwards.
-        problems: What was wrong with the files afterwards.
+        problems: Problems of its files afterwards.
     """
 
     ending: Ending
@@ -37,13 +37,13 @@ class Kill:
 
 
 class Trainings:
-    """Trainings in folders of their own, compared with one that nobody interrupted.
+    """Trainings in separate folders, compared with an uninterrupted one.
 
     Args:
-        folder: Folder of all.
+        folder: Parent of the folders.
         epochs: Number of epochs of each training.
-        callbacks: `"durable"` or `"keras"`.
-        random: Source of the moments.
+        callbacks: Which callbacks write, as in `attack`.
+        random: Generator of the moments.
     """
 
     def __init__(
@@ -61,15 +61,16 @@ class Trainings:
         self._whole = folder / "whole"
 
     def train_whole(self) -> list[str]:
-        """The training without interruption; returns what was wrong."""
+        """Trains without interruption; returns a list of problems."""
         ending = self._programs.run(self._whole, run, self._epochs, self._callbacks)
         return self._at_the_end(self._whole, ending)
 
     def train_interrupted(self, kills: int) -> tuple[list[Kill], list[str]]:
-        """A training that is killed at most `kills` times before it may end.
+        """Trains with at most `kills` kills.
 
         Returns:
-            A pair: the `Kill`s, fewer if the training ended before, and what was wrong at the end.
+            A pair: the `Kill`s, which are fewer if the training ends before, and the problems at
+            the end.
         """
         self._count += 1
         folder = self._folder / f"interrupted-{self._count}"
@@ -87,7 +88,7 @@ class Trainings:
         return done, self._at_the_end(folder, ending)
 
     def _aim(self, backed_up: int) -> Aim:
-        """An aim in one of the next epochs."""
+        """Random aim in one of the next epochs."""
         shares = np.array([aim.share for aim in AIMS])
         aim = AIMS[self._random.choice(len(AIMS), p=shares / shares.sum())]
         epoch = min(backed_up + int(self._random.integers(1, 4)), self._epochs)

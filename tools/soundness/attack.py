@@ -84,7 +84,7 @@ def _locally(subject: Subject, norm: str, seed: int, worst: np.ndarray) -> tuple
     # Condensed, so that weights under caps are known too.
     with keras_lipattn.condensed(subject.model):
         certificate = keras_lipattn.certify(
-            subject.model, norm=norm, input_radius=subject.input_radius, around=point, radius=radius
+            subject.model, norm=norm, input_radius=subject.input_radius, center=point, radius=radius
         )
     estimate = _searched(subject, point[None], norm, seed, radius=radius)
     return estimate.value, certificate.total

@@ -6,6 +6,7 @@ from keras_lipattn.certification.rules import (
     convolution,
     embedding,
     images,
+    indexing,
     linear,
     linear_operations,
     lipschitz_layers,
@@ -15,8 +16,8 @@ from keras_lipattn.certification.rules import (
     other_layers,
     pooling,
     products,
+    reductions,
     reshaping,
-    wrappers,
 )
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "convolution",
     "embedding",
     "images",
+    "indexing",
     "linear",
     "linear_operations",
     "lipschitz_layers",
@@ -34,6 +36,6 @@ __all__ = [
     "other_layers",
     "pooling",
     "products",
+    "reductions",
     "reshaping",
-    "wrappers",
 ]

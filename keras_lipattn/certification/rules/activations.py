@@ -11,6 +11,13 @@ import numpy as np
 from keras_lipattn.bounds import layer_constants
 from keras_lipattn.certification.layer_call import LayerCall
 from keras_lipattn.certification.maps import Affine, Elementwise, LipschitzMap, chain, unbounded
+from keras_lipattn.certification.reasons import (
+    NOT_FINITE,
+    REPLACEMENTS,
+    UNKNOWN_ACTIVATION,
+    UNKNOWN_TOKENS,
+    Cause,
+)
 from keras_lipattn.certification.registry import register_operation, register_rule
 from keras_lipattn.certification.tensor_state import TensorState, product
 from keras_lipattn.certification.token_range import TokenRange
@@ -88,7 +95,7 @@ def function(
         return call.ask(activation, state)
     name = name_of(activation)
     if not name:
-        return unbounded("the constant of its activation is not known")
+        return unbounded(UNKNOWN_ACTIVATION)
     return named(name, call, state)
 
 
@@ -128,13 +135,13 @@ def with_activation(
 def _along(name: str, call: LayerCall, state: TensorState, axis: Any) -> LipschitzMap:
     rank = state.rank
     if axis is None:
-        return unbounded(f"{name} over all axes mixes examples")
+        return unbounded(f"{name} over all axes mixes the examples of a batch", cause=Cause.BATCH)
     axes = {int(a) % rank for a in (axis if isinstance(axis, list | tuple) else [axis])}
     if 0 in axes:
-        return unbounded(f"{name} along the batch axis mixes examples")
+        return unbounded(f"{name} along the batch axis mixes examples", cause=Cause.BATCH)
     width = product(tuple(state.shape[a - 1] for a in axes))
     if name == "log_softmax" and width is None:
-        return unbounded("the length of the log-softmax is not known")
+        return unbounded("the length of the log-softmax is not known", cause=Cause.SIZE)
     last_only = axes == {rank - 1}
     if call.norm == "linf" or last_only:
         constant = layer_constants.activation_constant(name, call.norm, width=width)
@@ -143,9 +150,7 @@ def _along(name: str, call: LayerCall, state: TensorState, axis: Any) -> Lipschi
         if call.norm == "token":
             constant *= convert("l2", "token", state)
     if math.isinf(constant):
-        return LipschitzMap(
-            constant=constant, reason=f"the number of tokens is not known for {name}"
-        )
+        return unbounded(UNKNOWN_TOKENS)
     token_range = None
     if name == "log_softmax":
         # Between -2 max|x| - log(width) and 0.
@@ -187,7 +192,9 @@ def _unbounded(name: str, state: TensorState) -> LipschitzMap:
             theorem="largest slope where the entries can be",
             range=token_range,
         )
-    return unbounded(layer_constants.UNBOUNDED_ACTIVATIONS[name])
+    return unbounded(
+        layer_constants.UNBOUNDED_ACTIVATIONS[name], replacement=REPLACEMENTS["Activation"]
+    )
 
 
 @register_rule(keras.layers.Activation)
@@ -231,7 +238,7 @@ def _slope(parameter: float) -> float:
 def prelu(layer, call):
     alpha = cast_to_compute_dtype(layer.alpha, layer.compute_dtype)
     if not np.isfinite(alpha).all():
-        return unbounded("its slopes hold values that are not finite")
+        return unbounded(NOT_FINITE)
     return slope(layer_constants.slope_constant(alpha), call.state)
 
 
@@ -292,7 +299,10 @@ def elu_operation(operation, call):
     alpha = operation.alpha
     if type(operation).__name__ == "Celu":
         if not alpha > 0.0:
-            return unbounded("its alpha is not positive, and the exponential has unbounded slope")
+            return unbounded(
+                "its alpha is not positive, so its slope is unbounded",
+                replacement=REPLACEMENTS["Activation"],
+            )
         # The slope is exp(x / alpha) <= 1 on the negative side, whatever alpha > 0.
         alpha = 1.0
     return slope(_slope(alpha), call.state)

@@ -6,32 +6,38 @@ import math
 import keras
 import numpy as np
 
-from keras_lipattn.bounds.compact import combine_heads, dot_product_constants
-from keras_lipattn.bounds.compact_layer import dot_product_layer_constant
-from keras_lipattn.bounds.cross_attention import (
+from keras_lipattn.bounds.compact import (
     CrossConstants,
     additive_attention_constants,
+    combine_heads,
     cross_attention_constants,
+    dot_product_constants,
+    dot_product_layer_constant,
 )
-from keras_lipattn.certification.batch_axis import MOVES_BATCH as BATCH
 from keras_lipattn.certification.layer_call import LayerCall
 from keras_lipattn.certification.maps import LipschitzMap, unbounded
+from keras_lipattn.certification.reasons import (
+    JOIN_TOKENS,
+    MOVES_BATCH,
+    NOT_FINITE,
+    RETURNS_SCORES,
+    UNBOUNDED_TOKENS,
+    UNKNOWN_TOKENS,
+    Cause,
+    in_training,
+)
 from keras_lipattn.certification.registry import register_operation, register_rule
-from keras_lipattn.certification.rules.linear import NOT_FINITE, quantized
+from keras_lipattn.certification.rules.linear import quantized
 from keras_lipattn.certification.rules.lipschitz_layers import (
     attention_length,
     attention_mask_class,
     tokens_of_attention,
 )
 from keras_lipattn.certification.rules.merging import operands_of
-from keras_lipattn.certification.rules.other_layers import RUNS_AS_IN_TRAINING
 from keras_lipattn.certification.tensor_state import TensorState
 from keras_lipattn.certification.token_range import TokenRange
 from keras_lipattn.certification.weights import bias_of, cast_to_compute_dtype, kernel_of
 from keras_lipattn.linalg import SAFETY, operator_norm
-
-_TOKENS = "dot-product attention is not Lipschitz where its tokens are unbounded"
-_SCORES = "it also returns its attention scores, for which no bound is known"
 
 
 @register_rule(keras.layers.MultiHeadAttention)
@@ -39,9 +45,9 @@ def multi_head_attention(layer, call):
     if layer._use_gate:
         return unbounded("its gate multiplies two functions of the input")
     if call.argument("return_attention_scores"):
-        return unbounded(_SCORES)
+        return unbounded(RETURNS_SCORES)
     if call.training and layer._dropout > 0.0:
-        return unbounded(f"{RUNS_AS_IN_TRAINING}: it draws random numbers")
+        return unbounded(in_training("it draws random numbers"))
     parts = [layer._query_dense, layer._key_dense, layer._value_dense, layer._output_dense]
     for part in parts:
         refusal = quantized(part)
@@ -52,7 +58,7 @@ def multi_head_attention(layer, call):
     mask = attention_mask_class(call)
     before = call.state.range
     if not before.bounded:
-        return unbounded(_TOKENS)
+        return unbounded(UNBOUNDED_TOKENS)
     window = layer._sliding_window
     masks = [call.argument(f"{name}_mask") for name in ("query", "value", "key")]
     padded = bool(call.keras_masks) or call.mask is not None
@@ -67,7 +73,7 @@ def multi_head_attention(layer, call):
     n_queries = None if window is None or (empty_rows and fused) else 2 * window - 1
     tokens = attention_length(layer._attention_axes, call.state)
     if tokens is None:
-        return unbounded("its number of tokens is not known: pass `sequence_length`")
+        return unbounded(UNKNOWN_TOKENS)
     # (heads, features, size): the heads of the kernels come first.
     query, key, value = (np.moveaxis(kernel_of(part), 1, 0) for part in parts[:3])
     output = kernel_of(parts[3])
@@ -190,9 +196,9 @@ def group_query_attention(layer, call):
     if layer.use_gate:
         return unbounded("its gate multiplies two functions of the input")
     if call.argument("return_attention_scores"):
-        return unbounded(_SCORES)
+        return unbounded(RETURNS_SCORES)
     if call.training and layer.dropout > 0.0:
-        return unbounded(f"{RUNS_AS_IN_TRAINING}: it draws random numbers")
+        return unbounded(in_training("it draws random numbers"))
     parts = [layer._query_dense, layer._key_dense, layer._value_dense, layer._output_dense]
     for part in parts:
         refusal = quantized(part)
@@ -207,7 +213,10 @@ def _of_three(scale: float, parts, call: LayerCall, *, repeats: int = 1) -> Lips
     query, key, value = tensors[0], tensors[2] if tensors[1] is None else tensors[1], tensors[2]
     states = [call.operand(tensor) for tensor in (query, key, value)]
     if any(len(state.shape) + (state.fold > 0) != 3 for state in states) or call.rank != 3:
-        return unbounded("attention between different tensors has a rule for one axis of tokens")
+        return unbounded(
+            "attention between different tensors has a rule only for one axis of tokens",
+            remedy=JOIN_TOKENS,
+        )
     # (heads, features, size): the heads of the kernels come first.
     kernels = [np.moveaxis(kernel_of(part), 1, 0) for part in parts[:3]]
     # Heads that share keys and values.
@@ -260,7 +269,7 @@ def _averages(
     if any(state.fold != call.fold for state in perturbed) or not all(
         state.fold in (0, call.fold) and (state.fold or state.shape[0] == 1) for state in states
     ):
-        return unbounded(BATCH)
+        return unbounded(MOVES_BATCH)
     operands, gains = [query, key, value], [constants.query, constants.key, constants.value]
     if key is value:
         operands, gains = [query, value], [constants.query, constants.shared]
@@ -269,7 +278,7 @@ def _averages(
         # Every key is seen by all queries at most.
         length = call.shape[-2]
         if length is None:
-            return unbounded("its number of queries is not known: pass `sequence_length`")
+            return unbounded("its number of queries is not known", cause=Cause.SIZE)
         queries = math.sqrt(length)
     for index, state in enumerate(operands):
         gains[index] = SAFETY * gains[index] * (queries if index else 1.0)
@@ -279,7 +288,7 @@ def _averages(
         if state.is_fixed:
             gains[index] = 0.0
     if not np.isfinite(gains).all():
-        return unbounded(_TOKENS)
+        return unbounded(UNBOUNDED_TOKENS)
     joint = math.hypot(*gains) if call.norm == "l2" else math.fsum(gains)
     return LipschitzMap(
         constant=SAFETY * joint,
@@ -301,15 +310,15 @@ def _ball(state: TensorState) -> TokenRange:
 @register_rule(keras.layers.Attention, keras.layers.AdditiveAttention)
 def plain_attention(layer, call):
     if call.argument("return_attention_scores"):
-        return unbounded(_SCORES)
+        return unbounded(RETURNS_SCORES)
     if call.training and layer.dropout > 0.0:
-        return unbounded(f"{RUNS_AS_IN_TRAINING}: it draws random numbers")
+        return unbounded(in_training("it draws random numbers"))
     states = operands_of(call, "inputs")
     query, value = states[:2]
     key = states[2] if len(states) > 2 else value
     width = query.width
     if width is None or call.rank < 3 or any(state.rank != call.rank for state in states):
-        return unbounded("the sizes of its tensors are not known, or not alike")
+        return unbounded("the sizes of its tensors are not known, or differ")
     if any(state.shape[-len(query.shape) : -2] != query.shape[:-2] for state in (key, value)):
         return unbounded("it repeats a tensor along an axis")
     radius = _ball(value).radius
@@ -360,14 +369,14 @@ def _averaged(value: TensorState) -> TokenRange | None:
 @register_operation("DotProductAttention")
 def dot_product_attention(operation, call):
     if operation.attn_logits_soft_cap is not None:
-        return unbounded("no rule for attention with a soft cap of its logits")
+        return unbounded("attention with a soft cap on its logits has no rule", cause=Cause.NO_RULE)
     scale, bias = call.argument("scale"), call.argument("bias")
     if isinstance(scale, TensorState) or (isinstance(bias, TensorState) and not bias.is_fixed):
         return unbounded("its scale or its bias changes with the input")
     states = operands_of(call, "query", "key", "value")
     query, key, value = states
     if query.width is None or any(state.rank != 4 for state in states):
-        return unbounded("the sizes of its tensors are not known, or not alike")
+        return unbounded("the sizes of its tensors are not known, or differ")
     if not query.shape[-2] == key.shape[-2] == value.shape[-2]:
         return unbounded("some of its heads share keys and values")
     scale = 1.0 / math.sqrt(query.width) if scale is None else float(call.constant(scale))

@@ -11,9 +11,14 @@ import numpy as np
 from keras_lipattn.bounds import layer_constants
 from keras_lipattn.certification.layer_call import LayerCall
 from keras_lipattn.certification.maps import LipschitzMap, TokenMixing, chain, unbounded
+from keras_lipattn.certification.reasons import (
+    FIXED_SIZES,
+    NOT_FINITE,
+    UNKNOWN_TOKENS,
+)
 from keras_lipattn.certification.registry import register_operation, register_rule
 from keras_lipattn.certification.rules.activations import convert, with_activation
-from keras_lipattn.certification.rules.linear import NOT_FINITE, matrix_step, quantized
+from keras_lipattn.certification.rules.linear import matrix_step, quantized
 from keras_lipattn.certification.tensor_state import TensorState
 from keras_lipattn.certification.token_range import TokenRange
 from keras_lipattn.certification.weights import bias_of, kernel_of
@@ -88,7 +93,7 @@ def convolution_operation(operation, call):
         return _convolution(like, kernel, None, groups, call)
     channels = image.shape[0 if _channels_first(like) else -1]
     if channels is None:
-        return unbounded("its number of channels is not known")
+        return unbounded("its number of channels is not known", remedy=FIXED_SIZES)
     return _convolution(like, first, None, channels // first.shape[-2], call)
 
 
@@ -237,7 +242,7 @@ def _by_norm(step: LipschitzMap, layer, call: LayerCall) -> LipschitzMap:
 def _converted(constant: float, call: LayerCall, *, exact: bool) -> LipschitzMap:
     price = convert("l2", call.norm, call.state)
     if math.isinf(price):
-        return unbounded("its number of tokens is not known")
+        return unbounded(UNKNOWN_TOKENS)
     return LipschitzMap(constant=constant * price, theorem="2-norm, converted", exact=exact)
 
 

@@ -3,13 +3,19 @@
 import keras
 
 from keras_lipattn.certification.maps import Elementwise, LipschitzMap, chain, unbounded
+from keras_lipattn.certification.reasons import (
+    Reason,
+)
 from keras_lipattn.certification.registry import register_operation, register_rule
 from keras_lipattn.certification.rules.linear import matrix_step, quantized
 from keras_lipattn.certification.rules.linear_operations import take_step
 from keras_lipattn.certification.tensor_state import Kind, TensorState
 from keras_lipattn.certification.weights import cast_to_compute_dtype, kernel_of
 
-_JUMPS = "it looks up rows by a certified input, which jumps: declare it with an integer dtype"
+_FLOAT_INDICES = Reason(
+    "it looks up rows by a certified input, and they jump when the input changes",
+    remedy="declare this input with an integer dtype",
+)
 _THEOREM = "certified from its output on: the integers stay fixed"
 
 
@@ -24,9 +30,9 @@ def take(operation, call):
     if isinstance(table, TensorState) and not table.is_fixed:
         return take_step(operation, indices, call)
     if isinstance(table, TensorState) or not isinstance(indices, TensorState):
-        return unbounded("its table is no constant of the model")
+        return unbounded("its table is not a constant of the model")
     if not indices.is_fixed and indices.kind is not Kind.INTEGER:
-        return unbounded(_JUMPS)
+        return unbounded(_FLOAT_INDICES)
     return LipschitzMap(constant=1.0, theorem=_THEOREM, exact=True, resets_input=True)
 
 
@@ -52,5 +58,5 @@ def reversible_embedding(layer, call):
 def _lookup(layer, call) -> LipschitzMap:
     state = call.states[0]
     if not state.is_fixed and state.kind is not Kind.INTEGER:
-        return unbounded(_JUMPS)
+        return unbounded(_FLOAT_INDICES)
     return LipschitzMap(constant=1.0, theorem=_THEOREM, exact=True, resets_input=True)

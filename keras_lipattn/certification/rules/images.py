@@ -8,19 +8,27 @@ import keras
 import numpy as np
 from keras.src.utils import image_utils
 
-from keras_lipattn.certification.enclosure import Enclosure
 from keras_lipattn.certification.layer_call import LayerCall
 from keras_lipattn.certification.maps import CenterValue, LipschitzMap, unbounded
+from keras_lipattn.certification.reasons import (
+    SIZE_VARIES,
+    Cause,
+    Reason,
+    in_training,
+)
 from keras_lipattn.certification.registry import register_operation, register_rule
 from keras_lipattn.certification.rules.linear import matrix_step
-from keras_lipattn.certification.rules.linear_operations import SIZE_VARIES, axes_step
-from keras_lipattn.certification.rules.other_layers import RUNS_AS_IN_TRAINING, identity
+from keras_lipattn.certification.rules.linear_operations import axes_step
+from keras_lipattn.certification.rules.other_layers import identity
 from keras_lipattn.certification.rules.reshaping import repeated, spatial_last
-from keras_lipattn.certification.tensor_state import TensorState
+from keras_lipattn.certification.tensor_state import Enclosure, TensorState
 from keras_lipattn.certification.token_range import TokenRange
 from keras_lipattn.linalg import SAFETY
 
-_NOT_BATCHED = "its input is no batch of images, so it changes the examples of a batch together"
+_NOT_BATCHED = Reason(
+    "its input is not a batch of images, so it changes the examples of a batch together",
+    cause=Cause.BATCH,
+)
 # Backends interpolate in float32: the margin of norms, and the error of a value, relative to it.
 _MARGIN = 1.0 + 1e-5
 _ROUNDING = 5e-7
@@ -41,9 +49,9 @@ _KNOWN = [getattr(keras.layers, name) for name in _AUGMENTATIONS if hasattr(kera
 @register_rule(*_KNOWN)
 def augmentation(layer, call):
     if call.training:
-        return unbounded(f"{RUNS_AS_IN_TRAINING}: it changes images at random")
+        return unbounded(in_training("it changes images at random"))
     if not isinstance(call.argument("data"), TensorState):
-        return unbounded("its input is no single tensor of images")
+        return unbounded("its input is not a single tensor of images")
     if call.state.shape != call.shape:
         # RandomCrop announces another shape than it returns.
         return unbounded("its output has another shape than its input")
@@ -53,7 +61,7 @@ def augmentation(layer, call):
 @register_rule(keras.layers.Resizing)
 def resizing(layer, call):
     if not isinstance(call.argument("data"), TensorState):
-        return unbounded("its input is no single tensor of images")
+        return unbounded("its input is not a single tensor of images")
     return _resize((layer.height, layer.width), layer, call)
 
 
@@ -77,7 +85,7 @@ def up_sampling(layer, call):
 def center_crop(layer, call):
     state = call.state
     if not isinstance(call.argument("data"), TensorState):
-        return unbounded("its input is no single tensor of images")
+        return unbounded("its input is not a single tensor of images")
     if state.rank != 4:
         return unbounded(_NOT_BATCHED)
     first = layer.data_format == "channels_first"
@@ -97,7 +105,9 @@ def center_crop(layer, call):
 def _resize(size, source, call: LayerCall) -> LipschitzMap:
     """The map of a resize with the options that a layer or operation holds."""
     if source.fill_mode != "constant":
-        return unbounded(f"no rule for its fill mode {source.fill_mode!r}")
+        return unbounded(
+            f"its fill mode {source.fill_mode!r} has no rule", remedy='use `fill_mode="constant"`'
+        )
     options = (
         ("interpolation", source.interpolation),
         ("antialias", bool(source.antialias)),
@@ -128,7 +138,9 @@ def _separable(kind: str, size, options: tuple, call: LayerCall, first: bool) ->
         return _of_any_image(kind, size, dict(options), call, first)
     known = _matrices(kind, tuple(int(n) for n in size), options, *sizes)
     if known is None:
-        return unbounded("the image is too large to follow, or rows and columns are not apart")
+        return unbounded(
+            "its image is too large, or it does not act on rows and columns separately"
+        )
     rows, columns, offset = known
     copied = all(np.isin(matrix, (0.0, 1.0)).all() for matrix in (rows, columns))
     step = axes_step(

@@ -8,13 +8,17 @@ import numpy as np
 from keras_lipattn.certification.layer_call import LayerCall
 from keras_lipattn.certification.linear_map import matrix_norm
 from keras_lipattn.certification.maps import Affine, LipschitzMap, unbounded
+from keras_lipattn.certification.reasons import (
+    NOT_FINITE,
+    NOT_QUANTIZED,
+    UNKNOWN_TOKENS,
+)
 from keras_lipattn.certification.registry import register_rule
 from keras_lipattn.certification.rules.activations import convert, with_activation
 from keras_lipattn.certification.token_range import TokenRange
 from keras_lipattn.certification.weights import bias_of, kernel_of
 from keras_lipattn.linalg import SAFETY
 
-NOT_FINITE = "its weights hold values that are not finite"
 _THEOREM = {"l2": "spectral norm", "token": "spectral norm", "linf": "largest column sum"}
 
 
@@ -38,7 +42,9 @@ def quantized(layer) -> LipschitzMap | None:
     mode = getattr(layer, "quantization_mode", None)
     if mode is None:
         return None
-    return unbounded(f"it is quantized ({mode}): rounded activations jump, so no constant exists")
+    return unbounded(
+        f"it is quantized ({mode}), and rounded activations jump", remedy=NOT_QUANTIZED
+    )
 
 
 @register_rule(keras.layers.Dense)
@@ -135,7 +141,7 @@ def einsum_step(
         )
     price = convert("l2", "token", call.state)
     if math.isinf(price):
-        return unbounded("its number of tokens is not known")
+        return unbounded(UNKNOWN_TOKENS)
     return LipschitzMap(constant=matrix * price, theorem="2-norm, converted", range=token_range)
 
 

@@ -7,21 +7,24 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_lipattn.certification.batch_axis import MOVES_BATCH as BATCH
 from keras_lipattn.certification.layer_call import LayerCall
 from keras_lipattn.certification.linear_map import matrix_norm
 from keras_lipattn.certification.maps import LipschitzMap, TokenMixing, unbounded
+from keras_lipattn.certification.reasons import (
+    MOVES_BATCH,
+    SIZE_VARIES,
+    Cause,
+)
 from keras_lipattn.certification.registry import register_operation
 from keras_lipattn.certification.rules.linear import matrix_step
 from keras_lipattn.certification.tensor_state import TensorState
 from keras_lipattn.certification.token_range import TokenRange
 from keras_lipattn.linalg import SAFETY
 
-SIZE_VARIES = "the size of one of its axes varies, or is not known"
 # Entries of an example; three examples are numbered exactly in float32.
 _MOST_ENTRIES = 4_000_000
 # Rows of a matrix along one axis.
-_LONGEST = 4096
+_MOST_ROWS = 4096
 
 
 def axes_step(
@@ -82,13 +85,13 @@ def copies(call: LayerCall, run: Callable, theorem: str = "entries move") -> Lip
         return unbounded(SIZE_VARIES)
     size = state.fold * (state.entries or 0)
     if not 0 < size <= _MOST_ENTRIES:
-        return unbounded("it has too many entries to follow one by one")
+        return unbounded("it has too many entries to follow each of them")
     sources = np.zeros(0, np.int64)
     for examples in (3, 2):
         numbers = np.arange(1.0, examples * size + 1.0).reshape(-1, *state.shape)
         output = keras.ops.convert_to_numpy(run(keras.ops.convert_to_tensor(numbers)))
         if output.ndim == 0 or output.shape[0] != examples * call.fold:
-            return unbounded(BATCH)
+            return unbounded(MOVES_BATCH)
         parts = np.asarray(output, np.int64).reshape(examples, -1)
         sources = parts[0]
         steps = size * np.arange(examples)[:, None]
@@ -96,7 +99,7 @@ def copies(call: LayerCall, run: Callable, theorem: str = "entries move") -> Lip
             sources.max(initial=0) > size
             or (parts != np.where(sources > 0, sources + steps, 0)).any()
         ):
-            return unbounded(BATCH)
+            return unbounded(MOVES_BATCH)
     return _copied(sources, call, theorem)
 
 
@@ -152,7 +155,7 @@ def take_step(operation, given: Any, call: LayerCall) -> LipschitzMap:
         return unbounded("its indices are not constants of the model")
     indices = np.asarray(keras.ops.convert_to_numpy(given))
     if operation.axis is None or operation.axis % state.rank == 0:
-        return unbounded(BATCH)
+        return unbounded(MOVES_BATCH)
     axis = operation.axis % state.rank
     last = axis == state.rank - 1
     known = None not in state.shape and not any(state.dynamic)
@@ -167,7 +170,7 @@ def take_step(operation, given: Any, call: LayerCall) -> LipschitzMap:
         # Beyond the end, some backends read zeros.
         places, before = np.abs(indices), before.about_origin()
     elif indices.min() < -length or indices.max() >= length:
-        return unbounded("it takes entries that do not exist")
+        return unbounded("its indices are out of range")
     else:
         places = indices % length
     often = int(np.unique(places, return_counts=True)[1].max())
@@ -189,21 +192,21 @@ def take_along_axis(operation, call):
     if isinstance(indices, TensorState):
         return unbounded("its indices are not constants of the model")
     if operation.axis is None or operation.axis % call.state.rank == 0:
-        return unbounded(BATCH)
+        return unbounded(MOVES_BATCH)
     return copies(call, lambda x: operation.call(x, indices), "entries by constant indices")
 
 
 @register_operation("Tril", "Triu")
 def triangle(operation, call):
     if call.state.rank < 3:
-        return unbounded(BATCH)
+        return unbounded(MOVES_BATCH)
     return copies(call, operation.call, "entries are dropped")
 
 
 @register_operation("Rot90")
 def rotated(operation, call):
     if 0 in {axis % call.state.rank for axis in operation.axes}:
-        return unbounded(BATCH)
+        return unbounded(MOVES_BATCH)
     return copies(call, operation.call)
 
 
@@ -211,14 +214,14 @@ def rotated(operation, call):
 def diagonal(operation, call):
     rank = call.state.rank
     if 0 in (operation.axis1 % rank, operation.axis2 % rank):
-        return unbounded(BATCH)
+        return unbounded(MOVES_BATCH)
     return copies(call, operation.call, "entries are dropped")
 
 
 @register_operation("DepthToSpace", "SpaceToDepth", "Unfold", "PadImages", "CropImages")
 def moved(operation, call):
     if call.state.rank != 4:
-        return unbounded("its image has no batch axis, so it moves the examples of a batch")
+        return unbounded("its input is a single image without a batch axis", cause=Cause.BATCH)
     return copies(call, operation.call)
 
 
@@ -226,13 +229,13 @@ def moved(operation, call):
 def along_axis(operation, call):
     state = call.state
     if operation.axis is None or operation.axis % state.rank == 0:
-        return unbounded(BATCH)
+        return unbounded(MOVES_BATCH)
     axis = operation.axis % state.rank
     length = state.shape[axis - 1]
     if length is None or state.dynamic[axis - 1]:
         return unbounded(SIZE_VARIES)
-    if length > _LONGEST:
-        return unbounded(f"its axis is longer than {_LONGEST}")
+    if length > _MOST_ROWS:
+        return unbounded(f"its axis has more than {_MOST_ROWS} entries")
     if type(operation).__name__ == "Cumsum":
         matrix, theorem = np.tri(length), "norm of the cumulative sum"
     else:

@@ -7,16 +7,24 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_lipattn.bounds.layer_constants import center_normalization_constant
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
 from keras_lipattn.certification.layer_call import LayerCall
-from keras_lipattn.certification.linear_map import centered_diagonal_norm, matrix_norm
+from keras_lipattn.certification.linear_map import matrix_norm
 from keras_lipattn.certification.maps import Affine, CenterValue, LipschitzMap, unbounded
+from keras_lipattn.certification.reasons import (
+    JOIN_TOKENS,
+    NOT_FINITE,
+    RETURNS_SCORES,
+    Cause,
+    Reason,
+    in_training,
+)
 from keras_lipattn.certification.registry import register_own_bound, register_rule
 from keras_lipattn.certification.rules.activations import with_activation
-from keras_lipattn.certification.rules.linear import NOT_FINITE, matrix_step
+from keras_lipattn.certification.rules.linear import matrix_step
 from keras_lipattn.certification.rules.local_attention import CAP_ROUNDING, UNSETTLED, near_input
 from keras_lipattn.certification.rules.merging import operands_of, weighted_sum
-from keras_lipattn.certification.rules.other_layers import RUNS_AS_IN_TRAINING
 from keras_lipattn.certification.tensor_state import TensorState, product
 from keras_lipattn.certification.token_range import TokenRange
 from keras_lipattn.certification.weights import bias_of, cast_to_compute_dtype
@@ -41,19 +49,19 @@ from keras_lipattn.linalg import SAFETY, operator_norm
 def lipschitz_layer(layer, call):
     """A layer with a method `lipschitz` like that of the layers of this package."""
     if call.training:
-        return unbounded(RUNS_AS_IN_TRAINING)
+        return unbounded(in_training())
     bound = layer.lipschitz(
         sequence_length=call.state.tokens,
         norm=call.norm,
         mask="full" if call.mask is None else call.mask,
     )
     if not isinstance(bound, LipschitzBound) or bound.kind != "certified":
-        return unbounded("its method `lipschitz` returns no certified LipschitzBound")
+        return unbounded("its method `lipschitz` does not return a certified `LipschitzBound`")
     return LipschitzMap(
         constant=bound.value,
         published=bound.published if math.isfinite(bound.published) else math.nan,
         theorem=bound.theorem,
-        reason=bound.reason,
+        reason=_reason(bound, call.state.tokens),
         max_tokens=call.state.tokens if any(call.state.dynamic) else None,
     )
 
@@ -61,11 +69,11 @@ def lipschitz_layer(layer, call):
 @register_rule(L2MultiHeadAttention, ScaledCosineAttention)
 def self_attention(layer, call):
     if call.argument("return_attention_scores"):
-        return unbounded("it also returns its attention scores, for which no bound is known")
+        return unbounded(RETURNS_SCORES)
     if call.training and (layer.dropout > 0.0 or layer._cache is not None):
-        return unbounded(f"{RUNS_AS_IN_TRAINING}: it uses dropout or running norms")
+        return unbounded(in_training("it uses dropout or running norms"))
     if len(tokens_of_attention(call)) != 1:
-        return unbounded("query, value and key are different tensors")
+        return unbounded("query, value and key are different tensors", remedy=JOIN_TOKENS)
     mask = attention_mask_class(call)
     if call.argument("token_weights") is not None:
         return _weighted(layer, call, mask)
@@ -77,15 +85,12 @@ def self_attention(layer, call):
     if given is not None and not isinstance(mask, str):
         visibility = visibility.within(capped_for)
     bound = layer.certified(call.norm, visibility, most, capped_for)
-    reason = bound.reason
-    if math.isinf(bound.value) and tokens is None:
-        reason += ": pass `sequence_length`"
     step = LipschitzMap(
         constant=bound.value,
         # `inf` stands for "not evaluated" too.
         published=bound.published if isinstance(layer, L2MultiHeadAttention) else math.nan,
         theorem=bound.theorem,
-        reason=reason,
+        reason=_reason(bound, tokens),
         # Query, value and key are one tensor.
         operands=(call.state,),
         # Without a length in the graph the layer took its own.
@@ -94,6 +99,11 @@ def self_attention(layer, call):
     )
     # Theorem 6 is for attention by distance.
     return near_input(layer, call, step, mask) if isinstance(layer, L2MultiHeadAttention) else step
+
+
+def _reason(bound: LipschitzBound, tokens: int | None) -> Reason:
+    """The reason of a layer's own bound, which may only lack the number of tokens."""
+    return Reason(bound.reason, cause=Cause.SIZE if tokens is None else Cause.LAYER)
 
 
 def _attended(layer, call: LayerCall) -> TokenRange | None:
@@ -135,8 +145,8 @@ def _weighted(layer, call: LayerCall, mask) -> LipschitzMap:
     weights = call.argument("token_weights")
     if isinstance(weights, TensorState) or len(call.state.shape) > 2:
         return unbounded(
-            "the weights of its tokens are no constants of the model, or several sequences of an "
-            "example share them: only for given weights of one sequence there is a constant"
+            "the weights of its tokens are not constants of the model, or an example has several "
+            "sequences: only constant weights of a single sequence have a rule"
         )
     bound = layer.lipschitz(norm=call.norm, mask=mask, token_weights=call.constant(weights))
     return LipschitzMap(
@@ -218,11 +228,11 @@ def invertible(layer, call):
 
 def _own_constant(bound: LipschitzBound, call: LayerCall) -> LipschitzMap:
     if call.training:
-        return unbounded(RUNS_AS_IN_TRAINING)
+        return unbounded(in_training())
     return LipschitzMap(
         constant=bound.value,
         theorem=bound.theorem,
-        reason=bound.reason,
+        reason=_reason(bound, call.state.tokens),
         max_tokens=call.state.tokens if any(call.state.dynamic) else None,
     )
 
@@ -230,7 +240,7 @@ def _own_constant(bound: LipschitzBound, call: LayerCall) -> LipschitzMap:
 @register_rule(SpectralDense)
 def spectral_dense(layer, call):
     if call.training and layer._cache is not None:
-        return unbounded(f"{RUNS_AS_IN_TRAINING}: its cap uses running norms")
+        return unbounded(in_training("its cap uses running norms"))
     kernel = (layer._condensed or layer._condense()).kernel.astype(np.float64)
     step = matrix_step(kernel, bias_of(layer), call.norm)
     capped = layer.spectral_norm is not None and step.constant > 0.99 * layer.spectral_norm
@@ -293,8 +303,7 @@ def center_normalization(layer, call):
         return unbounded(NOT_FINITE)
     stretch = width / (width - 1.0)
     matrix = stretch * (np.diag(gamma) - gamma[None, :] / width)
-    spectral = stretch * centered_diagonal_norm(gamma)
-    return matrix_step(matrix, beta, call.norm, spectral=spectral)
+    return matrix_step(matrix, beta, call.norm, spectral=center_normalization_constant(gamma))
 
 
 @register_rule(MaxMin)

@@ -7,14 +7,16 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_lipattn.bounds.key_weights import biases_by_lag, weights_of_pairs
+from keras_lipattn.bounds.key_weights import (
+    biases_by_lag,
+    weighted_constants,
+    weights_of_pairs,
+)
 from keras_lipattn.bounds.local import local_layer_bound
 from keras_lipattn.bounds.unit_head import unit_head_bound
-from keras_lipattn.bounds.weighted import weighted_constants
-from keras_lipattn.certification.enclosure import Enclosure
 from keras_lipattn.certification.layer_call import LayerCall
 from keras_lipattn.certification.maps import CenterValue, LipschitzMap
-from keras_lipattn.certification.tensor_state import TensorState
+from keras_lipattn.certification.tensor_state import Enclosure, TensorState
 from keras_lipattn.certification.weights import cast_to_compute_dtype
 from keras_lipattn.layers import L2MultiHeadAttention
 from keras_lipattn.layers._visibility import classify

@@ -16,13 +16,17 @@ from keras_lipattn.certification.maps import (
     LipschitzMap,
     unbounded,
 )
+from keras_lipattn.certification.reasons import (
+    CONDITION_JUMPS,
+    NOT_FINITE,
+    REPEATS,
+    Cause,
+)
 from keras_lipattn.certification.registry import register_operation, register_rule
-from keras_lipattn.certification.rules.linear import NOT_FINITE, scaling_step
+from keras_lipattn.certification.rules.linear import scaling_step
 from keras_lipattn.certification.tensor_state import TensorState, product
 from keras_lipattn.certification.token_range import TokenRange
 from keras_lipattn.linalg import SAFETY
-
-_REPEATS = "it repeats an input along an axis of unknown size, or along the batch axis"
 
 
 def operands_of(call: LayerCall, *names: str) -> list[TensorState]:
@@ -42,7 +46,7 @@ def weighted_sum(
         for size, state in zip(sizes, operands, strict=True)
     ]
     if not np.isfinite(gains).all():
-        return unbounded(_REPEATS)
+        return unbounded(REPEATS)
     joint = math.hypot(*gains) if call.norm == "l2" else math.fsum(gains)
     if any(state.shape != call.shape for state in perturbed):
         return LipschitzMap(
@@ -136,10 +140,7 @@ def product_step(operands: list[TensorState], call: LayerCall) -> LipschitzMap:
         others = math.prod(size for i, size in enumerate(largest) if i != index)
         gains.append(0.0 if state.is_fixed else others * _broadcast(state, call))
     if not np.isfinite(gains).all():
-        return unbounded(
-            "it multiplies tensors that are not bounded; a saturating activation, a normalization "
-            "or `input_radius` bounds them"
-        )
+        return unbounded("it multiplies tensors that are not bounded", cause=Cause.UNBOUNDED)
     joint = math.hypot(*gains) if call.norm == "l2" else math.fsum(gains)
     size = math.prod(largest)
     token_range = None
@@ -193,7 +194,7 @@ def _scaled(scale: np.ndarray, state: TensorState, call: LayerCall) -> Lipschitz
         return dataclasses.replace(step, function_of=("scaled", state, step.constant))
     repeats = _broadcast(state, call)
     if math.isinf(repeats):
-        return unbounded(_REPEATS)
+        return unbounded(REPEATS)
     largest = SAFETY * float(np.abs(scale).max(initial=0.0))
     return LipschitzMap(
         constant=largest * repeats,
@@ -218,7 +219,7 @@ def divide(operation, call):
             operands=(left,),
             range=token_range,
         )
-    return unbounded("it divides by a tensor which may come close to 0")
+    return unbounded("it divides by a tensor that may come close to 0")
 
 
 @register_rule(keras.layers.Maximum, keras.layers.Minimum)
@@ -238,10 +239,10 @@ def where(operation, call):
     if joined is not None:
         return joined
     if isinstance(condition, TensorState) and not condition.is_fixed:
-        return unbounded("its condition changes with the input, and the output jumps with it")
+        return unbounded(CONDITION_JUMPS)
     branches = [call.argument("x1"), call.argument("x2")]
     if any(branch is None for branch in branches):
-        return unbounded("it has no branches to choose from")
+        return unbounded("it returns indices instead of choosing between two tensors")
     return _selection(operands_of(call, "x1", "x2"), call, "choice of entries")
 
 
@@ -277,7 +278,7 @@ def _selection(operands: list[TensorState], call: LayerCall, theorem: str) -> Li
     perturbed = [state for state in operands if not state.is_fixed]
     repeats = [_broadcast(state, call) for state in perturbed]
     if not np.isfinite(repeats).all():
-        return unbounded(_REPEATS)
+        return unbounded(REPEATS)
     radius = math.hypot(*(_spread_radius(state, call) for state in operands))
     largest = max(state.range.largest for state in operands)
     return LipschitzMap(
@@ -311,7 +312,7 @@ def concatenation(
     """The map of tensors side by side: 1 in every norm for the tensors taken together."""
     rank = call.rank
     if axis is None or axis % rank == 0:
-        return unbounded("it joins tensors along the batch axis")
+        return unbounded("it joins tensors along the batch axis", cause=Cause.BATCH)
     last = axis % rank == rank - 1
     token_range = None
     if all(state.range.bounded for state in operands):

@@ -13,17 +13,27 @@ import numpy as np
 
 from keras_lipattn.bounds import layer_constants
 from keras_lipattn.certification.layer_call import LayerCall
-from keras_lipattn.certification.linear_map import centered_diagonal_norm
 from keras_lipattn.certification.maps import Affine, LipschitzMap, chain, unbounded
+from keras_lipattn.certification.reasons import (
+    NOT_FINITE,
+    UNKNOWN_TOKENS,
+    Cause,
+    Reason,
+    in_training,
+)
 from keras_lipattn.certification.registry import register_operation, register_rule
 from keras_lipattn.certification.rules.activations import convert
-from keras_lipattn.certification.rules.linear import NOT_FINITE, matrix_step, scaling_step
-from keras_lipattn.certification.rules.other_layers import RUNS_AS_IN_TRAINING
+from keras_lipattn.certification.rules.linear import matrix_step, scaling_step
 from keras_lipattn.certification.tensor_state import TensorState, product
 from keras_lipattn.certification.token_range import TokenRange
 from keras_lipattn.certification.weights import cast_to_compute_dtype
 from keras_lipattn.linalg import SAFETY
 
+_RMS_SCALING = Reason(
+    "with `rms_scaling=True` it divides by the root of the variance without subtracting the mean, "
+    "and that is unbounded",
+    replacement="keras.layers.RMSNormalization",
+)
 # Beyond this width the matrix C diag(gamma) is not formed; max |gamma| is an upper bound.
 _WIDEST = 4096
 
@@ -31,10 +41,7 @@ _WIDEST = 4096
 @register_rule(keras.layers.LayerNormalization)
 def layer_normalization(layer, call):
     if layer.rms_scaling:
-        return unbounded(
-            "with `rms_scaling=True` it divides by the centered variance without centering, which "
-            "is unbounded: use `keras.layers.RMSNormalization`"
-        )
+        return unbounded(_RMS_SCALING)
     gamma = None if layer.gamma is None else cast_to_compute_dtype(layer.gamma, None)
     beta = None if layer.beta is None else cast_to_compute_dtype(layer.beta, None)
     return _normalize(gamma, beta, layer.axis, layer.epsilon, call, centered=True)
@@ -60,7 +67,7 @@ def normalization_operation(operation, call):
     if len(call.states) != 1:
         return unbounded("its scales are not constants of the model")
     if getattr(operation, "rms_scaling", False):
-        return unbounded("rms_scaling is unbounded")
+        return unbounded(_RMS_SCALING)
     gamma = None if gamma is None else call.constant(gamma)
     beta = None if beta is None else call.constant(beta)
     epsilon = keras.backend.epsilon() if operation.epsilon is None else operation.epsilon
@@ -74,7 +81,7 @@ def _normalize(
     rank = state.rank
     axes = {int(a) % rank for a in (axis if isinstance(axis, list | tuple) else [axis])}
     if 0 in axes:
-        return unbounded("it normalizes over the batch axis")
+        return unbounded("it normalizes over the batch axis", cause=Cause.BATCH)
     if not epsilon > 0.0:
         return unbounded("its epsilon is not positive")
     gamma = np.ones(1) if gamma is None else gamma.reshape(-1)
@@ -82,7 +89,7 @@ def _normalize(
         return unbounded(NOT_FINITE)
     width = product(tuple(state.shape[a - 1] for a in sorted(axes)))
     if width is None:
-        return unbounded("the size of the axes it normalizes is not known")
+        return unbounded("the size of the axes it normalizes is not known", cause=Cause.SIZE)
     name = "centered and divided" if centered else "divided"
     if axes != {rank - 1}:
         gamma = np.broadcast_to(gamma, (width,)) if gamma.size in (1, width) else gamma
@@ -108,7 +115,9 @@ def _normalize(
         return chain(divide, scale, theorem="max |gamma| / sqrt(epsilon)")
     matrix = np.diag(gamma) - gamma[None, :] / width
     offset = None if beta is None else np.broadcast_to(beta.reshape(-1), (width,))
-    spread = matrix_step(matrix, offset, call.norm, spectral=centered_diagonal_norm(gamma))
+    spread = matrix_step(
+        matrix, offset, call.norm, spectral=layer_constants.centered_diagonal_norm(gamma)
+    )
     direct = None
     if call.norm == "linf":
         # A row of the Jacobian has 2-norm at most |gamma_i| sqrt((d - 1) / d) / sqrt(epsilon).
@@ -151,7 +160,7 @@ def _over_other_axes(
         )
     price = convert("l2", call.norm, call.state)
     if math.isinf(price):
-        return unbounded("its number of tokens is not known")
+        return unbounded(UNKNOWN_TOKENS)
     return LipschitzMap(
         constant=constant * price,
         theorem="max |gamma| / sqrt(epsilon)" if price == 1.0 else "2-norm, converted",
@@ -179,7 +188,7 @@ def group_normalization(layer, call):
     constant = SAFETY * float(np.abs(gamma).max()) / math.sqrt(layer.epsilon)
     price = convert("l2", call.norm, call.state)
     if math.isinf(price):
-        return unbounded("its number of tokens is not known")
+        return unbounded(UNKNOWN_TOKENS)
     # No group has more entries than an example.
     return LipschitzMap(
         constant=constant * price,
@@ -191,7 +200,7 @@ def group_normalization(layer, call):
 @register_rule(keras.layers.BatchNormalization)
 def batch_normalization(layer, call):
     if call.training and layer.trainable:
-        return unbounded(f"{RUNS_AS_IN_TRAINING}: it normalizes with the batch")
+        return unbounded(in_training("it normalizes with the statistics of the batch"))
     variance = cast_to_compute_dtype(layer.moving_variance, None)
     mean = cast_to_compute_dtype(layer.moving_mean, None)
     gamma = (
@@ -202,7 +211,9 @@ def batch_normalization(layer, call):
     )
     total = variance + layer.epsilon
     if not (total > 0.0).all() or not np.isfinite([gamma, beta, mean, variance]).all():
-        return unbounded("its moving variance is not positive, or its weights are not finite")
+        return unbounded(
+            "its moving variance is not positive, or its weights are not finite", remedy=""
+        )
     scale = gamma / np.sqrt(total)
     rank = call.state.rank
     constant = layer_constants.batch_normalization_constant(gamma, variance, layer.epsilon)
@@ -232,7 +243,7 @@ def unit_normalization(layer, call):
 @register_operation("Normalize")
 def normalize_operation(operation, call):
     if operation.order != 2:
-        return unbounded(f"no rule for the order {operation.order}")
+        return unbounded(f"the norm of order {operation.order} has no rule", cause=Cause.NO_RULE)
     epsilon = keras.backend.epsilon() if operation.epsilon is None else operation.epsilon
     return _unit(operation.axis, epsilon, call)
 
@@ -241,8 +252,10 @@ def _unit(axis, epsilon: float, call: LayerCall) -> LipschitzMap:
     state = call.state
     rank = state.rank
     axes = {int(a) % rank for a in (axis if isinstance(axis, list | tuple) else [axis])}
-    if 0 in axes or not epsilon > 0.0:
-        return unbounded("it normalizes over the batch axis, or its epsilon is 0")
+    if 0 in axes:
+        return unbounded("it normalizes over the batch axis", cause=Cause.BATCH)
+    if not epsilon > 0.0:
+        return unbounded("its epsilon is not positive")
     last = axes == {rank - 1}
     constant = SAFETY / epsilon
     if last and state.enclosure is not None:
@@ -252,7 +265,7 @@ def _unit(axis, epsilon: float, call: LayerCall) -> LipschitzMap:
     if call.norm != "l2" and not (last and call.norm == "token"):
         constant *= convert("l2", call.norm, state)
     if math.isinf(constant):
-        return unbounded("its number of tokens is not known")
+        return unbounded(UNKNOWN_TOKENS)
     token_range = TokenRange(1.0, None, 1.0) if last else TokenRange.up_to(1.0, state.width)
     exact = last and call.norm != "linf"
     return LipschitzMap(constant=constant, theorem="1 / epsilon", exact=exact, range=token_range)

@@ -1,11 +1,12 @@
-"""Layers that do nothing at inference, masks computed from inputs, and recurrent layers."""
+"""Layers that do nothing at inference, `Masking`, recurrent layers and wrappers of layers."""
 
 import keras
 
 from keras_lipattn.certification.maps import Affine, LipschitzMap, TokenMixing, unbounded
+from keras_lipattn.certification.reasons import COMPUTES_MASK, Cause, Reason, in_training
 from keras_lipattn.certification.registry import register_operation, register_rule
-
-RUNS_AS_IN_TRAINING = "the model calls it with `training=True`, also at inference"
+from keras_lipattn.certification.trace import TraceError
+from keras_lipattn.certification.tracing import register_expansion
 
 
 def identity(theorem: str = "identity at inference") -> LipschitzMap:
@@ -24,7 +25,7 @@ def identity(theorem: str = "identity at inference") -> LipschitzMap:
 )
 def dropout(layer, call):
     if call.training:
-        return unbounded(f"{RUNS_AS_IN_TRAINING}: it draws random numbers")
+        return unbounded(in_training("it draws random numbers"))
     return identity()
 
 
@@ -63,10 +64,7 @@ def masking(layer, call):
             range=call.state.range.about_origin(),
             assumes_fixed_mask=True,
         )
-    return unbounded(
-        "it computes a mask from its input, which jumps when the input changes; "
-        "pass `assume_fixed_mask=True` to certify for a fixed mask"
-    )
+    return unbounded(COMPUTES_MASK)
 
 
 @register_rule(
@@ -82,6 +80,31 @@ def masking(layer, call):
 )
 def recurrent(layer, call):
     return unbounded(
-        "the gates of a recurrent layer multiply functions of its input, and its constant grows "
-        "with every step of the sequence"
+        "it is a recurrent layer: its gates multiply functions of its input, and its constant "
+        "grows with every step of the sequence"
     )
+
+
+@register_expansion(keras.layers.SpectralNormalization)
+def spectral_normalization(layer, inputs, training=False):
+    # At inference it runs the wrapped layer with the kernel as stored, normalized or not.
+    if training:
+        raise TraceError(in_training("it overwrites its kernel"))
+    return layer.layer(inputs)
+
+
+@register_expansion(keras.layers.TimeDistributed)
+def time_distributed(layer, inputs, training=None, mask=None):
+    """The same layer on every slice: as a batch with more examples."""
+    inner = layer.layer
+    if mask is not None and inner._call_has_mask_arg:
+        raise TraceError("it passes slices of a mask to the layer inside")
+    if inner.compute_dtype != layer.compute_dtype and layer.compute_dtype != layer.variable_dtype:
+        raise TraceError("the layer inside has a dtype of its own")
+    batch, time, *sizes = inputs.shape
+    if time is None:
+        raise TraceError(Reason("its number of slices is not known", cause=Cause.SIZE))
+    options = {"training": training} if inner._call_has_training_arg else {}
+    # Not `__call__`, which would cast the slices to the dtype of the layer inside.
+    outputs = inner.symbolic_call(keras.ops.reshape(inputs, (batch * time, *sizes)), **options)
+    return keras.ops.reshape(outputs, (batch, time, *outputs.shape[1:]))

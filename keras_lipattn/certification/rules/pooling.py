@@ -9,6 +9,11 @@ import numpy as np
 from keras_lipattn.bounds import layer_constants
 from keras_lipattn.certification.layer_call import LayerCall
 from keras_lipattn.certification.maps import LipschitzMap, TokenMixing, unbounded
+from keras_lipattn.certification.reasons import (
+    FIXED_SIZES,
+    UNKNOWN_TOKENS,
+    Cause,
+)
 from keras_lipattn.certification.registry import register_operation, register_rule
 from keras_lipattn.certification.rules.activations import convert
 from keras_lipattn.certification.token_range import TokenRange
@@ -66,7 +71,7 @@ def max_pooling(layer, call):
 def adaptive_average_pooling(layer, call):
     loads, _, first = _adaptive(layer, call)
     if loads is None:
-        return unbounded("its windows depend on a size that varies")
+        return unbounded("its windows depend on a size that varies", remedy=FIXED_SIZES)
     constant = SAFETY * math.sqrt(math.prod(float(load.max()) for _, load in loads))
     return _linear_pooling(constant, call, first, False)
 
@@ -79,7 +84,7 @@ def adaptive_average_pooling(layer, call):
 def adaptive_max_pooling(layer, call):
     loads, window, first = _adaptive(layer, call)
     if loads is None:
-        return unbounded("its windows depend on a size that varies")
+        return unbounded("its windows depend on a size that varies", remedy=FIXED_SIZES)
     constant = SAFETY * math.sqrt(math.prod(int(count.max()) for count, _ in loads))
     return _max_step(constant, window, call, first)
 
@@ -146,7 +151,9 @@ def _max_step(
     if call.norm == "token" and not first:
         sizes = [size for size in (window, call.state.width) if size is not None]
         if not sizes:
-            return unbounded("neither its window nor its channels are known")
+            return unbounded(
+                "neither its window nor its number of channels is known", cause=Cause.SIZE
+            )
         constant = SAFETY * math.sqrt(min(sizes))
         theorem = "at most min(window, channels) tokens meet in one"
     elif call.norm == "token":
@@ -169,7 +176,7 @@ def entries_range(call: LayerCall, factor: float = 1.0) -> TokenRange | None:
 def _converted(constant: float, call: LayerCall) -> LipschitzMap:
     price = convert("l2", "token", call.state)
     if math.isinf(price):
-        return unbounded("its number of tokens is not known")
+        return unbounded(UNKNOWN_TOKENS)
     return LipschitzMap(constant=constant * price, theorem="2-norm, converted")
 
 

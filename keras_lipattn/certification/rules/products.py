@@ -10,17 +10,22 @@ import keras
 
 from keras_lipattn.certification.layer_call import LayerCall
 from keras_lipattn.certification.maps import LipschitzMap, unbounded
+from keras_lipattn.certification.reasons import (
+    Cause,
+    Reason,
+)
 from keras_lipattn.certification.registry import register_rule
 from keras_lipattn.certification.rules.merging import operands_of
 from keras_lipattn.certification.tensor_state import TensorState, product
 from keras_lipattn.certification.token_range import TokenRange
 from keras_lipattn.linalg import SAFETY
 
-NOT_BOUNDED = (
-    "it multiplies two tensors of the model that are not bounded; a saturating activation, a "
-    "normalization or `input_radius` bounds them"
+_NOT_BOUNDED = Reason(
+    "it multiplies two tensors of the model that are not bounded", cause=Cause.UNBOUNDED
 )
-_BATCH = "it multiplies tensors across the batch axis, or repeats one along it"
+_BATCH = Reason(
+    "it multiplies tensors across the batch axis, or repeats one along it", cause=Cause.BATCH
+)
 _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -76,7 +81,7 @@ def contraction(
             moved = _root(word if call.norm == "linf" else word[:-1], fixed[call.norm], sizes)
         gains.append(0.0 if state.is_fixed else SAFETY * other * moved)
     if not all(math.isfinite(gain) for gain in gains):
-        return unbounded(NOT_BOUNDED)
+        return unbounded(_NOT_BOUNDED)
     joint = math.hypot(*gains) if call.norm == "l2" else math.fsum(gains)
     return LipschitzMap(
         constant=SAFETY * joint,
@@ -156,7 +161,7 @@ def einsum_product(equation: str, operands: list[TensorState], call: LayerCall) 
 def dot(layer, call):
     operands = operands_of(call, "inputs")
     if layer.normalize:
-        return unbounded("it divides by the sizes of its inputs, which may come close to 0")
+        return unbounded("it divides by the norms of its inputs, which may come close to 0")
     axes = layer.axes if isinstance(layer.axes, list | tuple) else (layer.axes, layer.axes)
     axes = [axis % state.rank for axis, state in zip(axes, operands, strict=True)]
     letters = iter(_LETTERS[2:])

@@ -8,12 +8,16 @@ import numpy as np
 from keras_lipattn.bounds import layer_constants
 from keras_lipattn.certification.layer_call import LayerCall
 from keras_lipattn.certification.maps import LipschitzMap, TokenMixing, unbounded
+from keras_lipattn.certification.reasons import (
+    Cause,
+    Reason,
+)
 from keras_lipattn.certification.registry import register_operation, register_rule
 from keras_lipattn.certification.tensor_state import TensorState
 from keras_lipattn.certification.token_range import TokenRange
 from keras_lipattn.linalg import SAFETY
 
-_UNKNOWN = "the number of tokens it collects in one is not known: pass `sequence_length`"
+_UNKNOWN = Reason("the number of tokens that it joins into one is not known", cause=Cause.SIZE)
 
 
 def regroup(call: LayerCall, merged: int | None, theorem: str = "entries move") -> LipschitzMap:
@@ -80,7 +84,7 @@ def reshape_operation(operation, call):
 def permute_step(order: tuple[int, ...], call: LayerCall) -> LipschitzMap:
     """A permutation of all axes; `order` includes the batch axis."""
     if order[0] != 0:
-        return unbounded("it moves the batch axis")
+        return unbounded("it moves the batch axis", cause=Cause.BATCH)
     if order[-1] == len(order) - 1:
         return tokens_move(call, "axes of tokens move")
     new_width = call.shape[-1] if call.shape else None

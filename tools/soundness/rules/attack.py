@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 import keras_lipattn
-from keras_lipattn.certification.tracing import augments
+from keras_lipattn.certification.keras_models import augments
 from tools.soundness.rules.norms import Geometry
 from tools.soundness.rules.subjects import BATCH, Illegal, RuleSubject, first_line
 
@@ -298,7 +298,7 @@ class _Attack:
             worst = max(range(len(measured)), key=lambda one: measured[one][0])
             found[norm] = measured[worst][0]
             best[norm] = (points[worst], examples[worst], *measured[worst][1:])
-        self.pairs(jacobians, points, examples)
+        self.pairwise_constants(jacobians, points, examples)
         for step in range(STEPS if kind == "jacobian" else 2):
             self.climb(found, best, step)
         for norm, certificate in self.finite.items():
@@ -392,17 +392,20 @@ class _Attack:
             label = "quotient" if kind == "jacobian" else kind
             self.add(norm, label, float(ratios.max(initial=0.0)), certificate.total)
 
-    def pairs(self, jacobians, points, examples) -> None:
+    def pairwise_constants(self, jacobians, points, examples) -> None:
         """The constants of differences of two classes."""
         for norm, certificate in self.finite.items():
-            if not certificate.pairs or len(certificate.pairs) != self.geometry.outputs:
+            if (
+                not certificate.pairwise_constants
+                or len(certificate.pairwise_constants) != self.geometry.outputs
+            ):
                 continue
             for i in range(self.geometry.outputs):
                 for j in range(i):
                     rows = jacobians[:, i] - jacobians[:, j]
                     found = [self.geometry.dual(row, norm) for row in rows]
                     worst = max(range(len(found)), key=lambda one: found[one][0])
-                    value, certified = found[worst][0], certificate.pairs[i][j]
+                    value, certified = found[worst][0], certificate.pairwise_constants[i][j]
                     if Comparison(norm, "pair", value, certified, self.tolerance).is_violation:
                         covector = np.zeros(self.geometry.outputs)
                         covector[[i, j]] = 1.0, -1.0

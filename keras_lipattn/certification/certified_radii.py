@@ -1,0 +1,121 @@
+"""How far an input may move before a classifier can change its mind, by local certificates."""
+
+import dataclasses
+import math
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_lipattn.certification.centers import examples_of
+from keras_lipattn.certification.certificate import Certificate
+from keras_lipattn.certification.certifying import certify, local_certificate
+from keras_lipattn.certification.propagation import Options
+from keras_lipattn.certification.tensor_state import Enclosure
+from keras_lipattn.layers._arguments import require_positive_integer
+from keras_lipattn.linalg import SAFETY
+
+
+def certified_radius(
+    model: keras.Model,
+    x: Any,
+    norm: str = "l2",
+    *,
+    steps: int = 10,
+    allowance: float = 0.0,
+    **options: Any,
+) -> np.ndarray:
+    """Radii around inputs within which a classifier provably keeps its class.
+
+    `certify(model).certified_radius(logits)` divides the margin of the logits by a constant that
+    holds for all inputs. This function uses the smaller constants `L(r)` of
+    `certify(model, center=x, radius=r)` and finds the largest `r` for which the margin exceeds
+    `sqrt(2) L(r) r`, or the corresponding bound for each pair of classes. The search is a
+    bisection, since `L(r)` usually grows with `r`. Every radius it tries is certified, and the
+    result is never smaller than the radius that the global certificate gives.
+
+    Args:
+        model: a built classifier.
+        x: one input of the model without a batch axis, or a batch.
+        norm: norm of the balls, `"l2"`, `"token"` or `"linf"`, see `certify`.
+        steps: certificates per example.
+        allowance: subtracted from every margin, for the rounding of logits where the model runs.
+        **options: further arguments of `certify`, such as `assume_fixed_mask=True`.
+
+    Returns:
+        An array of shape `(examples,)`, or `()` for one input; 0 at ties and where nothing is
+        certified.
+
+    Raises:
+        ValueError: if the model is no classifier, its logits at `x` cannot be computed in float64
+            (the message says where they are lost), or an argument is out of range.
+
+    Example:
+
+    >>> radii = certified_radius(model, x_test[:10])
+
+    Reference: docs/theory.md, sections 6 and 8.
+    """
+    require_positive_integer("steps", steps)
+    structure, examples = examples_of(model, x)
+    globally = certify(model, norm, **options)
+    inputs = options.pop("inputs", None)
+    settings = Options(
+        **{
+            "norm": norm,
+            "sequence_length": None,
+            "input_radius": None,
+            "assume_fixed_mask": False,
+            "mask": None,
+            **options,
+        }
+    )
+    radii = []
+    for index in range(len(examples)):
+        one = keras.tree.map_structure(lambda array, i=index: array[i : i + 1], structure)
+
+        def near(radius: float, one=one) -> tuple[Certificate, Enclosure]:
+            return _near(model, settings, inputs, one, radius)
+
+        radii.append(_radius(near, globally, steps, allowance))
+    single = np.ndim(keras.tree.flatten(x)[0]) < keras.tree.flatten(structure)[0].ndim
+    return np.asarray(radii[0] if single else radii)
+
+
+def _near(model, settings, inputs, x, radius: float) -> tuple[Certificate, Enclosure]:
+    certificate, (found,) = local_certificate(model, settings, inputs, x, radius)
+    if found is None:
+        lost = "; ".join(f"after {path}: {why}" for path, why in certificate.threat_model.lost)
+        raise ValueError(
+            "The logits at `x` must be computable in float64. "
+            f"Received: a model whose values are lost {lost or 'on the way'}"
+        )
+    return certificate, found
+
+
+def _radius(near, globally: Certificate, steps: int, allowance: float) -> float:
+    certificate, center = near(0.0)
+    logits = center.value[0]
+    allowance = allowance + 2.0 * SAFETY * center.rounding_error
+    low = float(globally.certified_radius(logits, allowance=allowance))
+    high = _uncapped(certificate, logits, allowance)
+    if math.isinf(high):
+        high = 10.0 * (1.0 + float(np.linalg.norm(logits)))
+    for _ in range(steps):
+        if not low < high:
+            break
+        # The best radius may be orders of magnitude above the global one.
+        middle = math.sqrt(low * high) if low > 0.0 else 0.5 * high
+        found = _uncapped(near(middle)[0], logits, allowance)
+        # Within the ball the constant holds, so what it gives is certified as far as the ball.
+        low = max(low, min(found, middle))
+        if found < middle:
+            high = middle
+    return low
+
+
+def _uncapped(certificate: Certificate, logits: np.ndarray, allowance: float) -> float:
+    """The radius that the constant gives, be it larger than where it holds."""
+    everywhere = dataclasses.replace(certificate.threat_model, radius=math.inf)
+    certificate = dataclasses.replace(certificate, threat_model=everywhere)
+    return float(certificate.certified_radius(logits, allowance=allowance))

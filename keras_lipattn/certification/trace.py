@@ -1,0 +1,144 @@
+"""The record of a symbolic run of a model: a flat list of calls."""
+
+import dataclasses
+import functools
+import inspect
+from typing import Any
+
+import keras
+from keras import KerasTensor
+
+from keras_lipattn.certification.reasons import Reason
+
+
+class TraceError(Exception):
+    """A layer cannot be called on symbolic tensors.
+
+    Args:
+        reason: why.
+    """
+
+    # Keras then leaves the message as it is.
+    _keras_call_info_injected = True
+
+    def __init__(self, reason: Reason | str):
+        self.reason = Reason.of(reason)
+        super().__init__(self.reason.text)
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class TracedCall:
+    """One call of a layer with a rule, or of an operation.
+
+    Args:
+        operation: the layer, or the node of `keras.ops`.
+        args: positional arguments; tensors are `KerasTensor`s.
+        kwargs: keyword arguments, with masks and `training` as Keras fills them in.
+        outputs: the tensors it returns, flat.
+        path: name of the layer or operation, after those of the layers it is called in.
+        compute_dtype: dtype to which variables are cast there, `None` for no cast.
+        refusal: why the layer could not be looked into; `None` for calls with a rule.
+        recorded: whether the operation belongs to the model, and not to one run of its code.
+        masks: for a layer, the masks that came with its tensors when it was called, by `id` of the
+            tensor. Its `call` may look at them; later calls may have changed them.
+    """
+
+    operation: Any
+    args: tuple
+    kwargs: dict[str, Any]
+    outputs: list[KerasTensor]
+    path: str
+    compute_dtype: str | None = None
+    refusal: Reason | None = None
+    recorded: bool = True
+    masks: dict[int, KerasTensor] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def arguments(self) -> dict[str, Any]:
+        """Every argument by its name in the signature of `call`, those not given left out."""
+        signature = inspect.signature(self.operation.call)
+        try:
+            bound = signature.bind(*self.args, **self.kwargs).arguments
+        except TypeError:
+            # A `call` that was replaced on the instance may not take what Keras fills in.
+            return {**dict(zip(signature.parameters, self.args, strict=False)), **self.kwargs}
+        for name, parameter in signature.parameters.items():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD and name in bound:
+                bound.update(bound.pop(name))
+        return dict(bound)
+
+    @property
+    def keras_masks(self) -> list[KerasTensor]:
+        """The masks that came with its tensors."""
+        return list(self.masks.values())
+
+    @property
+    def tensors(self) -> list[KerasTensor]:
+        """All symbolic tensors among the arguments."""
+        return symbols_in((self.args, self.kwargs))
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Trace:
+    """What a model does, as a flat list of calls, each after those it depends on.
+
+    Args:
+        batch: number of examples it was called on.
+        inputs: the symbolic inputs, flat.
+        outputs: the symbolic outputs, flat.
+        calls: the calls.
+        constants: values of tensors which are the same whatever the inputs, by `id`.
+        aliases: the tensor of which another one is a copy in another floating dtype, by `id`.
+        flexible: shapes by `id`, with `None` for axes whose size varies from call to call.
+        exact_length: whether Python code of a layer saw a size that varies: what it did there says
+            nothing about other sizes.
+    """
+
+    batch: int
+    inputs: list[KerasTensor]
+    outputs: list[KerasTensor] = dataclasses.field(default_factory=list)
+    calls: list[TracedCall] = dataclasses.field(default_factory=list)
+    constants: dict[int, Any] = dataclasses.field(default_factory=dict)
+    aliases: dict[int, KerasTensor] = dataclasses.field(default_factory=dict)
+    flexible: dict[int, tuple[int | None, ...]] = dataclasses.field(default_factory=dict)
+    exact_length: bool = False
+
+    def resolve(self, tensor: KerasTensor) -> KerasTensor:
+        """The tensor that this one is a copy of; itself for any other."""
+        while id(tensor) in self.aliases:
+            tensor = self.aliases[id(tensor)]
+        return tensor
+
+    def needed_calls(self) -> set[int]:
+        """Indices of the calls that the outputs depend on."""
+        producers = {
+            id(tensor): index for index, call in enumerate(self.calls) for tensor in call.outputs
+        }
+        needed: set[int] = set()
+        stack = list(self.outputs)
+        while stack:
+            index = producers.get(id(self.resolve(stack.pop())))
+            if index is not None and index not in needed:
+                needed.add(index)
+                call = self.calls[index]
+                stack += [*call.tensors, *call.keras_masks]
+        return needed
+
+    def is_only_a_condition(self, tensor: KerasTensor) -> bool:
+        """Whether a tensor is used only as the condition of `keras.ops.where`."""
+        if any(self.resolve(output) is tensor for output in self.outputs):
+            return False
+        for call in self.calls:
+            used = sum(self.resolve(one) is tensor for one in (*call.tensors, *call.keras_masks))
+            condition = call.arguments.get("condition")
+            decides = type(call.operation).__name__ == "Where" and isinstance(
+                condition, KerasTensor
+            )
+            if used and not (used == 1 and decides and self.resolve(condition) is tensor):
+                return False
+        return True
+
+
+def symbols_in(structure: Any) -> list[KerasTensor]:
+    """All symbolic tensors in a structure."""
+    return [leaf for leaf in keras.tree.flatten(structure) if isinstance(leaf, KerasTensor)]

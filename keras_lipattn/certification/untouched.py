@@ -1,0 +1,74 @@
+"""Calling a model on symbolic tensors without leaving anything behind on it."""
+
+import contextlib
+from collections.abc import Iterator
+
+import keras
+from keras.src.ops import core
+
+from keras_lipattn.certification.keras_models import recorded_operations
+from keras_lipattn.certification.trace import TraceError
+
+
+@contextlib.contextmanager
+def untouched(model: keras.Model) -> Iterator[None]:
+    """Puts back whatever a symbolic call leaves behind on a model and everything inside it."""
+    layers = model._flatten_layers()
+    operations = {id(one): one for one in layers} | recorded_operations(model)
+    attributes = [dict(vars(inner)) for inner in layers]
+    lists = [
+        (kept, list(kept))
+        for inner in operations.values()
+        for kept in (inner._inbound_nodes, inner._outbound_nodes)
+    ]
+    lists += [(inner._losses, list(inner._losses)) for inner in layers]
+    loss_ids = [(inner._loss_ids, set(inner._loss_ids)) for inner in layers]
+    for inner in layers:
+        if not inner.built:
+            vars(inner)["build"] = _refuse_to_build(inner)
+    try:
+        yield
+    finally:
+        for inner, before in zip(layers, attributes, strict=True):
+            now = vars(inner)
+            for name in [name for name in now if name not in before]:
+                del now[name]
+            now.update(before)
+        for kept, before in lists:
+            kept[:] = before
+        for kept, before in loss_ids:
+            kept.clear()
+            kept.update(before)
+
+
+@contextlib.contextmanager
+def conversions_as_on_data() -> Iterator[None]:
+    """A conversion to the dtype that a tensor has returns the tensor itself, with its mask.
+
+    So it is on data. On symbols Keras makes a new tensor, which has lost the mask.
+    """
+    classes = (core.Cast, core.ConvertToTensor)
+    originals = [vars(one).get("symbolic_call") for one in classes]
+
+    def symbolic_call(self, x):
+        if self.dtype is None or keras.backend.standardize_dtype(self.dtype) == x.dtype:
+            return x
+        return keras.Operation.symbolic_call(self, x)
+
+    for one in classes:
+        one.symbolic_call = symbolic_call
+    try:
+        yield
+    finally:
+        for one, original in zip(classes, originals, strict=True):
+            if original is None:
+                del one.symbolic_call
+            else:
+                one.symbolic_call = original
+
+
+def _refuse_to_build(layer: keras.layers.Layer):
+    def build(*args, **kwargs):
+        raise TraceError(f"layer {layer.name!r} inside it is not built")
+
+    return build
