@@ -422,8 +422,8 @@ class InvertibleResidual(keras.layers.Layer):
             )
 
     def _check_length(self, shape):
-        tokens = _tokens(shape)
-        if None not in (tokens, self.max_sequence_length) and tokens > self.max_sequence_length:
+        tokens, most = _tokens(shape), self.max_sequence_length
+        if tokens is not None and most is not None and tokens > most:
             raise ValueError(
                 f"The layer is invertible for at most {self.max_sequence_length} tokens "
                 "(`max_sequence_length`, or the length it was built with). "
