@@ -35,9 +35,11 @@ test-backends: test-jax test-torch  ## the tests of Keras on JAX and on PyTorch,
 test-jax test-torch: test-%: .venv-%/installed .venv/installed
 	CUDA_VISIBLE_DEVICES= KERAS_BACKEND=$* .venv-$*/bin/python -m pytest -n $(WORKERS) --dist loadfile tests_backends
 
-lint: .venv/installed  ## check style, format and types
+lint: .venv/installed  ## check style, format, spelling, phrases and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/python -m tools.phrases
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: .venv/installed  ## measure speed, memory and sizes into build/bench (BENCH_FLAGS=--quick)
@@ -65,10 +67,10 @@ clean:  ## remove everything made here, .venv too
 
 .venv: .venv/installed  ## install the package and its tested dependencies
 
-# What the package needs but for TensorFlow, and what its tests need.
-BACKEND_NEEDS := absl-py keras numpy scipy
-BACKEND_TESTS := pytest pytest-xdist
-# The wheel of PyTorch on PyPI brings CUDA along, 4 GB of it: TORCH_FLAGS may name an index without.
+# Requirements of the package without TensorFlow, and of the tests.
+BACKEND_NEEDS := keras ml-dtypes numpy scipy
+BACKEND_TESTS := absl-py pytest pytest-xdist
+# The wheel of PyTorch on PyPI includes 4 GB of CUDA. TORCH_FLAGS may name an index without it.
 TORCH_FLAGS ?=
 
 .venv-jax/installed: FLAGS :=
@@ -81,7 +83,7 @@ TORCH_FLAGS ?=
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
 
-# The stamp is written last, so an installation that failed half-way is begun again.
+# The stamp is written last, so an installation that failed is repeated.
 .venv/installed: setup.cfg pyproject.toml constraints.txt
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer" \
 		"is needed. Received: PYTHON='$(PYTHON)' (name one with make PYTHON=/path/to/python)" >&2; exit 1; }

@@ -28,7 +28,6 @@ import keras_lipattn
 from image_data import ImageData, load_images
 from keras_lipattn.distribution import SharedBackup, is_chief, multi_worker
 from local_workers import run_workers
-from margin_crossentropy import MarginCrossentropy
 from patch_transformer import Architecture, patch_transformer
 from tpu import tpu_strategy
 
@@ -104,7 +103,7 @@ def _train(strategy: tf.distribute.Strategy) -> None:
         )
         model.compile(
             keras.optimizers.Adam(1e-3),
-            MarginCrossentropy(radius=0.2, temperature=30.0),
+            keras_lipattn.losses.MarginCrossentropy(radius=0.2, temperature=30.0),
             metrics=["accuracy"],
         )
     callbacks: list[keras.callbacks.Callback] = [

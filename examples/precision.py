@@ -20,7 +20,6 @@ import numpy as np
 
 import keras_lipattn
 from image_data import load_images
-from margin_crossentropy import MarginCrossentropy
 from patch_transformer import Architecture, patch_transformer
 
 POLICIES = ("float32", "mixed_float16", "mixed_bfloat16")
@@ -130,7 +129,8 @@ def main() -> None:
     data = load_images("digits", "build/data")
     keras.utils.set_random_seed(0)
     model: Any = _digits_model()
-    model.compile(keras.optimizers.Adam(3e-3), MarginCrossentropy(0.2, 30.0), metrics=["accuracy"])
+    loss = keras_lipattn.losses.MarginCrossentropy(radius=0.2, temperature=30.0)
+    model.compile(keras.optimizers.Adam(3e-3), loss, metrics=["accuracy"])
     monitor = keras_lipattn.LipschitzMonitor(
         penalty=0.05, target={"block1_attention": 0.95, "block2_attention": 0.95}
     )

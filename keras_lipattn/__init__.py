@@ -1,6 +1,6 @@
 """Self-attention with a proven Lipschitz constant, for Keras 3."""
 
-from keras_lipattn import distribution
+from keras_lipattn import callbacks, certification, distribution, layers, losses, metrics
 from keras_lipattn.bounds import LipschitzBound
 from keras_lipattn.callbacks import (
     DurableBackup,
@@ -15,12 +15,9 @@ from keras_lipattn.export import ExportError, export_saved_model
 from keras_lipattn.layers import (
     CenterNormalization,
     ContinuousDepth,
-    Inversion,
-    InversionError,
     InvertibleResidual,
     InvertibleSequential,
     L2MultiHeadAttention,
-    LogDeterminant,
     MaxMin,
     PositionEmbedding,
     Residual,
@@ -39,21 +36,20 @@ __all__ = [
     "DurableCSVLogger",
     "DurableCheckpoint",
     "ExportError",
-    "Inversion",
-    "InversionError",
     "InvertibleResidual",
     "InvertibleSequential",
     "L2MultiHeadAttention",
     "LipschitzBound",
     "LipschitzEstimate",
     "LipschitzMonitor",
-    "LogDeterminant",
     "MaxMin",
     "PositionEmbedding",
     "Residual",
     "ScaledCosineAttention",
     "SpectralDense",
     "__version__",
+    "callbacks",
+    "certification",
     "certified_radius",
     "certify",
     "condensed",
@@ -61,5 +57,8 @@ __all__ = [
     "distribution",
     "estimate_lipschitz",
     "export_saved_model",
+    "layers",
+    "losses",
+    "metrics",
     "register_rule",
 ]

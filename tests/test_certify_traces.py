@@ -220,6 +220,55 @@ def test_a_rule_whose_range_is_too_small_is_refuted(rules):
         certify(model(Twice()), check=True)
 
 
+class WithoutNumbers(layers.Layer):
+    """A layer that returns NaN where it is run, but not where its `call` is."""
+
+    def __call__(self, x):
+        y = super().__call__(x)
+        return y if isinstance(x, keras.KerasTensor) else np.nan * y
+
+    def call(self, x):
+        return 1.0 * x
+
+
+def test_a_model_that_alone_is_nan_is_refuted(rules):
+    @register_rule(WithoutNumbers)
+    def without_numbers(layer, call):
+        return 1.0
+
+    with pytest.raises(CertificateRefuted, match="by nan"):
+        certify(model(WithoutNumbers()), check=True)
+
+
+def test_a_model_that_is_nan_like_its_trace_is_not_refuted():
+    ids = keras.Input((2,), dtype="int32")
+    built = keras.Model(ids, layers.Dense(3)(pooled(layers.Embedding(2, 4, mask_zero=True)(ids))))
+    assert np.isnan(built(np.zeros((1, 2), np.int32))).all()
+    assert certify(built, check=True) == certify(built)
+
+
+INTERPOLATIONS = {
+    "same size": lambda: layers.Resizing(4, 4),
+    "bilinear": lambda: layers.Resizing(6, 5),
+    "bicubic": lambda: layers.Resizing(4, 4, interpolation="bicubic"),
+    "cropped": lambda: layers.CenterCrop(6, 6),
+    "upsampled": lambda: layers.UpSampling2D(2, interpolation="bilinear"),
+}
+
+
+@pytest.mark.parametrize("norm", ["l2", "token", "linf"])
+@pytest.mark.parametrize("channels", [1, 2, 3])
+@pytest.mark.parametrize("name", INTERPOLATIONS)
+def test_interpolation_in_float32_refutes_no_float64_model(name, channels, norm):
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("float64")
+    try:
+        built = model(lambda x: INTERPOLATIONS[name]()(x), (4, 4, channels), dtype="float64")
+    finally:
+        keras.config.set_dtype_policy(before)
+    assert certify(built, norm=norm, check=True) == certify(built, norm=norm)
+
+
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "float64"])
 def test_what_is_certified_withstands_the_check(policy):
     def block(x):

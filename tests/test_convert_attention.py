@@ -311,19 +311,19 @@ def refused(call):
         (
             lambda x: layers.MultiHeadAttention(2, 4, name="a1")(x, layers.Dense(8)(x)),
             "a1",
-            "value that is not the query.*cross-attention",
+            "value other than the query.*cross-attention",
         ),
         (
             lambda x: layers.MultiHeadAttention(2, 4, name="a2")(x, x, key=layers.Dense(8)(x)),
             "a2",
-            "key that is not the query.*cross-attention",
+            "key other than the query.*cross-attention",
         ),
         (
             lambda x: layers.MultiHeadAttention(2, 4, use_gate=True, name="a3")(x, x),
             "a3",
             "gate",
         ),
-        (lambda x: Louder(2, 4, name="a4")(x, x), "a4", "subclass, Louder"),
+        (lambda x: Louder(2, 4, name="a4")(x, x), "a4", "subclass Louder"),
     ],
 )
 def test_what_cannot_be_converted_stays_with_its_reason(call, path, reason):
@@ -336,16 +336,16 @@ def test_what_cannot_be_converted_stays_with_its_reason(call, path, reason):
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have a `quantize` method")
-def test_quantised_attention_stays():
-    quantised = encoder()
-    quantised.quantize("int8")
-    conversion = kl.convert_attention(quantised, batch())
+def test_quantized_attention_stays():
+    quantized = encoder()
+    quantized.quantize("int8")
+    conversion = kl.convert_attention(quantized, batch())
     assert conversion.replaced == ()
-    assert re.search("quantised.*int8", conversion.kept["attention"])
+    assert re.search("quantized.*int8", conversion.kept["attention"])
     assert conversion.relative_error == 0.0
 
 
-def test_a_quantised_layer_elsewhere_is_copied():
+def test_a_quantized_layer_elsewhere_is_copied():
     old = encoder()
     old.get_layer("logits").quantize("int8")
     new = kl.convert_attention(old).model

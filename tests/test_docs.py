@@ -1,20 +1,67 @@
-"""The code in the documentation runs as printed."""
+"""Every example in a docstring prints what it says, and every Python block of a page runs."""
 
-import pathlib
+import doctest
+import importlib
+import os
 import re
+import subprocess
+import sys
+from collections.abc import Iterator
 
+import keras
+import numpy as np
 import pytest
+from helpers import documents
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-BLOCKS = [
-    pytest.param(code, id=f"{path}:{number}")
-    for path in ("docs/certification.md",)
-    for number, code in enumerate(
-        re.findall(r"^```python\n(.*?)^```", (ROOT / path).read_text(), re.DOTALL | re.MULTILINE)
+import keras_lipattn as kl
+
+# For JAX: it runs in tests_backends/test_docs.py.
+PROGRAMS = {key: code for key, code in documents.programs().items() if "backends.md" not in key}
+# The names that an example may use without importing them.
+NAMES = {"keras": keras, "np": np, "keras_lipattn": kl, **{n: getattr(kl, n) for n in kl.__all__}}
+
+
+def docstrings() -> Iterator[doctest.DocTest]:
+    package = documents.ROOT / "keras_lipattn"
+    finder = doctest.DocTestFinder()
+    for path in sorted(package.rglob("*.py")):
+        if ">>>" not in path.read_text():
+            continue
+        name = ".".join(path.relative_to(documents.ROOT).with_suffix("").parts)
+        module = importlib.import_module(name.removesuffix(".__init__"))
+        for test in finder.find(module, globs=dict(NAMES)):
+            if test.examples:
+                yield test
+
+
+@pytest.mark.parametrize("test", [pytest.param(test, id=test.name) for test in docstrings()])
+def test_examples_in_docstrings_print_what_they_say(test, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    report = []
+    doctest.DocTestRunner(verbose=False).run(test, out=report.append)
+    assert not report, "".join(report)
+
+
+def test_examples_in_docstrings_are_found():
+    source = "".join(p.read_text() for p in (documents.ROOT / "keras_lipattn").rglob("*.py"))
+    found = sum(len(test.examples) for test in docstrings())
+    assert found == len(re.findall(r"^\s*>>> ", source, re.MULTILINE)) > 0
+
+
+@pytest.mark.parametrize("block", PROGRAMS)
+def test_python_blocks_run(block, tmp_path):
+    (tmp_path / "block.py").write_text(PROGRAMS[block])
+    done = subprocess.run(
+        [sys.executable, "block.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(documents.ROOT)},
+        capture_output=True,
+        text=True,
     )
-]
+    assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("code", BLOCKS)
-def test_code_blocks_run(code):
-    exec(compile(code, "block", "exec"), {"__name__": "block"})
+def test_links_between_pages_lead_to_files():
+    for path in [documents.ROOT / "README.md", *(documents.ROOT / "docs").rglob("*.md")]:
+        for target in re.findall(r"\]\(([\w./-]+\.\w+)(?:#[^)]*)?\)", path.read_text()):
+            assert (path.parent / target).exists(), f"{path}: {target}"

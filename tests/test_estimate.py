@@ -1,4 +1,4 @@
-"""Lower estimates reach the constants of linear maps, and never pass a certified one."""
+"""Lower estimates reach the constants of linear maps and never exceed a certified constant."""
 
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
 # pyright: reportOptionalMemberAccess=false
@@ -40,11 +40,11 @@ def test_it_reaches_the_operator_norm_of_a_linear_map(norm):
     assert found.point.shape == found.direction.shape == (4, 3)
 
 
-def test_it_climbs_to_where_a_function_is_steepest():
-    # The slope of sin(x) is 1 at 0, and 0.07 where the search begins.
+def test_the_search_finds_the_point_of_the_largest_slope():
+    # The slope of sin(x) is 1 at 0, and 0.07 at the start.
     x = np.full((1, 1), 1.5)
     assert estimate_lipschitz(ops.sin, x, restarts=1).value >= 1.0 - 1e-3
-    # In a ball which keeps it away from the steepest point, that of x**2 / 2 at the boundary.
+    # x**2 / 2 is steepest at the boundary of the ball.
     found = estimate_lipschitz(lambda x: x * x / 2.0, x, input_radius=2.0)
     np.testing.assert_allclose(found.value, 2.0, rtol=1e-9)
 
@@ -64,7 +64,7 @@ def test_it_stays_below_the_certificate_of_attention(mask):
     for norm in NORMS:
         found = estimate_lipschitz(layer, x, norm, steps=15, restarts=2, call_kwargs=kwargs)
         certified = layer.lipschitz(norm=norm, mask=visible if mask == "given" else mask).value
-        # float64 rounds far below 1e-9. A tenth of the bound is within reach of a short search.
+        # Rounding in float64 is far below 1e-9. A short search finds a tenth of the bound.
         assert 0.1 * certified < found.value <= certified * (1.0 + 1e-9)
 
 
@@ -72,9 +72,9 @@ def test_masks_of_the_batch_are_taken():
     layer = keras_lipattn.L2MultiHeadAttention(1, 2, dtype="float64")
     x = np.random.default_rng(0).normal(size=(3, 4, 2))
     layer.build(x.shape)
-    nobody = np.zeros((3, 4), bool)
-    found = estimate_lipschitz(layer, x, steps=3, restarts=2, call_kwargs={"query_mask": nobody})
-    # Every token is padding: the output does not depend on any.
+    padding = np.zeros((3, 4), bool)
+    found = estimate_lipschitz(layer, x, steps=3, restarts=2, call_kwargs={"query_mask": padding})
+    # Every token is padding, so the output is constant.
     assert found.value == 0.0
 
 
@@ -107,7 +107,7 @@ def test_the_model_is_unchanged_and_the_result_repeats():
         ({"input_radius": 0.0}, "`input_radius` must be a positive number"),
         ({"input_radius": 0.5}, "tokens of norm at most `input_radius`"),
         ({"seed": -1}, "`seed` must be an integer"),
-        ({"x": np.ones((2, 3), int)}, "must be floating numbers"),
+        ({"x": np.ones((2, 3), int)}, "must have a floating dtype"),
         ({"x": np.ones(3)}, "must have shape"),
         ({"x": np.full((2, 3), np.nan)}, "`x` must be finite"),
         ({"function": lambda x: (x, x)}, "one floating tensor"),

@@ -8,7 +8,6 @@ import pytest
 from sklearn.datasets import load_digits
 
 from image_data import digits_builder, load_images, local_files
-from margin_crossentropy import MarginCrossentropy
 from patch_transformer import Architecture, patch_transformer
 
 RNG = np.random.default_rng(7)
@@ -157,21 +156,3 @@ def test_patches_hold_neighbouring_pixels():
         for column in (0, 2, 4)
     ]
     np.testing.assert_array_equal(patches.predict(image, verbose=0)[0], wanted)
-
-
-@pytest.mark.parametrize("radius", [0.0, 0.3])
-@pytest.mark.parametrize("temperature", [1.0, 30.0])
-def test_the_loss_is_its_formula(radius, temperature):
-    logits = RNG.normal(size=(6, 10)).astype(np.float32)
-    labels = RNG.integers(0, 10, 6)
-    scaled = temperature * (logits.astype(np.float64) - np.sqrt(2) * radius * np.eye(10)[labels])
-    shifted = np.log(np.exp(scaled).sum(axis=1)) - scaled[np.arange(6), labels]
-    got = float(MarginCrossentropy(radius, temperature)(labels, logits))
-    # float32 logits times 30 under an exponential: a few units of the sixth digit.
-    assert got == pytest.approx(shifted.mean() / temperature, rel=1e-5)
-
-
-def test_the_loss_survives_its_config():
-    loss = MarginCrossentropy(0.3, 30.0)
-    again = keras.losses.deserialize(keras.losses.serialize(loss))
-    assert again.get_config() == loss.get_config()

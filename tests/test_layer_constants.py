@@ -202,7 +202,7 @@ def normalizations(rng, width):
     yield layer, lambda n: constants.batch_normalization_constant(gamma, variance, epsilon)
     layer = CenterNormalization(dtype="float64")
     layer.build((None, 2, width))
-    layer.gamma.assign(gamma)
+    layer.set_weights([gamma, np.zeros(width)])
     yield layer, functools.partial(constants.center_normalization_constant, gamma)
 
 

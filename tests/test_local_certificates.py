@@ -23,14 +23,14 @@ import keras_lipattn as kl
 from keras_lipattn.certification import Certificate, certify
 from keras_lipattn.certification.certifying import local_certificate
 from keras_lipattn.certification.propagation import Options
-from keras_lipattn.estimation._norms import norm_of
+from keras_lipattn.estimation.norms import norm_of
 
 CASES = {case.name: case for case in layer_cases()}
 NORMS = ("l2", "token", "linf")
 # Of a measured derivative in float64, as for global certificates.
 ROUNDING = 1.0 + 1e-9
 # Layers whose caps are only known to their graph or whose values have no rule, and what TensorFlow
-# has in float32 alone: values are lost there, so that what follows gets its global constants.
+# has only in float32: the values are not known there, and later layers get global constants.
 LOST = {
     "average_pool3d",
     "cosine_attention",
@@ -105,6 +105,22 @@ def test_rules_hold_near_an_input_and_values_are_those_of_the_model(name):
     found = max(jacobian_norm(jacobian, norm, widths) for jacobian in measured)
     rounding = ROUNDING if case.dtype == "float64" else 1.0 + 1e-5
     assert found <= certificate.total * rounding
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(4, 4), (6, 5)])
+def test_pixels_rounded_to_float32_are_within_the_rounding_error(size, interpolation):
+    inputs = keras.Input((4, 4, 1), dtype="float64")
+    resizing = layers.Resizing(*size, interpolation=interpolation, dtype="float64")
+    model = keras.Model(inputs, resizing(inputs))
+    x = np.random.default_rng(0).normal(size=(4, 4, 1))
+    _, (near,) = values_near(model, x, 0.0)
+    assert near is not None
+    gap = np.linalg.norm(near.value - np.asarray(model(x[None], training=False)))
+    assert gap <= near.rounding_error
+    # The nearest pixel is not rounded.
+    precision = 1e-9 if interpolation == "nearest" else 1e-5
+    assert near.rounding_error <= precision * np.linalg.norm(near.value)
 
 
 def attention_model(tokens=5, features=4, dtype="float64", seed=0, build=None, **options):
@@ -410,5 +426,5 @@ def test_what_has_no_meaning_is_refused():
     with pytest.raises(ValueError, match="head"):
         kl.certified_radius(keras.Model(inputs, layers.Dense(2)(inputs)), x)
     unknown = keras.Model(inputs, layers.Dense(2)(layers.Flatten()(layers.LSTM(3)(inputs))))
-    with pytest.raises(ValueError, match="values are lost after lstm"):
+    with pytest.raises(ValueError, match="values are not known after lstm"):
         kl.certified_radius(unknown, x)

@@ -1,5 +1,6 @@
-"""What is installed is what is written here, and set-up cannot stop half-way unseen."""
+"""The wheel, its metadata and its dependencies; the installation by `make`."""
 
+import ast
 import configparser
 import os
 import pathlib
@@ -7,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 
 import pytest
@@ -16,6 +18,7 @@ import keras_lipattn
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SETUP = configparser.ConfigParser()
 SETUP.read(ROOT / "setup.cfg")
+FOLDERS = ("keras_lipattn", "examples", "tools", "tests", "tests_backends")
 SOURCES = ("keras_lipattn", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 
 
@@ -27,7 +30,7 @@ def _requirements(text):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    # A copy: building leaves files beside the sources.
+    # From a copy, since building leaves files among the sources.
     source = tmp_path_factory.mktemp("source")
     for name in SOURCES:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
@@ -40,7 +43,8 @@ def wheel(tmp_path_factory):
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "keras_lipattn").rglob("*.py")}
+    files = [*(ROOT / "keras_lipattn").rglob("*.py"), ROOT / "keras_lipattn" / "py.typed"]
+    sources = {str(path.relative_to(ROOT)) for path in files}
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert packed == sources
@@ -63,20 +67,81 @@ def test_the_wheel_says_what_it_is(wheel):
         assert line in metadata.splitlines()
 
 
-def test_the_wheel_works_on_its_own(wheel, tmp_path):
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path)
-    program = "import keras_lipattn; print(keras_lipattn.__file__); keras_lipattn.SpectralDense(2)"
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+def test_the_wheel_works_in_an_environment_of_its_own(wheel, tmp_path):
+    environment = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    python = environment / "bin" / "python"
+    (site,) = environment.glob("lib/python*/site-packages")
+    # Its dependencies are those that are installed here. Files such as the one of an editable
+    # installation have no effect there.
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    install = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps"]
+    subprocess.run([*install, "--no-index", "--quiet", wheel], check=True)
+    shutil.copy(ROOT / "tests" / "helpers" / "installed_package.py", tmp_path / "test_smoke.py")
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     done = subprocess.run(
-        [sys.executable, "-c", program],
+        [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_smoke.py"],
         cwd=tmp_path,
-        env=environment,
+        env={**clean, "KERAS_LIPATTN_SITE": str(site)},
         capture_output=True,
         text=True,
-        check=True,
     )
-    assert done.stdout.strip() == str(tmp_path / "keras_lipattn" / "__init__.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def _imports(path, *, at_import_time):
+    """Top-level names of the modules that a file imports."""
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if at_import_time else ast.walk(tree)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (name.name.split(".")[0] for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module.split(".")[0]
+
+
+def _imported(*folders, at_import_time=False):
+    """Distributions that files of the repository import, other than their own modules."""
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    names = {name for path in files for name in _imports(path, at_import_time=at_import_time)}
+    names -= {path.stem for folder in FOLDERS for path in (ROOT / folder).rglob("*")}
+    names -= {*FOLDERS, *sys.stdlib_module_names}
+    return {_DISTRIBUTIONS.get(name, name).replace("_", "-") for name in names}
+
+
+_DISTRIBUTIONS = {"absl": "absl-py", "sklearn": "scikit-learn"}
+_REQUIRED = _requirements(SETUP["options"]["install_requires"])
+_EXTRAS = {name: _requirements(lines) for name, lines in SETUP["options.extras_require"].items()}
+# Tests and examples that use them are skipped without them.
+_OPTIONAL = {"keras-hub", "onnxruntime"}
+# Commands, plugins, and modules that other packages import.
+_NOT_IMPORTED = {
+    "codespell",
+    "importlib-resources",
+    "pyright",
+    "pytest-xdist",
+    "ruff",
+    "setuptools",
+    "tensorboard",
+}
+
+
+def test_what_the_package_imports_is_declared_and_what_is_declared_is_imported():
+    at_import_time = _imported("keras_lipattn", at_import_time=True)
+    assert at_import_time <= _REQUIRED
+    anywhere = _imported("keras_lipattn")
+    assert _REQUIRED <= anywhere
+    assert anywhere <= _REQUIRED | _EXTRAS["examples"] | _EXTRAS["jax"] | _EXTRAS["torch"]
+
+
+def test_what_examples_tools_and_tests_import_is_declared():
+    backends = _EXTRAS["jax"] | _EXTRAS["torch"]
+    examples, others = _imported("examples"), _imported("tools", "tests", "tests_backends")
+    assert examples <= _REQUIRED | _EXTRAS["examples"] | _OPTIONAL
+    assert others <= _REQUIRED | _EXTRAS["examples"] | _EXTRAS["dev"] | backends | _OPTIONAL
+    declared = _EXTRAS["examples"] | _EXTRAS["dev"]
+    assert declared - _NOT_IMPORTED <= examples | others
+    assert _NOT_IMPORTED <= declared
 
 
 def test_every_direct_requirement_has_a_tested_version():
@@ -97,10 +162,21 @@ def test_backends_get_all_requirements_but_tensorflow():
     assert set(needs.split()) == wanted - {"tensorflow"}
 
 
-def test_everything_public_exists_and_is_documented():
-    assert sorted(keras_lipattn.__all__) == list(keras_lipattn.__all__)
-    for name in keras_lipattn.__all__:
-        assert name == "__version__" or getattr(keras_lipattn, name).__doc__
+NAMESPACES = ("callbacks", "certification", "distribution", "layers", "losses", "metrics")
+
+
+@pytest.mark.parametrize("namespace", [None, *NAMESPACES])
+def test_everything_public_exists_and_is_documented(namespace):
+    module = getattr(keras_lipattn, namespace) if namespace else keras_lipattn
+    assert sorted(module.__all__) == list(module.__all__)
+    for name in module.__all__:
+        assert name == "__version__" or getattr(module, name).__doc__
+
+
+def test_namespaces_are_public_and_the_readme_lists_them():
+    assert set(NAMESPACES) < set(keras_lipattn.__all__)
+    table = re.findall(r"^\| `keras_lipattn\.(\w+)` \|", (ROOT / "README.md").read_text(), re.M)
+    assert sorted(table) == sorted(NAMESPACES)
 
 
 def test_ci_runs_what_the_readme_tells():

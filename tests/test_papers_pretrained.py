@@ -1,4 +1,4 @@
-"""The program on trained weights: its readers, its rebuilt blocks, and what it keeps."""
+"""The program on trained weights: reading files, rebuilt blocks, and the results it keeps."""
 
 import json
 import pathlib
@@ -32,25 +32,67 @@ def test_without_the_packages_it_says_what_to_install(no_packages, tmp_path, cap
         pretrained.main(["--full", "--folder", str(tmp_path)])
 
 
-def test_safetensors_are_read(tmp_path):
-    arrays = {
-        "a": np.arange(6, dtype="<f4").reshape(2, 3),
-        "b": np.array([1.5, -2.0], "<f2"),
-        "c": np.array([[7]], "<i8"),
+@pytest.mark.parametrize("missing", ["safetensors.numpy", "tokenizers.implementations"])
+def test_without_a_reader_it_says_what_to_install(missing, monkeypatch, tmp_path):
+    for name in ("safetensors.numpy", "tokenizers.implementations"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, missing, None)
+    found = types.SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(pretrained_models.importlib.util, "find_spec", lambda name: found)
+    with pytest.raises(
+        pretrained_models.MissingPackage, match="pip install safetensors tokenizers"
+    ):
+        pretrained_models.load("MiniLM")
+
+
+def _bert(rng, pieces, width=6, layers=2):
+    """Random weights of a BERT by the names in its files."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "embeddings.LayerNorm.weight": (width,),
+        "embeddings.LayerNorm.bias": (width,),
     }
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    data = b""
-    for (name, array), kind in zip(arrays.items(), ("F32", "F16", "I64"), strict=True):
-        offsets = [len(data), len(data) + array.nbytes]
-        header[name] = {"dtype": kind, "shape": array.shape, "data_offsets": offsets}
-        data += array.tobytes()
-    text = json.dumps(header).encode()
-    path = tmp_path / "weights"
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
-    found = pretrained_models.read_safetensors(path)
-    assert set(found) == set(arrays)
-    for name, array in arrays.items():
-        np.testing.assert_array_equal(found[name], array)
+    for name, rows in (("word", len(pieces)), ("position", 16), ("token_type", 2)):
+        shapes[f"embeddings.{name}_embeddings.weight"] = (rows, width)
+    for index in range(layers):
+        layer = f"encoder.layer.{index}."
+        dense = {f"attention.self.{part}": (width, width) for part in ("query", "key", "value")}
+        dense |= {"attention.output.dense": (width, width)}
+        dense |= {"intermediate.dense": (8, width), "output.dense": (width, 8)}
+        for name, shape in dense.items():
+            shapes[f"{layer}{name}.weight"], shapes[f"{layer}{name}.bias"] = shape, shape[:1]
+        for name in ("attention.output.LayerNorm", "output.LayerNorm"):
+            shapes[f"{layer}{name}.weight"] = shapes[f"{layer}{name}.bias"] = (width,)
+    return {name: rng.normal(size=shape).astype("<f4") for name, shape in shapes.items()}
+
+
+def test_a_bert_is_read_from_its_files(tmp_path, monkeypatch):
+    safetensors_numpy = pytest.importorskip("safetensors.numpy")
+    pytest.importorskip("tokenizers")
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "un", "##aff", "##able", "##a", "cafe"]
+    pieces += ["!", "_"]
+    weights = _bert(np.random.default_rng(0), pieces)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    safetensors_numpy.save_file(weights, folder / "model.safetensors")
+    config = {"num_attention_heads": 2, "num_hidden_layers": 2}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "vocab.txt").write_text("\n".join(pieces), encoding="utf-8")
+    found = types.SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(pretrained_models.importlib.util, "find_spec", lambda name: found)
+    encoder = pretrained_models.load("MiniLM")
+    # Words are lower-cased, without accents, and cut into the longest pieces.
+    ids = encoder.tokenize("Unaffable caf\u00e9! x_")
+    assert [pieces[i] for i in ids] == [
+        "[CLS]", "un", "##aff", "##able", "cafe", "!", "[UNK]", "_", "[SEP]"
+    ]  # fmt: skip
+    first, second = encoder.run(ids)
+    raw = weights["embeddings.word_embeddings.weight"][ids].astype(np.float64)
+    raw += weights["embeddings.position_embeddings.weight"][: len(ids)]
+    raw += weights["embeddings.token_type_embeddings.weight"][0]
+    np.testing.assert_array_equal(first["raw"], raw)
+    kernel = weights["encoder.layer.1.attention.self.query.weight"].T.reshape(6, 2, 3)
+    np.testing.assert_array_equal(encoder.blocks[1].kernels[0], kernel)
+    assert second["outputs"].shape == (len(ids), 6) and second["outputs"].dtype == np.float64
 
 
 class _Tensor:
@@ -105,16 +147,6 @@ def test_a_pickle_that_calls_something_else_is_refused(tmp_path):
         pretrained_models.read_torch(path)
 
 
-def test_words_are_cut_into_the_longest_pieces(tmp_path):
-    pieces = ["[UNK]", "[CLS]", "[SEP]", "un", "##aff", "##able", "##a", "cafe", "!", "_"]
-    path = tmp_path / "vocab.txt"
-    path.write_text("\n".join(pieces), encoding="utf-8")
-    found = pretrained_models.WordPieces(path)("Unaffable caf\u00e9! x_")
-    assert [pieces[i] for i in found] == [
-        "[CLS]", "un", "##aff", "##able", "cafe", "!", "[UNK]", "_", "[SEP]"
-    ]  # fmt: skip
-
-
 def _block(rng, before):
     width, inner, heads, key = 6, 5 if before else 6, 2, 3
     kernels = [rng.normal(size=(inner, heads, key)) for _ in range(3)]
@@ -133,7 +165,7 @@ def test_rebuilt_blocks_are_the_formulas_and_their_bounds_ordered(before):
     rng = np.random.default_rng(0)
     block = _block(rng, before)
     raw = rng.normal(size=(4, 6))
-    x = pretrained_models.normalised(raw, block.gamma, block.beta)
+    x = pretrained_models.normalize(raw, block.gamma, block.beta)
     if before:
         x = x @ block.before + block.shift
     model, attention = pretrained.rebuilt(block, 4)
@@ -141,9 +173,9 @@ def test_rebuilt_blocks_are_the_formulas_and_their_bounds_ordered(before):
     np.testing.assert_allclose(
         np.asarray(model(raw[None]))[0], pretrained_models.attend(x, block), rtol=0, atol=1e-5
     )
-    centre, axes = pretrained.ellipsoid(block)
-    inside = np.linalg.lstsq(axes.T, (x - centre).T, rcond=None)[0]
-    np.testing.assert_allclose(axes.T @ inside, (x - centre).T, atol=1e-8)
+    center, axes = pretrained.ellipsoid(block)
+    inside = np.linalg.lstsq(axes.T, (x - center).T, rcond=None)[0]
+    np.testing.assert_allclose(axes.T @ inside, (x - center).T, atol=1e-8)
     assert np.linalg.norm(inside, axis=0).max() <= 1.0 + 1e-8
     certified = next(r for r in certify(model).rows if r.path == "attention").constant
     earlier, ball = pretrained.bounds_on_balls(block, 4)

@@ -2,14 +2,18 @@
 
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false
 
+import math
+
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import layers, ops
 
 from keras_lipattn import register_rule
 from tools.soundness.rules.attack import attack, range_fault
 from tools.soundness.rules.cases import all_cases, schedule
+from tools.soundness.rules.interpolation import interpolation_in_float64
 from tools.soundness.rules.registered import layer_rules, operation_rules
 from tools.soundness.rules.run import attack_rules
 from tools.soundness.rules.subjects import (
@@ -36,15 +40,15 @@ def legal_outcome(seed, position):
     raise AssertionError(f"no legal subject of {CASES[position].name}")
 
 
-def subject_of(layer):
-    inputs = keras.Input((3, 2), dtype="float64", name="x")
+def subject_of(layer, shape=(3, 2)):
+    inputs = keras.Input(shape, dtype="float64", name="x")
     return RuleSubject(
         text=type(layer).__name__,
         case="test",
         model=keras.Model(inputs, layer(inputs)),
         options={},
-        sources=(Source("x", (3, 2)),),
-        points=np.random.default_rng(0).normal(size=(POINTS, 6)),
+        sources=(Source("x", shape),),
+        points=np.random.default_rng(0).normal(size=(POINTS, math.prod(shape))),
         fixed={},
         masked=False,
         tolerance=1e-6,
@@ -108,6 +112,50 @@ def test_a_subject_is_the_same_for_the_same_seed():
 def test_a_constant_that_is_too_small_is_found():
     problems = attack(subject_of(Tripled(dtype="float64"))).problems
     assert any("found 3 > certified 2" in problem for problem in problems)
+
+
+@pytest.mark.parametrize("size", [(4, 4), (6, 5)])
+def test_pixels_rounded_to_float32_do_not_disturb_an_attack(size):
+    # Far from 0, where a rounding is 1e-5 of a step.
+    far = keras.Sequential(
+        [
+            layers.Rescaling(1.0, 100.0, dtype="float64"),
+            layers.Resizing(*size, dtype="float64"),
+        ]
+    )
+    outcome = attack(subject_of(far, (4, 4, 1)))
+    assert not outcome.problems
+    # Copied pixels have the constant 1, and others a margin of 1e-5 for their weights.
+    worst = max(one.ratio for one in outcome.comparisons if one.norm == "linf")
+    assert 1.0 - 2e-5 <= worst <= 1.0 + 1e-9
+
+
+OPTIONS = [
+    {"method": "bilinear"},
+    {"method": "bilinear", "antialias": True},
+    {"method": "bicubic"},
+    {"method": "bicubic", "antialias": True},
+    {"method": "area"},
+    {"method": "lanczos5", "antialias": True},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda one: "-".join(map(str, one.values())))
+@pytest.mark.parametrize("size", [(3, 9), (7, 5), (12, 4)])
+def test_interpolation_in_float64_is_that_of_tensorflow_without_rounding(options, size):
+    images = np.random.default_rng(0).normal(size=(2, 7, 5, 3))
+    rounded = np.asarray(tf.image.resize(images, size, **options), np.float64)
+    with interpolation_in_float64():
+        exact = np.asarray(tf.image.resize(images, size, **options))
+        doubled = np.asarray(tf.image.resize(2.0 * images + 1.0, size, **options))
+        ones = np.asarray(tf.image.resize(np.ones_like(images), size, **options))
+    # A pixel is a sum of at most 7 terms along one axis, each a sum of at most 5 along the other,
+    # and each pixel is rounded, and its two weights. Absolute weights sum to less than 3.
+    rounding = 2.0**-24 * 3.0 * (7 + 5 + 3)
+    assert np.abs(exact - rounded).max() <= rounding * np.abs(images).max()
+    np.testing.assert_allclose(doubled, 2.0 * exact + ones, rtol=0.0, atol=1e-14)
+    # Weights keep their rounding to float32, with which they sum to 1.
+    np.testing.assert_allclose(ones, 1.0, rtol=0.0, atol=rounding)
 
 
 def test_examples_that_depend_on_each_other_are_found():

@@ -2,9 +2,9 @@
 
     python tools/certify.py MODEL.keras [flags]
 
-prints a table with one row per layer (its constant, what it costs, where the number comes from),
-the total, and what the total holds for. With --max=L it is a gate: the exit code says whether the
-total is at most L.
+prints a table with one row per call of a layer (its constant, its factor in the total, where the
+constant comes from), the total and its assumptions. With --max=L the exit code says whether the
+total is at most L, for use in a build.
 
 Exit codes: 0 certified (and at most --max, if given), 1 not certified, above --max or failed,
 2 wrong usage.
@@ -45,7 +45,7 @@ _NORM = flags.DEFINE_enum(
     "of a token; linf, the largest absolute entry.",
 )
 _SEQUENCE_LENGTH = flags.DEFINE_integer(
-    "sequence_length", None, "Largest length of inputs whose length varies.", lower_bound=1
+    "sequence_length", None, "Largest length of inputs with an axis of unknown size.", lower_bound=1
 )
 _INPUT_RADIUS = flags.DEFINE_float(
     "input_radius",
@@ -63,7 +63,7 @@ _MASK = flags.DEFINE_enum(
     "mask",
     None,
     ["full", "causal", "any"],
-    "Class of the masks that attention layers may get and the graph does not show.",
+    "Class of the masks of attention layers whose values are not known from the graph.",
 )
 _CHECK = flags.DEFINE_bool(
     "check", True, "Try to refute the certificate on a few inputs before it is printed."
@@ -72,7 +72,11 @@ _MAX = flags.DEFINE_float(
     "max", None, "Fail with exit code 1 when the total is above this.", lower_bound=0.0
 )
 _JSON = flags.DEFINE_string("json", None, "File to write the certificate to, as JSON.")
-_PLOT = flags.DEFINE_string("plot", None, "File to draw what each layer costs to, by its ending.")
+_PLOT = flags.DEFINE_string(
+    "plot",
+    None,
+    "File to save a chart of the cost of each layer to; its ending determines the format.",
+)
 _IMPORT = flags.DEFINE_multi_string(
     "import", [], "Module to import first, for layers and rules that it registers. Repeatable."
 )

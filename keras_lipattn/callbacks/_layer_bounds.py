@@ -14,7 +14,7 @@ from keras import ops
 from keras_lipattn.certification import Certificate, CertificateRow, certify
 from keras_lipattn.certification.keras_models import sibling_names
 from keras_lipattn.estimation import estimate_lipschitz
-from keras_lipattn.estimation._losses import losses_kept
+from keras_lipattn.estimation.derivatives import preserve_losses
 from keras_lipattn.layers import L2MultiHeadAttention, condensed
 from keras_lipattn.layers._arguments import describe
 from keras_lipattn.layers.lipschitz_layer import LipschitzLayer
@@ -225,7 +225,7 @@ def _lower_bound(function: Any, x: Any, norm: str, kwargs: dict[str, Any]) -> fl
 def _recorded_calls(model: keras.Model, layers: Sequence[LipschitzLayer], data: Any) -> _Calls:
     """Calls of the layers when the model is called on `data`: layer, input, further arguments."""
     calls: _Calls = []
-    with _recording(layers, calls), losses_kept(model), keras.StatelessScope():
+    with _recording(layers, calls), preserve_losses(model), keras.StatelessScope():
         model(keras.tree.map_structure(ops.convert_to_tensor, data), training=False)
     return calls
 

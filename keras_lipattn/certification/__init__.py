@@ -1,4 +1,4 @@
-"""From a model to a certificate: rules for layers, propagation of constants, a value to keep."""
+"""Certificates of Keras models: `certify`, and the maps that rules for layers are made of."""
 
 from keras_lipattn.certification.certificate import Certificate, CertificateRow
 from keras_lipattn.certification.certified_radii import certified_radius
@@ -15,7 +15,9 @@ from keras_lipattn.certification.maps import (
     LipschitzMap,
     TokenMixing,
     chain,
+    unbounded,
 )
+from keras_lipattn.certification.reasons import Cause, Reason
 from keras_lipattn.certification.registry import register_rule
 from keras_lipattn.certification.self_check import CertificateRefuted
 from keras_lipattn.certification.tensor_state import Kind, TensorState
@@ -24,6 +26,7 @@ from keras_lipattn.certification.token_range import TokenRange
 
 __all__ = [
     "Affine",
+    "Cause",
     "CenterValue",
     "Certificate",
     "CertificateRefuted",
@@ -35,6 +38,7 @@ __all__ = [
     "Kind",
     "LayerCall",
     "LipschitzMap",
+    "Reason",
     "TensorState",
     "ThreatModel",
     "TokenMixing",
@@ -44,4 +48,5 @@ __all__ = [
     "chain",
     "fingerprint_of",
     "register_rule",
+    "unbounded",
 ]

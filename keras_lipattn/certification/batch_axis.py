@@ -1,4 +1,4 @@
-"""Comparing two runs on batches of different size: what depends on the batch shows there."""
+"""Comparison of two traces on batches of different size, to find what depends on the batch."""
 
 import dataclasses
 from typing import Any
@@ -19,9 +19,9 @@ class Layout:
     """Shape of a tensor for any number of examples.
 
     Args:
-        shape: sizes of the axes after the first one; of all axes where `fold` is 0.
-        dynamic: for each of them whether it varies from call to call.
-        fold: entries of the first axis per example, 0 where there are no examples.
+        shape: sizes of the axes after the first one; of all axes if `fold` is 0.
+        dynamic: for each of these axes, whether its size varies from call to call.
+        fold: entries of the first axis per example, 0 for a tensor without a batch axis.
         dtype: a string.
     """
 
@@ -36,16 +36,16 @@ class Layout:
 
 
 class BatchComparison:
-    """Two traces of one model on batches of different size, side by side.
+    """Comparison of two traces of one model on batches of different size.
 
     Args:
-        first: the trace that is to be certified.
-        second: the other one; the same trace where the batch size of the model is fixed.
+        first: the trace that is certified.
+        second: the other trace; the same one where the batch size of the model is fixed.
     """
 
     def __init__(self, first: Trace, second: Trace):
         self._first, self._second = first, second
-        # Tensors whose shape depends on the batch in no way that is understood have no layout.
+        # A tensor has no layout if its shape is not a multiple of the batch size in the first axis.
         self.layouts: dict[int, Layout] = {}
         self.refusals: dict[int, Reason] = {}
         self.differ = len(first.calls) != len(second.calls)
@@ -109,7 +109,7 @@ class _Differs(Exception):
 
 
 def _fold(one, other, batch: int, other_batch: int):
-    """Sizes after the first axis and entries per example; `(None, 0)` if the batch is elsewhere."""
+    """Sizes after the first axis and entries per example; `(None, 0)` for any other shape."""
     if len(one) == len(other) and one and one[0] is not None and other[0] is not None:
         counts = one[0] / batch, other[0] / other_batch
         if counts[0] == counts[1] == int(counts[0]) > 0 and tuple(one[1:]) == tuple(other[1:]):
@@ -127,7 +127,7 @@ def _same_operation(one: Any, other: Any) -> bool:
     target = _TARGET_SHAPES.get(type(one).__name__)
     mine, theirs = vars(one), vars(other)
     for name in mine.keys() | theirs.keys():
-        # What begins with "_" is the bookkeeping of Keras.
+        # Attributes that begin with "_" are bookkeeping of Keras.
         if name == "name" or name.startswith("_"):
             continue
         values = mine.get(name), theirs.get(name)
@@ -142,7 +142,7 @@ def _same_operation(one: Any, other: Any) -> bool:
 
 
 def _same_argument(one: Any, other: Any) -> Any:
-    """An argument of both runs; arrays that repeat for every example keep one copy."""
+    """An argument that is the same in both runs; of an array that repeats itself, one example."""
     if isinstance(one, KerasTensor) or isinstance(other, KerasTensor):
         if type(one) is not type(other):
             raise _Differs

@@ -1,4 +1,4 @@
-"""Reading the inputs that local certificates are for."""
+"""Reading the centers of local certificates."""
 
 import hashlib
 import math
@@ -12,10 +12,10 @@ from keras_lipattn.certification.keras_models import function_of, input_keys
 
 
 def check_ball(center: Any, radius: Any) -> None:
-    """Raises a `ValueError` unless both or none are given, and the radius is one."""
+    """Raises a `ValueError` unless both or none are given and the radius is valid."""
     if (center is None) != (radius is None):
         raise ValueError(
-            "`center` and `radius` make a ball together: give both or none. "
+            "`center` and `radius` must be given together. "
             f"Received: center {'missing' if center is None else 'given'}, radius={radius!r}"
         )
     if radius is not None and not (
@@ -24,7 +24,7 @@ def check_ball(center: Any, radius: Any) -> None:
         and 0.0 <= float(radius) < math.inf
     ):
         raise ValueError(
-            f"`radius` must be a finite number that is not negative. Received: radius={radius!r}"
+            f"`radius` must be a finite nonnegative number. Received: radius={radius!r}"
         )
 
 
@@ -41,7 +41,7 @@ def examples_of(model: keras.Model, center: Any) -> tuple[Any, list[list[np.ndar
         each of shape `(1, ...)`.
 
     Raises:
-        ValueError: if they are not finite, or not of the shapes that the model takes.
+        ValueError: if they are not finite, or do not have the shapes that the model takes.
     """
     function = function_of(model)
     if function is not None and isinstance(center, dict):
@@ -61,7 +61,7 @@ def examples_of(model: keras.Model, center: Any) -> tuple[Any, list[list[np.ndar
     count = len(batched[0])
     if count == 0 or any(len(array) != count for array in batched):
         raise ValueError(
-            "`center` must have at least one example, as many in every input. "
+            "`center` must have at least one example, and the same number in every input. "
             f"Received: {[len(array) for array in batched]} examples"
         )
     structure = keras.tree.pack_sequence_as(arrays, batched)
@@ -69,7 +69,7 @@ def examples_of(model: keras.Model, center: Any) -> tuple[Any, list[list[np.ndar
 
 
 def describe(examples: Sequence[Sequence[np.ndarray]]) -> str:
-    """Text for the centers: how many, of which shapes, and a digest of their numbers."""
+    """A text that describes the centers: their number, shapes and a digest of their values."""
     digest = hashlib.sha256()
     for example in examples:
         for array in example:
@@ -94,7 +94,7 @@ def _shapes(model, function, flat) -> list[tuple]:
     known = config.get("shapes_dict") or config
     leaves = [shape for name, shape in known.items() if name.endswith("shape") and shape]
     if len(leaves) == len(flat) and all(isinstance(shape, tuple | list) for shape in leaves):
-        # What a subclassed model was built with, of any length.
+        # The shapes that a subclassed model was built with, for any length.
         return [(None, *[None] * (len(shape) - 2), shape[-1]) for shape in leaves]
     return [(None, *array.shape[1:]) for array in flat]
 

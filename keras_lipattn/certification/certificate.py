@@ -26,25 +26,24 @@ _MOST_PROPOSALS = 3
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CertificateRow:
-    """What a certificate says about one call of a layer.
+    """The bound of one call of a layer.
 
     Args:
-        path: names of the models and layers on the way to the call, joined by "/"; unique in the
-            certificate. A layer that is called again gets ":call2" and so on; of different layers
-            of one name in a subclassed model the second has "#2".
+        path: names of the models and layers that contain the call, and of the layer, joined by "/";
+            unique in the certificate. The second call of a layer gets ":call2", and so on. Of two
+            layers with the same name in a subclassed model, the second gets "#2".
         layer: class of the layer, or of the node of `keras.ops`.
         constant: Lipschitz constant of the call alone, in the norm of the certificate, with
-            respect to its inputs side by side.
-        published: the same by the earlier published bound, where there is one.
-        radius: radius of the ball that holds the tokens of its input, `inf` if none is known.
+            respect to all its inputs together.
+        published: the constant by the earlier published bound, where there is one.
+        radius: radius of a ball that holds the tokens of its input, `inf` if none is known.
         tokens: largest number of tokens of its input, `None` if it is not known.
         theorem: where the constant comes from.
         reason: why it is `inf` and what to do, in one line.
         replacement: for a row that is `inf`, what to use in place of the layer, if that helps.
         exact: whether the constant is attained or approached by the call alone.
-        cost: what the call adds to the natural logarithm of the total. The costs of all rows
-            sum to it: those of the branches of a sum count by their weight in the sum, and
-            the sum itself pays for having several.
+        cost: the part of the call in the natural logarithm of the total; the costs of all rows sum
+            to it. The costs of the branches of a sum are weighted by their shares in the sum.
         explained_by: for a row that is `inf` only because of another row, the path of that row.
     """
 
@@ -63,34 +62,38 @@ class CertificateRow:
 
     @property
     def is_finite(self) -> bool:
-        """Whether the row says anything at all."""
+        """Whether the constant is finite."""
         return math.isfinite(self.constant)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Certificate:
-    """A proven Lipschitz constant of a model, with what it is made of and what it holds for.
+    """A proven Lipschitz constant of a model, with its assumptions and its parts.
 
     Args:
         model: name of the model.
         total: Lipschitz constant of the model, an upper bound; `inf` when none is known.
         log10: its decimal logarithm, finite even where the total is too large for a float.
-        published_total: the same graph with the earlier published bound for every attention layer;
+        published_total: the total with the earlier published bound for every attention layer;
             `inf` where there is none.
         published_log10: its decimal logarithm.
-        threat_model: what the constant holds for.
-        rows: one `CertificateRow` per call of a layer, in the order they run.
-        head: `"softmax"`, `"sigmoid"`, `"logits"`, `"logit"` or `""`: what kind of classifier the
-            model looks like.
+        threat_model: the assumptions under which the constant holds.
+        rows: one `CertificateRow` for each call of a layer, in the order of the calls.
+        head: kind of classifier that the model appears to be: `"softmax"`, `"sigmoid"`,
+            `"logits"`, `"logit"` or `""`.
         pairwise_constants: for each pair of classes a Lipschitz constant of the difference of their
             logits; empty for models that are not classifiers.
         fingerprint: SHA-256 of the weights, see `matches`.
 
     Example:
 
-    >>> certificate = certify(model)
-    >>> print(certificate)
-    >>> certificate.certified_radius(logits)
+    >>> logits = keras_lipattn.SpectralDense(3, name="logits")
+    >>> model = keras.Sequential([keras.Input((4,)), logits])
+    >>> certificate = keras_lipattn.certify(model)
+    >>> [row.path for row in certificate.rows], certificate.total <= 1.0
+    (['logits'], True)
+    >>> certificate.certified_radius(np.array([[2.0, 1.0, 0.0]])).round(2)
+    array([0.71])
     """
 
     model: str
@@ -111,15 +114,15 @@ class Certificate:
 
     @property
     def is_finite(self) -> bool:
-        """Whether anything at all is certified."""
+        """Whether the total is finite."""
         return math.isfinite(self.total)
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Why the total is `inf`: one line per cause, with what to do; empty when it is finite.
+        """Why the total is `inf` and what to do, one line per cause; empty when it is finite.
 
-        Places with the same cause share a line. Rows that are `inf` only because of another row
-        (`CertificateRow.explained_by`) have none.
+        Calls with the same cause share a line. Rows that are `inf` only because of another row
+        (`CertificateRow.explained_by`) have no line.
         """
         if self.is_finite:
             return ()
@@ -136,15 +139,17 @@ class Certificate:
             causes.append(place + f" ({', '.join(notes)})" * bool(notes) + f": {reason}")
         if not causes and math.isfinite(self.log10):
             causes = [f"the constant 10^{self.log10:.1f} is too large for a float"]
-        return tuple(causes) or ("no input of the model is certified: all are integers or masks",)
+        return tuple(causes) or (
+            "the model has no certified input: all its inputs are integers or masks",
+        )
 
     @property
     def proposals(self) -> tuple[str, ...]:
-        """What to change, one line per class of layers; empty for a certificate of use.
+        """What to change, one line per class of layers; empty unless the total is vacuous.
 
-        For a vacuous total the three most expensive classes, with the factor that all their
-        layers together contribute; for an infinite one the classes without a bound that another
-        layer can replace.
+        For a finite total, the three most expensive classes with the factor that all their layers
+        contribute together. For an infinite total, the classes without a bound that another layer
+        can replace.
         """
         if not self.vacuous:
             return ()
@@ -159,14 +164,14 @@ class Certificate:
             f"{_count(layer, [row for row in classes[layer] if row.cost > 0.0])}, "
             f"factor {_factor(costs[layer])}: use {REPLACEMENTS[layer]}"
             for layer in expensive
-            # A factor below 1.1 is not worth a change.
+            # A factor below 1.1 does not justify a change.
             if layer in REPLACEMENTS and costs[layer] > 0.1
         ]
         return tuple(lines[:_MOST_PROPOSALS])
 
     @property
     def vacuous(self) -> str:
-        """Why the certificate is too large to be of use; empty when it is not.
+        """Why the total is too large to be useful; empty when it is not.
 
         A certificate is called vacuous when its total is above 1000: two logits that differ by 1
         are then certified for a radius below 0.0008 only, less than a fifth of one grey level
@@ -192,7 +197,7 @@ class Certificate:
             A `CertificateRow`.
 
         Raises:
-            KeyError: if there is none.
+            KeyError: if no row has this path.
         """
         for row in self.rows:
             if row.path == path:
@@ -202,20 +207,20 @@ class Certificate:
     # Classifiers ------------------------------------------------------------------------------
 
     def pairwise_radius(self, logits: Any, *, allowance: float = 0.0) -> np.ndarray:
-        """For each example and rival class, how far the input must move to make the rival win.
+        """Radius around each input within which each rival class provably does not win.
 
         Args:
             logits: shape `(..., classes)`, before any softmax.
             allowance: subtracted from every margin, for the rounding of the logits.
 
         Returns:
-            Shape `(..., classes)`, in units of the norm of the threat model: the radius of an open
-            ball within which the winner stays ahead of this class; `inf` for the winner itself,
-            0 for ties and logits that are not finite. For a local certificate it counts only as far
-            as the radius of the threat model.
+            Shape `(..., classes)`: the radius of an open ball, in the norm of the certificate, in
+            which the predicted class stays ahead of this class; `inf` for the predicted class
+            itself, 0 for ties and logits that are not finite. For a local certificate only radii up
+            to that of the threat model are valid.
 
         Raises:
-            ValueError: if the model is no classifier, or `logits` has another number of classes.
+            ValueError: if the model is not a classifier, or `logits` has another number of classes.
         """
         logits = np.asarray(logits, np.float64)
         pairs = self._pairwise_constants_for(logits)
@@ -224,7 +229,7 @@ class Certificate:
         with np.errstate(invalid="ignore"):
             margins = np.take_along_axis(logits, winner[..., None], axis=-1) - logits - allowance
         speed = pairs[winner]
-        # Equal columns of the last kernel: that rival never gains on the winner.
+        # A constant of 0: with equal columns of the last kernel the margin never changes.
         with np.errstate(divide="ignore", invalid="ignore"):
             radii = np.where(margins > 0.0, margins / speed, 0.0)
         radii = np.where(np.isfinite(logits).all(axis=-1, keepdims=True), radii, 0.0)
@@ -232,22 +237,22 @@ class Certificate:
         return np.where(own & np.isfinite(logits), np.inf, np.where(np.isnan(radii), 0.0, radii))
 
     def certified_radius(self, logits: Any, *, allowance: float = 0.0) -> np.ndarray:
-        """Radius of the open ball around each input on which its class provably stays.
+        """Radius of an open ball around each input in which the predicted class provably stays.
 
-        The ball is one of the norm of the threat model, within the domain named there. A model
-        with one unit decides by the sign of its logit. A local certificate says nothing about
-        what is further away than its own radius, and about logits of other inputs.
+        The ball is in the norm of the certificate, within the inputs that the threat model covers.
+        A model with a single unit predicts by the sign of its logit. For a local certificate, the
+        radius is at most that of the certificate, and `logits` must be those at its center.
 
         Args:
             logits: shape `(..., classes)` before any softmax; `(..., 1)` or `(...)` before the
-                sigmoid for a model with one unit.
+                sigmoid for a model with a single unit.
             allowance: subtracted from every margin, for the rounding of the logits.
 
         Returns:
             Shape `(...)`, 0 at ties and where nothing is certified.
 
         Raises:
-            ValueError: if the model is no classifier, or `logits` has another number of classes.
+            ValueError: if the model is not a classifier, or `logits` has another number of classes.
         """
         if self.head in ("sigmoid", "logit"):
             logits = np.asarray(logits, np.float64)
@@ -284,7 +289,7 @@ class Certificate:
     # Identity ---------------------------------------------------------------------------------
 
     def matches(self, model: keras.Model) -> bool:
-        """Whether `model` has the very weights that were certified: name, type, shape, bits."""
+        """Whether `model` has exactly the certified weights: same names, dtypes, shapes, values."""
         return self.fingerprint == fingerprint_of(model)
 
     # Text -------------------------------------------------------------------------------------
@@ -295,14 +300,14 @@ class Certificate:
         return table(self)
 
     def plot(self, path: str | os.PathLike) -> None:
-        """Draws what each row costs and saves the picture.
+        """Saves a chart of the cost of each row.
 
         Args:
-            path: file to write; its ending decides the format.
+            path: file to write; its ending determines the format.
 
         Raises:
             ImportError: if matplotlib is not installed.
-            OSError: if the picture cannot be written; an old one stays.
+            OSError: if the file cannot be written; an existing file is kept.
         """
         from keras_lipattn.certification.report import plot
 
@@ -327,12 +332,12 @@ class Certificate:
             A `Certificate` equal to the one written.
 
         Raises:
-            ValueError: if the text is no certificate, or of another schema.
+            ValueError: if the text is not a certificate, or has another schema.
         """
         try:
             content = json.loads(text, parse_constant=_refuse)
         except RecursionError:
-            raise ValueError("The text is no certificate: it is nested too deeply.") from None
+            raise ValueError("The text is not a certificate: it is nested too deeply.") from None
         schema = content.get("schema") if isinstance(content, dict) else None
         if schema != SCHEMA:
             raise ValueError(
@@ -362,7 +367,7 @@ def _count(layer: str, rows: list[CertificateRow]) -> str:
 
 
 def _factor(cost: float) -> str:
-    """A factor by its natural logarithm."""
+    """Formats the factor with this natural logarithm."""
     digits = cost / math.log(10.0)
     return f"{math.exp(cost):.3g}" if digits < 4.0 else f"10^{digits:.0f}"
 
@@ -403,7 +408,7 @@ def _read(kind: Any, value: Any, name: str) -> Any:
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"A certificate has no such number. Received: {constant}")
+    raise ValueError(f"Numbers of a certificate must be finite JSON numbers. Received: {constant}")
 
 
 def _encode(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""How far an input may move before a classifier can change its mind, by local certificates."""
+"""Certified radii of single inputs, from local certificates."""
 
 import dataclasses
 import math
@@ -25,7 +25,7 @@ def certified_radius(
     allowance: float = 0.0,
     **options: Any,
 ) -> np.ndarray:
-    """Radii around inputs within which a classifier provably keeps its class.
+    """Radii around inputs within which the class that a model predicts provably stays.
 
     `certify(model).certified_radius(logits)` divides the margin of the logits by a constant that
     holds for all inputs. This function uses the smaller constants `L(r)` of
@@ -39,7 +39,7 @@ def certified_radius(
         x: one input of the model without a batch axis, or a batch.
         norm: norm of the balls, `"l2"`, `"token"` or `"linf"`, see `certify`.
         steps: certificates per example.
-        allowance: subtracted from every margin, for the rounding of logits where the model runs.
+        allowance: subtracted from every margin, for the rounding of the logits.
         **options: further arguments of `certify`, such as `assume_fixed_mask=True`.
 
     Returns:
@@ -47,29 +47,28 @@ def certified_radius(
         certified.
 
     Raises:
-        ValueError: if the model is no classifier, its logits at `x` cannot be computed in float64
-            (the message says where they are lost), or an argument is out of range.
+        ValueError: if the model is not a classifier, its logits at `x` cannot be computed in
+            float64 (the message names the layer), or an argument is out of range.
 
     Example:
 
-    >>> radii = certified_radius(model, x_test[:10])
+    >>> inputs = keras.Input((4,))
+    >>> x = keras.layers.Dense(8, activation="tanh")(inputs)
+    >>> model = keras.Model(inputs, keras.layers.Dense(3)(x))
+    >>> x = np.random.default_rng(0).normal(size=(2, 4))
+    >>> radii = keras_lipattn.certified_radius(model, x)
+    >>> globally = keras_lipattn.certify(model).certified_radius(model.predict(x, verbose=0))
+    >>> bool(np.all(radii >= 0.99 * globally))
+    True
 
     Reference: docs/theory.md, sections 6 and 8.
     """
     require_positive_integer("steps", steps)
     structure, examples = examples_of(model, x)
     globally = certify(model, norm, **options)
+    options.pop("check", None)
     inputs = options.pop("inputs", None)
-    settings = Options(
-        **{
-            "norm": norm,
-            "sequence_length": None,
-            "input_radius": None,
-            "assume_fixed_mask": False,
-            "mask": None,
-            **options,
-        }
-    )
+    settings = Options(norm=norm, **options)
     radii = []
     for index in range(len(examples)):
         one = keras.tree.map_structure(lambda array, i=index: array[i : i + 1], structure)
@@ -88,7 +87,7 @@ def _near(model, settings, inputs, x, radius: float) -> tuple[Certificate, Enclo
         lost = "; ".join(f"after {path}: {why}" for path, why in certificate.threat_model.lost)
         raise ValueError(
             "The logits at `x` must be computable in float64. "
-            f"Received: a model whose values are lost {lost or 'on the way'}"
+            f"Received: a model whose values are not known {lost or 'at one of its layers'}"
         )
     return certificate, found
 
@@ -115,7 +114,7 @@ def _radius(near, globally: Certificate, steps: int, allowance: float) -> float:
 
 
 def _uncapped(certificate: Certificate, logits: np.ndarray, allowance: float) -> float:
-    """The radius that the constant gives, be it larger than where it holds."""
+    """The radius that the constant gives, even where the certificate does not cover it."""
     everywhere = dataclasses.replace(certificate.threat_model, radius=math.inf)
     certificate = dataclasses.replace(certificate, threat_model=everywhere)
     return float(certificate.certified_radius(logits, allowance=allowance))

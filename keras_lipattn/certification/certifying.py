@@ -27,9 +27,9 @@ from keras_lipattn.linalg import SAFETY
 
 _OUTPUTS = {
     "softmax": "pre-softmax logits (the softmax at the end is left out)",
-    "sigmoid": "pre-sigmoid logit of the one unit (the sigmoid at the end is left out)",
-    "logits": "output, taken for logits",
-    "logit": "output, taken for the logit of one unit",
+    "sigmoid": "pre-sigmoid logit of the single unit (the sigmoid at the end is left out)",
+    "logits": "output, taken as logits",
+    "logit": "output, taken as the logit of a single unit",
     "": "output",
 }
 
@@ -46,46 +46,47 @@ def certify(
     radius: float | None = None,
     check: bool = False,
 ) -> Certificate:
-    """Proves a Lipschitz constant for a whole model, at inference, for the weights now loaded.
+    """Proves a Lipschitz constant of a whole model, at inference, for its current weights.
 
-    Keras runs the model on symbolic tensors, and the constants of the calls are composed: sums for
-    branches, products along chains, one norm for linear maps that follow each other. A layer
-    without a rule is looked into. A call without a bound makes the total `inf`;
-    `Certificate.reasons` says why and what to do. Code that is looked into is certified for the
-    length it ran at, and for any number of examples: an operation that depends on the batch is
-    `inf`. The model is not changed in any way: not its weights, losses, random state,
-    traced functions, nor its graph.
+    Keras runs the model on symbolic tensors, and the constants of all calls are composed: sums for
+    branches, products along chains, one norm for consecutive linear maps. The code of a layer
+    without a rule is certified operation by operation. A call without a bound makes the total
+    `inf`; `Certificate.reasons` says why and what to do. The certificate holds for any number of
+    examples: an operation that mixes the examples of a batch has no bound. Code that runs on an
+    axis of unknown size is certified only for the length it ran at. The model does not change:
+    neither its weights and losses nor its random state, traced functions and graph.
 
-    With `center` and `radius` the certificate is a local one: for inputs in the ball of this
-    radius around a given input, in the chosen norm. It is never larger than the global one, and
-    often much smaller: attention uses what it sees there (Theorem 6), normalizations the sizes of
-    their tokens, products the sizes of their factors. Everything else keeps its global constant.
-    Values at the center are computed in float64, for the weights used at inference.
+    With `center` and `radius` the certificate is local: it holds for inputs in the ball of this
+    radius around a given input, in the chosen norm. A local constant is never larger than the
+    global one and often much smaller: the bound of attention uses the attention weights at the
+    center (Theorem 6), that of a normalization the norms of its tokens, that of a product the sizes
+    of its factors. All other layers keep their global constants. The values at the center are
+    computed in float64 with the weights used at inference.
 
     Args:
         model: a built `keras.Model`.
-        norm: `"l2"` (2-norm of all entries), `"token"` (largest Euclidean norm of a token, where
-            tokens are all axes but the batch and the last one) or `"linf"` (largest absolute
-            entry), of inputs and outputs alike. Several inputs count side by side.
+        norm: norm of inputs and outputs: `"l2"` (2-norm of all entries), `"token"` (largest
+            Euclidean norm of a token; tokens are indexed by all axes but the batch and the last
+            one) or `"linf"` (largest absolute entry). Several inputs count as one tensor.
         sequence_length: largest length of an input with one axis of unknown size. Where Python code
             of a layer runs on that axis, the certificate is for exactly this length, and says so.
-        input_radius: if given, the certificate is only for inputs whose tokens have at most this
+        input_radius: if given, the certificate holds only for inputs whose tokens have at most this
             Euclidean norm. Some layers have a finite constant only then.
-        assume_fixed_mask: whether to certify for masks that stay fixed even where the model
-            computes them from a certified input. The certificate then says so.
-        mask: class of the masks of attention layers that get one whose values are not in the graph,
-            or may get padding from outside: `"full"`, `"causal"`, `"any"`, or a boolean array of
-            visible pairs. `None`: none from outside, and `"any"` for those in the graph.
-        inputs: for subclassed models, what they are called on: arrays, or `keras.KerasTensor`s, in
-            the structure of the call. By default the shape they were built with, as floats.
+        assume_fixed_mask: whether to assume that masks do not change even where the model computes
+            them from a certified input. The certificate states the assumption.
+        mask: class of the masks of attention layers whose values are not known from the graph:
+            `"full"`, `"causal"`, `"any"`, or a boolean array of visible pairs. By default, `"any"`
+            for masks in the graph, and no masks other than those in the graph.
+        inputs: for subclassed models, the inputs of a call: arrays or `keras.KerasTensor`s, in the
+            structure of the call. By default, floats of the shape that the model was built with.
         center: for a local certificate, the center: one example (no batch axis) in the structure of
-            the call, or a batch of examples. For a batch the certificate holds in each of the
-            balls: its total and its pairs are the largest of all, its rows are those of the
-            example with the largest total. Lengths and masks are those of the examples; integers
-            stay fixed, and the ball is around their embeddings.
+            the call, or a batch of examples. For a batch, the certificate holds in each of the
+            balls: its total and its pairwise constants are the largest of all, its rows are those
+            of the example with the largest total. Lengths and masks are those of the examples.
+            Integers stay fixed, and the ball is around their embeddings.
         radius: radius of the balls, in the norm `norm`. 0 bounds the Jacobian at the center.
         check: whether to try to refute the certificate before it is returned, on random and extreme
-            inputs, at the price of a dozen forward passes on five examples, or five passes for a
+            inputs. This takes about a dozen forward passes on five examples, or five passes for a
             model of more than five million weights. See `CertificateRefuted`.
 
     Returns:
@@ -94,20 +95,22 @@ def certify(
     Raises:
         ValueError: if `model` is not a built model, an argument is out of range, or only one of
             `center` and `radius` is given.
-        CertificateRefuted: with `check=True`, if a measurement contradicts the certificate. That is
-            an error of this package; please report it.
+        CertificateRefuted: with `check=True`, if a measurement contradicts the certificate. This is
+            an error in this package or in a rule of your own; please report the former.
 
     Example:
 
+    >>> import keras, keras_lipattn
     >>> inputs = keras.Input((16, 32))
-    >>> x = keras_lipattn.L2MultiHeadAttention(4, 8)(inputs)
+    >>> x = keras_lipattn.L2MultiHeadAttention(4, 8, lipschitz_bound=1.0)(inputs)
     >>> x = keras.layers.GlobalAveragePooling1D()(x)
-    >>> model = keras.Model(inputs, keras.layers.Dense(10)(x))
-    >>> print(keras_lipattn.certify(model))
+    >>> model = keras.Model(inputs, keras_lipattn.SpectralDense(10, spectral_norm=1.0)(x))
+    >>> certificate = keras_lipattn.certify(model)
+    >>> certificate.total <= 0.251
+    True
 
     Reference: docs/certification.md for what is certified and how to write rules; docs/theory.md,
-        sections 3 to 5 for attention, 6 for local certificates, 8 for
-        everything else.
+        sections 3 to 5 for attention, 6 for local certificates, 8 for other layers.
     """
     _check_arguments(model, norm, sequence_length, input_radius, mask)
     check_ball(center, radius)
@@ -157,12 +160,12 @@ def _refused(traced: TracedModel, propagation: Propagation) -> list[TensorState]
 def local_certificate(
     model: keras.Model, options: Options, inputs: Any, center: Any, radius: float
 ) -> tuple[Certificate, list[Enclosure | None]]:
-    """The certificate near some inputs, and for each of them what is known about the output."""
+    """The certificate near some inputs, and for each of them the enclosure of the output."""
     require_float64()
     if options.sequence_length is not None:
         raise ValueError(
-            "`center` has a length of its own. "
-            f"Received: sequence_length={options.sequence_length} together with `center`"
+            "`sequence_length` must be omitted with `center`, which has its own length. "
+            f"Received: sequence_length={options.sequence_length}"
         )
     structure, examples = examples_of(model, center)
     _check_inside(options.input_radius, examples)
@@ -175,7 +178,7 @@ def local_certificate(
         try:
             local = LocalPass(traced.single, example, radius, options.norm)
         except TraceError:
-            # It cannot be traced, so there are no values either.
+            # Without a trace there are no values.
             certificates.append(_certify_traced(traced, options)[1])
             enclosures.append(None)
             continue
@@ -188,8 +191,8 @@ def local_certificate(
         certificates.append(dataclasses.replace(certificate, threat_model=threat))
     worst = max(certificates, key=lambda one: one.total)
     pairs = np.max([one.pairwise_constants for one in certificates], axis=0)
-    # Dot-product attention is bounded by where its tokens are: a smaller ball with another center
-    # may give more than the larger one.
+    # The bound of dot-product attention depends on the ball that holds its tokens. A smaller ball
+    # with another center may give a larger bound than the global ball.
     _, everywhere = _certify_traced(traced, options)
     lost = {path: reason for one in certificates for path, reason in one.threat_model.lost}
     if everywhere.total < worst.total:
@@ -223,7 +226,7 @@ def _check_inside(input_radius, examples) -> None:
 
 
 def _specs(model: keras.Model, structure: Any) -> Any:
-    """What a subclassed model is called on: floats in its own dtype, everything else as it is."""
+    """The inputs of a subclassed model: floats in its own dtype, everything else unchanged."""
 
     def spec(array):
         dtype = model.input_dtype if array.dtype.kind == "f" else array.dtype.name
@@ -259,7 +262,7 @@ def _certificate(
     total, published_total = _exp(log), _exp(published_log)
     costs: dict[int, float] = {}
     for state in outputs:
-        # Several outputs side by side: their costs count by their weights.
+        # The costs of several outputs are weighted by their shares in the total.
         weight = math.exp(2.0 * (state.gain.log - gain.log)) if math.isfinite(gain.log) else 0.0
         for row, cost in state.costs.items():
             costs[row] = costs.get(row, 0.0) + weight * cost

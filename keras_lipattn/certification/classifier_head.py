@@ -1,4 +1,4 @@
-"""What the logits of a classifier can do: a constant for every pair of classes."""
+"""The logits of a classifier: where they are, and a constant for every pair of classes."""
 
 import contextlib
 import math
@@ -14,10 +14,10 @@ from keras_lipattn.certification.trace import Trace, TracedCall
 from keras_lipattn.layers import SpectralDense
 from keras_lipattn.linalg import SAFETY
 
-# With more classes than this the matrix of pairs is not kept.
+# With more classes than this the pairwise constants are not stored.
 MOST_PAIRED_CLASSES = 256
 
-# Layers whose rule leaves the last activation out when it is asked to.
+# Layers whose rules can leave out the last activation.
 _DROPPING = (
     keras.layers.Dense,
     keras.layers.EinsumDense,
@@ -29,10 +29,10 @@ _SOFTMAXES = (keras.activations.softmax, keras.activations.log_softmax)
 
 
 def find_head(trace: Trace) -> tuple[str, int | None]:
-    """Whether a model ends like a classifier.
+    """Finds out whether a model ends like a classifier.
 
     Args:
-        trace: what the model does.
+        trace: the trace of the model.
 
     Returns:
         `"softmax"`, `"sigmoid"` (one unit), `"logits"` (two or more numbers per example), `"logit"`
@@ -73,19 +73,19 @@ def _activation_kind(call: TracedCall, classes: int) -> str:
 def pairwise_constants(
     state: TensorState, total: float, norm: str
 ) -> tuple[tuple[float, ...], ...]:
-    """For each pair of classes an upper bound of how fast `z_y - z_j` can change.
+    """Lipschitz constants of `z_y - z_j` for all pairs of classes.
 
-    With features of constant `L` and the kernel `w` of the last linear map it is `L |w_y - w_j|`
-    (docs/theory.md, section 8), else `sqrt(2)` times the constant of the logits, or twice that
-    in the max norm. The smaller of the two is kept.
+    For features of constant `L` and the kernel `w` of the last linear map it is `L |w_y - w_j|`
+    (docs/theory.md, section 8). Without these it is `sqrt(2)` times the constant of the logits, or
+    twice that constant in the max norm. The smaller one is used.
 
     Args:
-        state: the logits.
-        total: their constant.
+        state: state of the logits.
+        total: constant of the logits.
         norm: norm of the certificate.
 
     Returns:
-        A symmetric matrix with zeros on its diagonal, or no rows for very many classes.
+        A symmetric matrix with a zero diagonal; no rows for more than 256 classes.
     """
     classes = state.shape[-1]
     if classes is None or not 2 <= classes <= MOST_PAIRED_CLASSES:
@@ -96,7 +96,7 @@ def pairwise_constants(
         matrix = as_matrix(kernel, classes)
         constant = SAFETY * _value(features.gain.log)
         for label in range(classes):
-            # Differences, not a Gram expansion: close columns must not cancel.
+            # Differences instead of a Gram expansion, which cancels for close columns.
             gaps = matrix[:, label : label + 1] - matrix
             sizes = np.abs(gaps).sum(axis=0) if norm == "linf" else np.linalg.norm(gaps, axis=0)
             with np.errstate(invalid="ignore"):
@@ -113,9 +113,9 @@ def _value(log: float) -> float:
 
 @contextlib.contextmanager
 def without_activation(operation: Any) -> Iterator[None]:
-    """Lets a layer or operation return what goes into its activation.
+    """Makes a layer or operation return the input of its activation, as a context manager.
 
-    Not for threads: the layer itself is changed for the time being.
+    It changes the layer itself and is not safe for threads.
 
     Args:
         operation: the layer or operation that ends in an activation; `None` changes nothing.

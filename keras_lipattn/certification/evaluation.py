@@ -1,4 +1,4 @@
-"""Values of tensors in float64, with the weights used at inference, as in real arithmetic."""
+"""Evaluation of single calls in float64, with the weights used at inference."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -17,11 +17,11 @@ _PLAIN = (CenterNormalization, MaxMin, PositionEmbedding, Residual)
 
 
 class UnknownValue(Exception):
-    """A value cannot be computed in float64. The message says why."""
+    """A value cannot be computed in float64; the message says why."""
 
 
 class _RoundedVariables(backend.AutocastScope):
-    """Variables as they enter a computation in this dtype, then kept in float64."""
+    """Variables rounded to this dtype, then cast to float64."""
 
     def maybe_cast(self, value):
         if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(value.dtype)):
@@ -30,11 +30,11 @@ class _RoundedVariables(backend.AutocastScope):
 
 
 def require_float64() -> None:
-    """Raises a `ValueError` where the backend has no float64."""
+    """Raises a `ValueError` if the backend has no float64."""
     if keras.backend.standardize_dtype(keras.ops.convert_to_tensor(np.zeros(1)).dtype) != "float64":
         raise ValueError(
-            "A certificate around an input evaluates the model in float64, which this backend has "
-            f"switched off. Received: backend={keras.backend.backend()!r}"
+            "A local certificate needs float64, which is disabled in this backend. "
+            f"Received: backend={keras.backend.backend()!r}"
         )
 
 
@@ -84,7 +84,7 @@ def _run(operation: Any, args: Any, kwargs: Any, dtype: str | None) -> Any:
         with scope, _RoundedVariables(dtype), _in_float64(operation):
             return operation.call(*args, **kwargs)
     except Exception as error:
-        # Whatever a backend raises for what it does not have in float64.
+        # Backends raise different errors for operations that they do not have in float64.
         kind = type(error).__name__
         raise UnknownValue(f"it cannot be evaluated in float64 ({kind})") from error
 
@@ -93,7 +93,7 @@ def _computes_in_float64(layer: keras.layers.Layer) -> bool:
     if "call" in vars(layer):
         return False
     inner = layer._flatten_layers()
-    # A layer inside would round its variables to its own dtype only if it has two of them.
+    # An inner layer rounds its variables only if its compute and variable dtypes differ.
     alike = all(one.compute_dtype == one.variable_dtype for one in inner) or len(inner) == 1
     known = all(
         getattr(type(one).call, "__module__", "").startswith("keras.src.layers.")
@@ -105,7 +105,7 @@ def _computes_in_float64(layer: keras.layers.Layer) -> bool:
 
 @contextlib.contextmanager
 def _in_float64(operation: Any) -> Iterator[None]:
-    """The layer and those inside cast what they compute to float64."""
+    """Sets the dtype policy of a layer and its inner layers to float64 for a while."""
     layers = operation._flatten_layers() if isinstance(operation, keras.layers.Layer) else []
     before = [vars(layer)["_dtype_policy"] for layer in layers]
     for layer in layers:

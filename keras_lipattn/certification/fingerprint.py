@@ -11,8 +11,8 @@ from keras_lipattn.layers.lipschitz_layer import LipschitzLayer
 def fingerprint_of(model: keras.Model) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of the weights, in order.
 
-    The weights with which layers of this package keep count of running norms and penalties are
-    left out: they have no part in what the model computes at inference.
+    The running norms and penalty weights of this package's layers are left out, since the output at
+    inference does not depend on them.
 
     Args:
         model: a built model.
@@ -40,7 +40,7 @@ def fingerprint_of(model: keras.Model) -> str:
 
 
 def bookkeeping(layer: LipschitzLayer) -> list:
-    """Weights of a layer of ours which its output at inference does not depend on."""
+    """Weights of a layer of this package that its output at inference does not depend on."""
     names = ("running_bound", "penalty_coefficient", "penalty_log_target")
     kept = [getattr(layer, name, None) for name in names]
     return [*getattr(layer, "_vectors", {}).values(), *(v for v in kept if v is not None)]

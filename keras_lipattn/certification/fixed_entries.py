@@ -1,4 +1,4 @@
-"""Between which numbers the entries of a tensor lie that does not change, such as a mask."""
+"""Bounds of the entries of tensors that do not change, such as masks."""
 
 import itertools
 import math
@@ -10,40 +10,13 @@ import numpy as np
 
 from keras_lipattn.certification.tensor_state import ANYTHING, Interval, TensorState, product
 
-# Operations which only move, repeat or drop entries, or average them.
+# Operations that only move, repeat, drop or average entries.
 _KEEPS = frozenset(
-    {
-        "Amax",
-        "Amin",
-        "BroadcastTo",
-        "Cast",
-        "Concatenate",
-        "ConvertToTensor",
-        "Copy",
-        "ExpandDims",
-        "Flatten",
-        "Flip",
-        "GetItem",
-        "Identity",
-        "Max",
-        "Mean",
-        "Min",
-        "Moveaxis",
-        "Permute",
-        "Repeat",
-        "Reshape",
-        "Roll",
-        "Slice",
-        "Split",
-        "Squeeze",
-        "Stack",
-        "StopGradient",
-        "Swapaxes",
-        "Tile",
-        "Transpose",
-        "Unstack",
-        "Where",
-    }
+    (
+        "Amax Amin BroadcastTo Cast Concatenate ConvertToTensor Copy ExpandDims Flatten Flip "
+        "GetItem Identity Max Mean Min Moveaxis Permute Repeat Reshape Roll Slice Split Squeeze "
+        "Stack StopGradient Swapaxes Tile Transpose Unstack Where"
+    ).split()
 )
 _LAYERS = frozenset(
     {
@@ -65,7 +38,7 @@ _WITHIN = {
 
 
 def interval_of(operand: Any) -> Interval:
-    """What the entries of a state, a number or an array lie between."""
+    """Lower and upper bound of the entries of a state, a number or an array."""
     if isinstance(operand, TensorState):
         if operand.dtype == "bool":
             return 0.0, 1.0
@@ -73,7 +46,7 @@ def interval_of(operand: Any) -> Interval:
             return operand.interval
         operand = operand.values
     if not (keras.ops.is_tensor(operand) or isinstance(operand, np.ndarray | float | int)):
-        # A variable is cast on the way.
+        # A variable is cast before it is used.
         return ANYTHING
     values = np.asarray(keras.ops.convert_to_numpy(operand))
     if values.dtype.kind not in "fiub" or not values.size or not np.isfinite(values).all():
@@ -82,7 +55,7 @@ def interval_of(operand: Any) -> Interval:
 
 
 def interval_after(operation: Any, arguments: Mapping[str, Any], dtype: str) -> Interval:
-    """The same for the output of an operation on tensors that do not change.
+    """Lower and upper bound of the output of an operation on tensors that do not change.
 
     Args:
         operation: an operation or a layer.
@@ -90,7 +63,7 @@ def interval_after(operation: Any, arguments: Mapping[str, Any], dtype: str) -> 
         dtype: of the output.
 
     Returns:
-        Two numbers, `ANYTHING` where nothing is known.
+        Two numbers; `ANYTHING` if nothing is known.
     """
     if dtype == "bool":
         return 0.0, 1.0
@@ -156,7 +129,7 @@ def _corners(intervals: list[Interval], function) -> Interval:
 
 
 def _sum(operation, arguments, interval: Interval) -> Interval:
-    """A sum over axes that hold at least one entry and a known number of them at most."""
+    """The interval of a sum over axes with at least one entry and a known largest size."""
     state = arguments.get("x")
     axes = operation.axis
     if axes is None or not isinstance(state, TensorState) or not state.fold:

@@ -1,4 +1,4 @@
-"""The constant of a tensor with respect to the certified inputs of the model."""
+"""The Lipschitz constant of a tensor with respect to the certified inputs of the model."""
 
 import dataclasses
 import math
@@ -7,20 +7,21 @@ from collections.abc import Mapping, Sequence
 
 @dataclasses.dataclass(frozen=True)
 class Gain:
-    """How much a tensor can change, in units of a change of the certified inputs.
+    """Bounds of the change of a tensor, relative to changes of the certified inputs.
 
-    Kept as natural logarithms, so that deep networks do not overflow. For the 2-norm there
-    is one number per certified input, with the meaning
+    Constants are stored as natural logarithms, so that deep networks do not overflow. For the
+    2-norm there is one logarithm for each certified input, with
 
-        |change of the tensor|^2 <= sum_i exp(2 logs[i]) |change of input i|^2 ,
+        |change of the tensor|^2 <= sum_i exp(2 logs[i]) |change of input i|^2 .
 
-    so that the constant for the concatenation of all inputs is the largest of them: `Add` of
-    two inputs has the constant sqrt 2 and `Concatenate` of two inputs has 1. The token norm
-    and the max norm are maxima themselves: one number, under the key 0, says everything.
+    The constant for all inputs together is then the largest one: `Add` of two inputs has the
+    constant sqrt(2), and `Concatenate` of two inputs has 1. The token norm and the max norm are
+    maxima themselves, so there is one logarithm, with the key 0.
 
     Args:
         norm: `"l2"`, `"token"` or `"linf"`.
-        logs: from the number of a certified input to the logarithm. Absent means no influence.
+        logs: maps the number of a certified input to a logarithm. An input without an entry has no
+            influence.
     """
 
     norm: str
@@ -38,17 +39,17 @@ class Gain:
 
     @classmethod
     def none(cls, norm: str) -> "Gain":
-        """The gain of a tensor which no certified input reaches."""
+        """The gain of a tensor that depends on no certified input."""
         return cls(norm, {})
 
     @classmethod
     def unbounded(cls, norm: str, gains: Sequence["Gain"]) -> "Gain":
-        """No bound with respect to any input which reaches one of `gains`."""
+        """A gain without a bound for any input that occurs in one of `gains`."""
         keys = {key for gain in gains for key in gain.logs}
         return cls(norm, dict.fromkeys(sorted(keys), math.inf))
 
     def scaled(self, constant: float) -> "Gain":
-        """After a map of this Lipschitz constant. An unbounded gain stays unbounded."""
+        """The gain after a map of this constant. An unbounded gain stays unbounded."""
         if constant == 0.0 and self.log < math.inf:
             return Gain(self.norm, {})
         shift = math.log(constant) if constant > 0.0 else 0.0
@@ -60,13 +61,13 @@ class Gain:
 
     @classmethod
     def stacked(cls, norm: str, gains: Sequence["Gain"], *, entrywise: bool = False) -> "Gain":
-        """The tensors side by side, seen as one tensor.
+        """The gain of several tensors taken as one.
 
         Args:
             norm: `"l2"`, `"token"` or `"linf"`.
-            gains: of the tensors.
-            entrywise: whether the entries meet within a token, so that the squares of the
-                token norms add.
+            gains: gains of the tensors.
+            entrywise: whether entries of different tensors share a token, so that the squares of
+                the token norms add.
         """
         if norm == "l2" or (norm == "token" and entrywise):
             keys = {key for gain in gains for key in gain.logs}
@@ -81,7 +82,7 @@ class Gain:
 
     @classmethod
     def summed(cls, norm: str, gains: Sequence["Gain"]) -> "Gain":
-        """The sum of the tensors: `|a + b| <= |a| + |b|`."""
+        """The gain of the sum of tensors: `|a + b| <= |a| + |b|`."""
         gains = [gain for gain in gains if gain.logs]
         if not gains:
             return cls.none(norm)

@@ -1,4 +1,4 @@
-"""What Keras keeps about a model: its graph, its inputs and the names of its layers."""
+"""The graph of a Keras model, its inputs and the names of its layers."""
 
 import collections
 import contextlib
@@ -32,7 +32,7 @@ def input_names(function: keras.Function) -> list[str]:
 def input_keys(function: keras.Function) -> list[str]:
     """Keys of the inputs of a graph that takes a dictionary, in the order of the inputs.
 
-    Those of any other graph are the names of its inputs.
+    For any other graph, the names of its inputs.
     """
     structure = function._inputs_struct
     if not isinstance(structure, dict) or len(structure) != len(function.inputs):
@@ -42,7 +42,7 @@ def input_keys(function: keras.Function) -> list[str]:
 
 
 def call_specs(model: keras.Model, inputs: Any = None) -> tuple[tuple, list[str]]:
-    """What a model is called on.
+    """The arguments that a model is called on.
 
     Args:
         model: a built model.
@@ -51,10 +51,10 @@ def call_specs(model: keras.Model, inputs: Any = None) -> tuple[tuple, list[str]
 
     Returns:
         Positional arguments, with a `KerasTensor` for every tensor and `None` for the batch axis;
-        and the names of their tensors, in flat order.
+        and the names of the tensors, in flat order.
 
     Raises:
-        ValueError: if nothing is known about the call.
+        ValueError: if the arguments are not known.
     """
     function = function_of(model)
     if function is not None:
@@ -71,7 +71,7 @@ def call_specs(model: keras.Model, inputs: Any = None) -> tuple[tuple, list[str]
 
 
 def _built_specs(model: keras.Model) -> tuple:
-    """The shapes that a model without a graph was built with, as numbers of its own dtype."""
+    """Inputs of the shapes that a model without a graph was built with, in its own dtype."""
     config = model.get_build_config() or {}
     shapes = config.get("shapes_dict") or config
     arguments = tuple(
@@ -83,14 +83,13 @@ def _built_specs(model: keras.Model) -> tuple:
     )
     if not arguments:
         raise ValueError(
-            "The shape that the model is called on is not known: pass `inputs`. "
-            "Received: inputs=None"
+            "The input shape of the model is not known: pass `inputs`. Received: inputs=None"
         )
     return arguments
 
 
 def nodes_in_order(function: keras.Function) -> list[Any]:
-    """The calls recorded in a graph, each after those it depends on, without the inputs."""
+    """The calls recorded in a graph, each after the calls it depends on, without the inputs."""
     by_depth = function._nodes_by_depth
     return [
         node
@@ -101,7 +100,7 @@ def nodes_in_order(function: keras.Function) -> list[Any]:
 
 
 def recorded_operations(model: keras.Model) -> dict[int, Any]:
-    """Operations in the graphs of a model and of the models inside, by `id`."""
+    """Operations in the graphs of a model and of its inner models, by `id`."""
     graphs = [
         function_of(layer) for layer in model._flatten_layers() if isinstance(layer, keras.Model)
     ]
@@ -109,22 +108,36 @@ def recorded_operations(model: keras.Model) -> dict[int, Any]:
 
 
 def augments(layer: keras.layers.Layer) -> bool:
-    """Whether a layer runs as in training unless it is told otherwise, as augmentation does."""
+    """Whether `training` of a layer is true by default, as for image augmentation."""
     default = layer._call_signature.parameters.get("training")
     return default is not None and default.default is True
 
 
-def sibling_names(parent: keras.layers.Layer) -> dict[int, str]:
-    """Names of the layers directly inside a model or layer, by `id`, all different.
+_RESIZES = (
+    keras.layers.CenterCrop,
+    keras.layers.Resizing,
+    keras.layers.UpSampling2D,
+    keras.src.ops.image.Resize,
+)
 
-    A subclassed model may hold several layers of one name: from the second one on, in the order in
-    which Keras lists them, they get "#2" and so on.
+
+def interpolates(operation: Any) -> bool:
+    """Whether an operation interpolates images, which TensorFlow does in float32 for any dtype."""
+    method = getattr(operation, "interpolation", "bilinear")
+    return isinstance(operation, _RESIZES) and method != "nearest"
+
+
+def sibling_names(parent: keras.layers.Layer) -> dict[int, str]:
+    """Unique names of the layers directly inside a model or layer, by `id`.
+
+    A subclassed model may have several layers of the same name. From the second one on, in the
+    order of Keras, they get "#2" and so on.
 
     Args:
         parent: a model or layer.
 
     Returns:
-        A dictionary from `id(layer)` to a name.
+        A dictionary that maps `id(layer)` to a name.
     """
     names: dict[int, str] = {}
     taken: set[str] = set()
@@ -140,7 +153,7 @@ def sibling_names(parent: keras.layers.Layer) -> dict[int, str]:
 
 @contextlib.contextmanager
 def names_kept() -> Iterator[None]:
-    """Puts back the counters which number the names that Keras makes up."""
+    """Restores the counters of the names that Keras generates, as a context manager."""
     counters: Any = global_state.get_global_attribute(
         "object_name_uids", collections.defaultdict(int), set_to_default=True
     )

@@ -1,4 +1,4 @@
-"""One call of a layer, as its rule sees it."""
+"""The call of a layer that a rule gets."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -20,18 +20,18 @@ class LayerCall:
 
     Args:
         norm: norm of the certificate: `"l2"`, `"token"` or `"linf"`.
-        arguments: every argument that is not left out, by its name in the signature of `call`, with
-            a `TensorState` for every tensor. Masks and `training` are there as Keras fills them in.
-        shape: sizes of the axes of the first output after the first axis; the largest ones where
-            they vary, `None` where nothing is known.
-        dynamic: for each of them whether it varies.
+        arguments: all arguments that were passed, by their names in the signature of `call`, with a
+            `TensorState` for every tensor. Masks and `training` are as Keras passes them.
+        shape: sizes of the axes of the first output after the first axis: the largest sizes where
+            they vary, `None` where they are not known.
+        dynamic: for each of these axes, whether the size varies.
         fold: entries of the first axis of the output per example, see `TensorState`.
         output_dtype: dtype of the first output.
         compute_dtype: dtype to which variables are cast.
-        mask: mask class that `certify` was told to assume for attention layers, or `None`.
-        assume_fixed_mask: whether masks that are computed from certified inputs count as fixed.
-        drop_activation: whether the layer is asked about without its last softmax or sigmoid.
-        keras_masks: the masks that come with tensors among the arguments, which `call` may look at.
+        mask: the argument `mask` of `certify`.
+        assume_fixed_mask: the argument `assume_fixed_mask` of `certify`.
+        drop_activation: whether the map is needed without the last softmax or sigmoid.
+        keras_masks: masks attached to tensors among the arguments, which `call` may read.
         ask: a function of a layer and the state of its input that returns the map of that layer.
     """
 
@@ -49,25 +49,25 @@ class LayerCall:
     ask: Callable[[Any, TensorState], LipschitzMap]
 
     def argument(self, name: str, default: Any = None) -> Any:
-        """The argument of this name, `default` where it is left out."""
+        """The argument of this name, `default` if it was not passed."""
         return self.arguments.get(name, default)
 
     @property
     def states(self) -> list[TensorState]:
-        """All tensors among the arguments in order, masks left out."""
+        """All tensors among the arguments in order, without masks."""
         given = {name: value for name, value in self.arguments.items() if not is_mask(name)}
-        # Not sorted by name, as a dictionary would be.
+        # Flattening the dictionary itself would sort it by name.
         leaves = keras.tree.flatten(list(given.values()))
         return [leaf for leaf in leaves if isinstance(leaf, TensorState)]
 
     @property
     def perturbed(self) -> list[TensorState]:
-        """Those of them which change with the certified inputs."""
+        """All tensors among the arguments that change with the certified inputs."""
         return [state for state in self.states if not state.is_fixed]
 
     @property
     def state(self) -> TensorState:
-        """The first tensor which changes with the certified inputs."""
+        """The first tensor that changes with the certified inputs."""
         return self.perturbed[0]
 
     @property
@@ -77,7 +77,7 @@ class LayerCall:
 
     @property
     def width(self) -> int | None:
-        """Size of the last axis of the output, 1 without any, `None` when it is not known."""
+        """Size of the last axis of the output: 1 without an axis, `None` if it is not known."""
         if not self.shape:
             return 1
         return None if self.dynamic[-1] else self.shape[-1]
@@ -89,19 +89,19 @@ class LayerCall:
 
     def constant(self, value: Any) -> np.ndarray:
         """A constant of the model in float64, after the cast it undergoes at inference."""
-        # Variables are cast to the layer's dtype on use, arrays are not.
+        # Keras casts variables on use, but not arrays.
         variable = isinstance(value, keras.Variable) and value._autocast
         return cast_to_compute_dtype(value, self.compute_dtype if variable else None)
 
     def operand(self, value: Any) -> TensorState:
-        """A tensor of the call, or a constant of the model as a state that does not change."""
+        """The state of a tensor of the call, or of a constant of the model."""
         if isinstance(value, TensorState):
             return value
         values = self.constant(value)
         width = self.shape[-1] if self.shape else None
         spread = values
         if width is not None and (values.ndim == 0 or values.shape[-1] == 1):
-            # A number for all entries of a token: its range is that of the tokens it makes.
+            # It is broadcast to all entries of a token.
             spread = np.broadcast_to(values, (*values.shape[:-1], width))
         nothing = Gain.none(self.norm)
         return TensorState(
@@ -117,5 +117,5 @@ class LayerCall:
 
 
 def is_mask(name: str) -> bool:
-    """Whether an argument of this name is a mask, by the convention of Keras."""
+    """Whether an argument of this name is a mask, by the naming convention of Keras."""
     return name == "mask" or name.endswith("_mask")

@@ -1,4 +1,4 @@
-"""Linear maps of the last axis, remembered so that consecutive ones merge."""
+"""Linear maps of the last axis, stored so that consecutive ones merge."""
 
 import numpy as np
 
@@ -52,7 +52,7 @@ def matrix_norm(linear: LinearMap, norm: str) -> float:
         return float(np.abs(linear).max())
     if norm == "linf":
         return SAFETY * float(np.abs(linear).sum(axis=0).max())
-    # Certificates of the same weights near many inputs ask again and again.
+    # Local certificates of one model need the same norms for every center.
     return cached_by_content(_spectral_norm, linear)
 
 

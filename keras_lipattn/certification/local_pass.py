@@ -1,9 +1,9 @@
-"""Local certificates: the ball around one input, followed through the model.
+"""Local certificates: enclosures of all tensors for inputs in a ball.
 
 The model is evaluated once in float64. Every tensor gets an enclosure: its value at the center, and
-the radius of a ball that holds its image, which is its constant so far times the radius of the
-input ball, plus the rounding error of the value. Rules find it in `state.enclosure` and may give a
-constant that only holds there.
+the radius of a ball that contains it for every input. This radius is the Lipschitz constant of the
+tensor times the radius of the input ball, plus the rounding error of the value. Rules read it from
+`state.enclosure` and may return a constant that holds only there.
 """
 
 import math
@@ -19,18 +19,17 @@ from keras_lipattn.certification.tensor_state import Enclosure, TensorState
 from keras_lipattn.certification.trace import Trace
 from keras_lipattn.linalg import SAFETY
 
-# Of a float64 evaluation, relative to the sizes of inputs and outputs.
+# Rounding error of a float64 evaluation, relative to the norms of inputs and outputs.
 ROUNDING = 1e-11
-# Beyond this logarithm of a gain an enclosure says nothing.
+# With a larger logarithm of the gain there is no enclosure.
 _LARGEST_LOG = 700.0
 
 
 class LocalPass:
-    """The ball of one local certificate, and the enclosures of all tensors in it.
+    """The ball of a local certificate and the enclosures of all tensors.
 
-    Gains of the 2-norm make the enclosures, whatever the norm of the certificate. So a certificate
-    in another norm takes two propagations: the first one, in the 2-norm, makes the enclosures; the
-    second one only reads them.
+    Enclosures are computed from gains in the 2-norm. A certificate in another norm needs two
+    propagations: the first one, in the 2-norm, computes the enclosures; the second one reads them.
 
     Args:
         trace: the model, traced for one example.
@@ -47,7 +46,7 @@ class LocalPass:
         self._norm = norm
         self._center = list(center)
         self._values: dict[int, np.ndarray] = {}
-        # By the number of a certified input, in the 2-norm.
+        # Radii in the 2-norm, by the number of a certified input.
         self._radii: dict[int, float] = {}
         # By the index of a call.
         self._enclosures: dict[int, list[Enclosure | None]] = {}
@@ -74,8 +73,8 @@ class LocalPass:
 
         Args:
             index: of the call.
-            rule_map: what its rule says, `None` where none was asked.
-            given: the tensors among its arguments.
+            rule_map: the map of the call, `None` where no rule was needed.
+            given: the states of the tensors among its arguments.
             outputs: the states of its outputs.
         """
         if not self.is_complete:
@@ -93,9 +92,9 @@ class LocalPass:
         return radius
 
     def _reach(self, gain: Gain) -> float:
-        """How far a tensor of this gain in the 2-norm can be from its value."""
+        """Largest 2-norm distance of a tensor of this gain from its value at the center."""
         if self._norm == "l2":
-            # All inputs side by side share one ball.
+            # All inputs together are in one ball.
             return math.exp(gain.log) * self._radius
         return math.hypot(*(math.exp(log) * self._radii[key] for key, log in gain.logs.items()))
 
@@ -145,7 +144,7 @@ class LocalPass:
             return Enclosure(value, self._start(output))
         if output.gain.log > _LARGEST_LOG:
             if all(state.gain.log <= _LARGEST_LOG for state in given):
-                self.lost[path] = "how far its output moves is not bounded"
+                self.lost[path] = "the change of its output is not bounded"
             return None
         operands = list(given if rule_map.operands is None else rule_map.operands)
         perturbed = [(i, state.enclosure) for i, state in enumerate(operands) if not state.is_fixed]

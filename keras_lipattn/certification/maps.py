@@ -1,7 +1,7 @@
-"""The family of maps that rules describe layers with.
+"""The maps by which rules describe layers.
 
-A map says how much its output can change (`propagate`, on what is known about tensors), and where
-that helps a local certificate, what its output is (`apply`, on numbers).
+A map bounds the change of its output (`propagate`, on states of tensors). For local certificates
+some maps also compute their output (`apply`, on numbers).
 """
 
 import dataclasses
@@ -21,11 +21,11 @@ from keras_lipattn.certification.token_range import TokenRange
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class CenterValue:
-    """The output of a map at the center of a local certificate, where a rule knows it best.
+    """The output of a layer at the center of a local certificate, computed by its rule.
 
     Args:
-        value: the output for one example, `None` where it is not known.
-        rounding_error: how far `value` may be from what the model computes, in the 2-norm.
+        value: the output for one example, `None` if it is not known.
+        rounding_error: upper bound of the 2-norm distance from `value` to the output of the model.
         reason: why it is not known.
     """
 
@@ -36,26 +36,28 @@ class CenterValue:
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class LipschitzMap:
-    """A proven statement about one call of a layer, or about one part of it.
+    """A proven Lipschitz constant of a call, with what else is known about the call.
 
-    Only `constant` and `theorem` are needed, and `reason` when the constant is `inf`. A map of this
-    class itself is opaque: nothing but its constants is known.
+    Only `constant` is required, and `reason` if the constant is `inf`. Subclasses describe special
+    maps, such as affine ones, so that consecutive maps get one constant that is smaller than the
+    product of theirs.
 
     Args:
         constant: Lipschitz constant in the norm of the certificate, with respect to all
             perturbed inputs side by side. NaN counts as `inf`.
-        theorem: where the number comes from, in a few words.
+        theorem: where the constant comes from, in a few words.
         reason: why no finite constant is known: a clause, or a `Reason` that also says what to do.
-        published: the constant by the published bound, where it differs; NaN stands for the same.
+        published: the constant by the earlier published bound; NaN if it is the same.
         exact: whether the constant is attained or approached.
-        range: where the tokens of the output can be, as far as the layer itself tells.
+        range: a `TokenRange` that contains every token of the output, for every input in range.
         operands: the tensors that the map acts on; by default all tensors of the call in order.
         per_input: numbers with `|change| <= sum_i per_input[i] |change of operand i|`.
-        entrywise: whether the entries of several inputs meet within a token, as in a
-            concatenation along the last axis.
+        entrywise: whether entries of different inputs share a token, as after a concatenation
+            along the last axis.
         max_tokens: largest number of tokens for which the constant holds.
-        resets_input: whether the output is itself the certified input, as after an embedding.
-        assumes_fixed_mask: whether the constant only holds for a mask that does not change.
+        resets_input: whether the output takes the place of the certified input, as after an
+            embedding.
+        assumes_fixed_mask: whether the constant holds only if a mask does not change.
         center: the output at the center of a local certificate.
         function_of: see `TensorState`.
 
@@ -81,7 +83,7 @@ class LipschitzMap:
     def __post_init__(self):
         constant = float(self.constant)
         if math.isnan(constant) or constant < 0.0:
-            # Arithmetic on NaN weights ends here, never in a certificate.
+            # NaN weights give NaN constants.
             constant = math.inf
         object.__setattr__(self, "constant", constant)
         object.__setattr__(self, "reason", Reason.of(self.reason))
@@ -89,11 +91,11 @@ class LipschitzMap:
             object.__setattr__(self, "published", constant)
         if math.isinf(constant) and not self.reason:
             raise ValueError(
-                "A rule without a finite constant must say why in `reason`. "
+                "A map without a finite constant must have a `reason`. "
                 f"Received: constant={self.constant}, reason={str(self.reason)!r}"
             )
 
-    # What changes -----------------------------------------------------------------------------
+    # Bounds -----------------------------------------------------------------------------------
 
     def propagate(
         self, given: Sequence[TensorState], row: int, norm: str, layout: dict[str, Any]
@@ -102,9 +104,9 @@ class LipschitzMap:
 
         Args:
             given: states of all tensors among the arguments.
-            row: index of the row of the certificate that the call gets.
+            row: index of the row of the call in the certificate.
             norm: norm of the certificate.
-            layout: shape, dynamic, fold and dtype of the output.
+            layout: `shape`, `dynamic`, `fold` and `dtype` of the output.
 
         Returns:
             A `TensorState`.
@@ -123,12 +125,12 @@ class LipschitzMap:
         if math.isinf(self.constant):
             unbounded = Gain.unbounded(norm, [state.gain for state in perturbed])
             return TensorState(gain=unbounded, published=unbounded, **layout)
-        output = self._advance(operands, norm, layout)
+        output = self._output_state(operands, norm, layout)
         costs = costs_after(output.gain, perturbed, row)
         return output.replace(costs=costs, function_of=self.function_of)
 
-    def _advance(self, operands: list[TensorState], norm: str, layout: dict) -> TensorState:
-        """The state of the output of a map with a finite constant, but for its costs."""
+    def _output_state(self, operands: list[TensorState], norm: str, layout: dict) -> TensorState:
+        """The state of the output, without its costs, for a finite constant."""
         perturbed = [state for state in operands if not state.is_fixed]
         gain, published = side_by_side(norm, perturbed, entrywise=self.entrywise)
         gain, published = gain.scaled(self.constant), published.scaled(self.published)
@@ -149,11 +151,11 @@ class LipschitzMap:
     # Values -----------------------------------------------------------------------------------
 
     def apply(self, values: Sequence[np.ndarray | None]) -> np.ndarray | None:
-        """The output in float64 for values of the operands, `None` where the layer has to run."""
+        """The output in float64 for values of the operands, `None` if the layer has to run."""
         return None
 
     def error_weights(self, count: int) -> Sequence[float] | None:
-        """How an error of each operand reaches the output, `None` for `constant` on all of them."""
+        """Factors from errors of the operands to the output, `None` for `constant` on all."""
         return self.per_input
 
 
@@ -169,7 +171,7 @@ class Affine(LipschitzMap):
     matrix: LinearMap = None
     bias: np.ndarray | None = None
 
-    def _advance(self, operands, norm, layout):
+    def _output_state(self, operands, norm, layout):
         (state,) = [state for state in operands if not state.is_fixed]
         gain = state.gain.scaled(self.constant)
         published = state.published.scaled(self.published)
@@ -195,7 +197,7 @@ class Affine(LipschitzMap):
 
     def apply(self, values):
         if self.bias is not None and self.bias.ndim > 1:
-            # It is cut to the length of the input.
+            # The layer cuts it to the length of the input.
             return None
         (value,) = values
         if value is None:
@@ -216,7 +218,7 @@ class Combination(LipschitzMap):
 
     coefficients: tuple[float | np.ndarray, ...] = ()
 
-    def _advance(self, operands, norm, layout):
+    def _output_state(self, operands, norm, layout):
         terms = list(zip(self.coefficients, operands, strict=True))
         width = layout["shape"][-1] if layout["shape"] else None
         total = None
@@ -232,8 +234,8 @@ class Combination(LipschitzMap):
         gains, published = [], []
         merged_root, merged_map = None, None
         for members in groups.values():
-            ours = Gain.summed(norm, [s.gain.scaled(_largest(c)) for c, s in members])
-            theirs = Gain.summed(norm, [s.published.scaled(_largest(c)) for c, s in members])
+            certified = Gain.summed(norm, [s.gain.scaled(_largest(c)) for c, s in members])
+            earlier = Gain.summed(norm, [s.published.scaled(_largest(c)) for c, s in members])
             if width is not None:
                 root = members[0][1].root
                 maps = [linear_map.compose(s.linear, _as_linear(c, width)) for c, s in members]
@@ -242,12 +244,12 @@ class Combination(LipschitzMap):
                     linear = linear_map.add(linear, other, width)
                 if len(members) > 1:
                     constant = linear_map.matrix_norm(linear, norm)
-                    ours = ours.smaller(root.gain.scaled(constant))
-                    theirs = theirs.smaller(root.published.scaled(constant))
+                    certified = certified.smaller(root.gain.scaled(constant))
+                    earlier = earlier.smaller(root.published.scaled(constant))
                 if len(groups) == 1:
                     merged_root, merged_map = root, linear
-            gains.append(ours)
-            published.append(theirs)
+            gains.append(certified)
+            published.append(earlier)
         return TensorState(
             gain=Gain.summed(norm, gains),
             published=Gain.summed(norm, published),
@@ -272,19 +274,19 @@ class Combination(LipschitzMap):
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Elementwise(LipschitzMap):
-    """One function on every entry, whose largest slope is `constant`.
+    """A function applied to every entry, with largest slope `constant`.
 
     Args:
-        value_at_zero: upper bound of its absolute value at 0.
+        value_at_zero: upper bound of the absolute value of the function at 0.
     """
 
     value_at_zero: float
 
-    def _advance(self, operands, norm, layout):
+    def _output_state(self, operands, norm, layout):
         (state,) = [state for state in operands if not state.is_fixed]
         token_range = self.range or TokenRange()
         if state.range.bounded and state.width is not None:
-            # Euclidean radius and slope: a function of one entry has one constant in every norm.
+            # A function of single entries has the same constant in every norm.
             token_range = token_range.smaller(
                 TokenRange(
                     self.constant * state.range.outer_radius
@@ -303,12 +305,12 @@ class Elementwise(LipschitzMap):
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class TokenMixing(LipschitzMap):
-    """A linear map that treats every channel (index of the last axis) alike.
+    """A linear map over tokens that is the same for every channel (index of the last axis).
 
     It commutes with linear maps of the last axis, so those before and after it merge.
     """
 
-    def _advance(self, operands, norm, layout):
+    def _output_state(self, operands, norm, layout):
         (state,) = [state for state in operands if not state.is_fixed]
         anchor, linear = None, None
         if state.anchor is not None:
@@ -333,10 +335,10 @@ class TokenMixing(LipschitzMap):
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Concatenation(LipschitzMap):
-    """Linear images of one tensor, side by side along the last axis."""
+    """Linear images of one tensor, concatenated along the last axis."""
 
-    def _advance(self, operands, norm, layout):
-        output = super()._advance(operands, norm, layout)
+    def _output_state(self, operands, norm, layout):
+        output = super()._output_state(operands, norm, layout)
         anchor = operands[0].root
         maps = [linear_map.as_matrix(state.linear, state.shape[-1] or 0) for state in operands]
         linear = np.concatenate(maps, axis=1)
@@ -359,11 +361,11 @@ class Composite(LipschitzMap):
 
     stages: tuple[LipschitzMap, ...] = ()
 
-    def _advance(self, operands, norm, layout):
+    def _output_state(self, operands, norm, layout):
         (state,) = [state for state in operands if not state.is_fixed]
         inner = state
         for stage in self.stages:
-            inner = stage._advance([inner], norm, layout)
+            inner = stage._output_state([inner], norm, layout)
         return inner.replace(
             gain=state.gain.scaled(self.constant).smaller(inner.gain),
             published=state.published.scaled(self.published).smaller(inner.published),
@@ -374,35 +376,35 @@ class Composite(LipschitzMap):
 def chain(
     *stages: LipschitzMap, constant: float | None = None, theorem: str = "", **fields
 ) -> LipschitzMap:
-    """A layer made of parts that run one after the other.
+    """The composition of maps, in the order in which they run.
 
     Args:
-        *stages: the parts, each with one input.
-        constant: of the whole; by default the product of the constants of the parts.
-        theorem: of the whole; by default those of the parts.
-        **fields: further fields of the whole.
+        *stages: the maps, each with one input.
+        constant: constant of the composition; by default the product of the constants.
+        theorem: theorem of the composition; by default the theorems of the maps.
+        **fields: further fields of the composition.
 
     Returns:
-        A `Composite`, or the part itself where there is only one and nothing else is known.
+        A `Composite`, or the map itself if there is only one and no other argument.
     """
     if len(stages) == 1 and constant is None and not theorem and not fields:
         return stages[0]
-    ours, published = 1.0, 1.0
+    total, published = 1.0, 1.0
     for stage in stages:
-        # An unbounded part makes the whole unbounded, even next to a part of constant 0.
-        ours = math.inf if math.inf in (ours, stage.constant) else ours * stage.constant
-        theirs = (published, stage.published)
-        published = math.inf if math.inf in theirs else published * stage.published
+        # An unbounded map makes the composition unbounded, even after a map of constant 0.
+        total = math.inf if math.inf in (total, stage.constant) else total * stage.constant
+        both = (published, stage.published)
+        published = math.inf if math.inf in both else published * stage.published
     if constant is not None:
-        ours, published = min(ours, constant), min(published, constant)
+        total, published = min(total, constant), min(published, constant)
     names = dict.fromkeys(stage.theorem for stage in stages if stage.theorem)
     reasons = list(dict.fromkeys(Reason.of(stage.reason) for stage in stages if stage.reason))
     reason = Reason()
-    if math.isinf(ours):
+    if math.isinf(total):
         text = "; ".join(one.text for one in reasons)
         reason = dataclasses.replace(reasons[0], text=text)
     return Composite(
-        constant=ours,
+        constant=total,
         published=published,
         theorem=theorem or ", then ".join(names),
         reason=reason,
@@ -412,12 +414,17 @@ def chain(
 
 
 def unbounded(reason: Reason | str, **fields) -> LipschitzMap:
-    """The map of a call without a known constant; `fields` are further ones of a `Reason`."""
+    """The map of a call without a known constant.
+
+    Args:
+        reason: why there is none.
+        **fields: other fields of `Reason`, such as `remedy`.
+    """
     return LipschitzMap(constant=math.inf, reason=dataclasses.replace(Reason.of(reason), **fields))
 
 
 def side_by_side(norm: str, states: Sequence[TensorState], *, entrywise: bool = False):
-    """Gains of several tensors seen as one: ours, and with the published bounds."""
+    """Gains of several tensors taken as one: with the certified and with the published bounds."""
     return (
         Gain.stacked(norm, [state.gain for state in states], entrywise=entrywise),
         Gain.stacked(norm, [state.published for state in states], entrywise=entrywise),

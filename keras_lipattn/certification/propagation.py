@@ -1,4 +1,4 @@
-"""Following constants through a traced model, from its inputs to its outputs."""
+"""Propagation of Lipschitz constants through a trace, from the inputs to the outputs."""
 
 import dataclasses
 import math
@@ -27,7 +27,7 @@ from keras_lipattn.certification.tensor_state import Interval, Kind, TensorState
 from keras_lipattn.certification.token_range import TokenRange
 from keras_lipattn.certification.trace import Trace, TracedCall
 
-# Operations that move integers around and do not look at them.
+# Operations that move integers without computing with their values.
 _MOVES = frozenset(
     (
         "BroadcastTo Cast Concatenate ConvertToTensor ExpandDims Flatten GetItem Identity Permute "
@@ -35,7 +35,7 @@ _MOVES = frozenset(
     ).split()
 )
 _COMPARISONS = frozenset({"Greater", "GreaterEqual", "Less", "LessEqual"})
-# Operations whose output depends on the shape of the input alone.
+# Operations whose output depends only on the shape of the input.
 _FILLED = {
     "EmptyLike": (-math.inf, math.inf),
     "FullLike": (-math.inf, math.inf),
@@ -50,7 +50,7 @@ _NUMBER = Layout((), (), 1, "float32")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The choices of the caller of `certify`."""
+    """Arguments of `certify`."""
 
     norm: str = "l2"
     sequence_length: int | None = None
@@ -60,14 +60,14 @@ class Options:
 
 
 class Propagation:
-    """One certification: follows constants through a trace, collects rows and inputs.
+    """One propagation of constants through a trace.
 
     Args:
-        trace: what the model does.
-        comparison: of that trace with one on another number of examples.
-        options: the choices of the caller.
+        trace: the trace of the model.
+        comparison: comparison of this trace with one on another number of examples.
+        options: arguments of `certify`.
         local: for a local certificate, its ball.
-        logit_call: the call whose activation is left out, `None` for none.
+        logit_call: index of the call whose activation is left out, or `None`.
     """
 
     def __init__(
@@ -89,18 +89,18 @@ class Propagation:
         self.max_tokens: list[int] = []
         self.fixed_inputs: list[str] = []
         self.states: dict[int, TensorState] = {}
-        # Indices of the calls that the outputs depend on, and of those whose output is itself the
-        # certified input.
+        # Indices of the calls that the outputs depend on, and of those whose output takes the place
+        # of the certified input.
         self.needed: set[int] = set()
         self.resets: set[int] = set()
         self._comparison = comparison
         self._logit_call = logit_call
 
     def run(self, names: Sequence[str]) -> list[TensorState]:
-        """The states of the outputs.
+        """Propagates constants and returns the states of the outputs.
 
         Args:
-            names: of the inputs, in order.
+            names: names of the inputs, in order.
         """
         states = [
             self._input_state(name, self._layout(tensor))
@@ -124,7 +124,7 @@ class Propagation:
         """The state of a tensor of the trace."""
         tensor = self.trace.resolve(tensor)
         if id(tensor) not in self.states:
-            # A constant that came out of a layer.
+            # A layer returned a constant.
             values = keras.ops.convert_to_numpy(self.trace.constants[id(tensor)])
             layout = self._layout(tensor)
             numbers = values.dtype.kind in "fiub"
@@ -146,7 +146,7 @@ class Propagation:
     # Inputs -----------------------------------------------------------------------------------
 
     def _source(self, name: str) -> Gain:
-        """Registers a certified input and returns its gain."""
+        """Adds a certified input and returns its gain."""
         self.inputs.append(name)
         return Gain.of_source(self.options.norm, len(self.inputs) - 1)
 
@@ -175,12 +175,12 @@ class Propagation:
         return TensorState(gain=nothing, published=nothing, kind=kind, **fields, **layout.fields())
 
     def _unchanged(self, layout: Layout, kind: Kind, interval: Interval) -> TensorState:
-        """A tensor that stays as it is, with entries in an interval."""
+        """The state of a fixed tensor with entries in an interval."""
         low, high = interval
         token_range = TokenRange(largest=max(-low, high))
         width = layout.shape[-1] if layout.shape else 1
-        known = width is not None and not any(layout.dynamic[-1:])
-        if known and math.isfinite(token_range.largest):
+        bounded = math.isfinite(token_range.largest)
+        if bounded and width is not None and not any(layout.dynamic[-1:]):
             token_range = TokenRange.of_entries(low, high, width)
         return self._fixed(layout, kind=kind, range=token_range, interval=interval)
 
@@ -231,11 +231,11 @@ class Propagation:
         return self._record(call, rule_map, given, layouts, index)
 
     def _ranged(self, index, call: TracedCall, arguments, output: TensorState) -> TensorState:
-        """A tensor that stays as it is, with the range that a rule gives it."""
+        """The state of a fixed tensor with the range that a rule gives."""
         layout = self._layout(call.outputs[0])
         if not layout.fold or index in self._comparison.refusals or _is_integer(layout.dtype):
             return output
-        # Rules speak of tensors that change; one that changes by nothing has the same range.
+        # Rules expect tensors that change. The range does not depend on whether they do.
         perturbed = {
             id(leaf): leaf.replace(kind=Kind.PERTURBED)
             for leaf in keras.tree.flatten(list(arguments.values()))
@@ -282,7 +282,7 @@ class Propagation:
         )
 
     def _ask_layer(self, layer: keras.layers.Layer, state: TensorState) -> LipschitzMap:
-        """The map of a layer on one input, for layers that hold another one as activation."""
+        """The map of an inner layer on one input, such as a layer used as an activation."""
         rule, missing = find_rule(layer)
         if rule is None:
             reason = f"{type(layer).__name__} {layer.name!r} inside it: {missing}"
@@ -314,10 +314,9 @@ class Propagation:
         return self._enclosed(index, None, given, outputs)
 
     def _sign(self, call, arguments, layouts) -> list[TensorState] | None:
-        """A comparison with 0 that only decides between branches, `None` for anything else.
+        """A comparison with 0 that is only a condition of `where`, `None` for anything else.
 
-        Nothing is known about how it changes: the rule of `where` has to see that both branches
-        meet where it jumps.
+        It has no bound. The rule of `where` has one if both branches agree at 0.
         """
         pair = [arguments.get("x1"), arguments.get("x2")]
         tensors = [one for one in pair if isinstance(one, TensorState) and not one.is_fixed]
@@ -344,7 +343,7 @@ class Propagation:
         ]
 
     def _moved(self, index, call, arguments, perturbed, layouts) -> list[TensorState] | None:
-        """Integers of one input that were moved around, `None` if anything else happened."""
+        """Integers of one input in another order or shape, `None` for anything else."""
         one_input = len({state.integer_input for state in perturbed}) == 1
         if type(call.operation).__name__ not in _MOVES or not one_input:
             return None
@@ -359,7 +358,7 @@ class Propagation:
         ]
 
     def _look_up(self, state: TensorState) -> None:
-        """Notes that the certificate keeps this integer input fixed."""
+        """Notes that this integer input is looked up, so that it stays fixed."""
         if state.integer_input is not None:
             name = self.inputs[state.integer_input]
             if state.integer_input not in self.looked_up_inputs:
@@ -399,7 +398,7 @@ class Propagation:
         return self._enclosed(index, rule_map, given, outputs)
 
     def _of_one_example(self, state: TensorState) -> TensorState:
-        """The state of an output, which has no bound without one row for each example."""
+        """The state of an output, without a bound unless it has one row for each example."""
         if state.fold == 1 or state.is_fixed or math.isinf(state.gain.log):
             return state
         reason = Reason(
@@ -416,7 +415,7 @@ class Propagation:
         states: Sequence[TensorState],
         layout: Layout = _NUMBER,
     ) -> TensorState:
-        """Adds a row without a bound that belongs to no call, and returns the output it gives."""
+        """Adds a row without a bound that belongs to no call; returns the state of its output."""
         self.rows.add_refusal(path, layer_class, reason)
         row = len(self.rows) - 1
         return unbounded(reason).propagate(states, row, self.options.norm, layout.fields())
@@ -433,7 +432,7 @@ def _as_map(answer: Any) -> LipschitzMap:
     value = float(answer)
     return LipschitzMap(
         constant=value,
-        theorem="as its rule states",
+        theorem="constant of its rule",
         reason="its rule returns no finite constant" if not math.isfinite(value) else "",
     )
 

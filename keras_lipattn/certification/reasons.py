@@ -41,6 +41,12 @@ class Reason:
             leaves it to the kind of the reason and the class of the layer.
         replacement: what to use in place of the layer.
         cause: kind of the reason.
+
+    Example:
+
+    >>> from keras_lipattn.certification import Reason
+    >>> str(Reason("it divides by its input", remedy="add 1 to it"))
+    'it divides by its input; add 1 to it'
     """
 
     text: str = ""

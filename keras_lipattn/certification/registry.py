@@ -1,4 +1,4 @@
-"""From a layer class or an operation to the rule which bounds it."""
+"""The registry of rules for layer classes and operations."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ _layer_rules: dict[type, tuple[Rule, bool]] = {}
 _operation_rules: dict[str, Rule] = {}
 _own_bound: list[Rule] = []
 
-# What a subclass may define without changing the function that the layer computes.
+# Methods that a subclass may override without changing the function that the layer computes.
 _HARMLESS = frozenset(
     {
         "__init__",
@@ -28,30 +28,41 @@ _HARMLESS = frozenset(
 
 
 def register_rule(*layer_classes: type, subclasses: bool = False) -> Callable[[Rule], Rule]:
-    """Registers the rule for a layer class, as a decorator.
+    """Registers a rule for a layer class, as a decorator.
 
-    The rule is a function of the layer and of the `LayerCall` it is asked about. It returns one of
-    the maps of `keras_lipattn.certification`, or just a number: a Lipschitz constant at inference
-    in the norm `call.norm`, for the weights now loaded, on all inputs (or on those in
-    `call.state.range`). A later rule for the same class replaces an earlier one. A layer that is
-    called with `call.training` true runs as in training.
+    A rule is a function of a layer and a `LayerCall`. It returns one of the maps of
+    `keras_lipattn.certification`, or only a number: a Lipschitz constant of the call in the norm
+    `call.norm`, at inference, for the current weights, on all inputs or on those in
+    `call.state.range`. Where `call.training` is true, the model calls the layer as in training.
+    A later rule for the same class replaces an earlier one.
 
     Args:
         *layer_classes: subclasses of `keras.layers.Layer`.
-        subclasses: whether the rule also holds for subclasses that override what the layer
-            computes. By default such a subclass counts as unknown.
+        subclasses: whether the rule also holds for subclasses that override `call` or other
+            methods. By default it does not.
 
     Returns:
-        A decorator which returns the rule unchanged.
+        A decorator that returns the rule unchanged.
 
     Raises:
         ValueError: if a class is not a subclass of `keras.layers.Layer`.
 
     Example:
 
-    >>> @register_rule(Swish)
-    ... def swish(layer, call):
-    ...     return LipschitzMap(constant=1.099840, theorem="largest slope of x sigmoid(x)")
+    >>> import keras
+    >>> from keras_lipattn.certification import Elementwise, certify, register_rule
+    >>> class Halved(keras.layers.Layer):
+    ...     def call(self, x):
+    ...         return 0.5 * keras.ops.tanh(x)
+    >>> @register_rule(Halved)
+    ... def halved(layer, call):
+    ...     return Elementwise(constant=0.5, value_at_zero=0.0, theorem="largest slope")
+    >>> inputs = keras.Input((16, 32))
+    >>> certificate = certify(keras.Model(inputs, Halved()(inputs)))
+    >>> round(certificate.total, 6)
+    0.5
+
+    Reference: docs/certification.md, "A rule for a layer of your own".
     """
     if not layer_classes:
         raise ValueError("`layer_classes` must name at least one class. Received: none")
@@ -71,7 +82,7 @@ def register_rule(*layer_classes: type, subclasses: bool = False) -> Callable[[R
 
 
 def register_operation(*names: str) -> Callable[[Rule], Rule]:
-    """Registers the rule for nodes of `keras.ops`, by the names of their classes."""
+    """Registers a rule for nodes of `keras.ops`, by the names of their classes."""
 
     def decorate(rule: Rule) -> Rule:
         for name in names:
@@ -82,7 +93,7 @@ def register_operation(*names: str) -> Callable[[Rule], Rule]:
 
 
 def register_own_bound(rule: Rule) -> Rule:
-    """Registers the rule for layers which bring a method `lipschitz` and have no other rule."""
+    """Registers the rule for layers that have a method `lipschitz` and no other rule."""
     _own_bound[:] = [rule]
     return rule
 
@@ -91,7 +102,7 @@ def find_rule(operation: Any) -> tuple[Rule | None, str]:
     """The rule for a layer or a node of `keras.ops`.
 
     Returns:
-        The rule and an empty string, or `None` and why there is no rule.
+        The rule and an empty string, or `None` and the reason why there is no rule.
     """
     cls = type(operation)
     if not isinstance(operation, keras.layers.Layer):

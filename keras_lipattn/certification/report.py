@@ -1,4 +1,4 @@
-"""A certificate as text and as a picture."""
+"""A certificate as a table and as a chart."""
 
 import math
 import os
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 _WIDEST_PATH = 44
 _COLUMNS = (
     "columns:",
-    "  constant: Lipschitz constant of the call alone; with = it is attained or approached",
-    "  published: the same by the earlier published bound, where it differs",
-    "  token radius: largest Euclidean norm of a token of its input, where it is known",
-    "  factor: what the call multiplies the total with; branches of a sum count by their weight",
+    "  constant: Lipschitz constant of the call alone; = marks constants that are attained",
+    "  published: the constant by the earlier published bound, where it differs",
+    "  token radius: radius of a ball that holds the tokens of its input, where it is known",
+    "  factor: factor of the call in the total; branches of a sum are weighted by their shares",
     "  because: where the constant comes from",
 )
 
@@ -61,7 +61,7 @@ def table(certificate: "Certificate") -> str:
 
 
 def _factor(cost: float) -> str:
-    """What a row multiplies the total with, by its part of the natural logarithm."""
+    """The factor of a row in the total, from its part of the natural logarithm."""
     if abs(cost) > 700.0:
         # Beyond what a float64 holds.
         return f"x10^{cost / math.log(10.0):.0f}"
@@ -69,12 +69,12 @@ def _factor(cost: float) -> str:
 
 
 def plot(certificate: "Certificate", path: str | os.PathLike) -> None:
-    """Bars of what each row costs, saved as a picture."""
+    """Saves a bar chart of the cost of each row."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            "Drawing needs matplotlib: install it, for instance with "
+            "Plotting needs matplotlib: install it, for instance with "
             f"`pip install keras-lipattn[examples]`. Received: {error}"
         ) from error
     rows = [row for row in certificate.rows if row.cost or not row.is_finite] or [*certificate.rows]
@@ -90,7 +90,7 @@ def plot(certificate: "Certificate", path: str | os.PathLike) -> None:
     axes.invert_yaxis()
     axes.axvline(0.0, color="black", linewidth=0.8)
     axes.margins(x=0.15)
-    axes.set_xlabel("what the layer adds to log10 of the total (label: its own constant)")
+    axes.set_xlabel("part of the layer in log10 of the total (label: its own constant)")
     axes.set_title(
         f"{certificate.model}: Lipschitz constant {number(certificate.total)} "
         f"({NORMS[certificate.norm]})"
@@ -100,7 +100,7 @@ def plot(certificate: "Certificate", path: str | os.PathLike) -> None:
 
 
 def number(value: float) -> str:
-    """A number for people."""
+    """A number with four digits."""
     if math.isinf(value):
         return "inf"
     return f"{value:.4g}" if 1e-3 <= value < 1e5 or value == 0.0 else f"{value:.2e}"

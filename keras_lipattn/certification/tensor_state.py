@@ -1,4 +1,4 @@
-"""What is known about a tensor of a traced model."""
+"""The state of a tensor of a traced model: how much it can change, and where it can be."""
 
 import dataclasses
 import enum
@@ -18,29 +18,29 @@ ANYTHING: Interval = (-math.inf, math.inf)
 
 
 class Kind(enum.Enum):
-    """Whether a tensor changes when the certified inputs do."""
+    """How a tensor depends on the inputs of the model."""
 
     # It changes with a certified input.
     PERTURBED = "perturbed"
-    # It repeats the numbers of an integer input, which counts as a certified input unless it is
-    # looked up in a table.
+    # It contains the entries of an integer input, which is a certified input unless it is looked up
+    # in a table.
     INTEGER = "integer"
-    # It stays as it is: a constant of the model, a mask, or what follows from those.
+    # It does not change: a constant of the model, a mask, or a function of these.
     FIXED = "fixed"
-    # It stays as it is, and follows from an integer or string input.
+    # It does not change, and is a function of an integer or string input.
     FROM_INTEGERS = "from integers"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Enclosure:
-    """The value of a tensor at the center of a local certificate, and how far it can be from it.
+    """The value of a tensor at the center of a local certificate, and a ball around it.
 
     Args:
-        value: the tensor at the center, for one example, float64 where it is a float.
-        radius: for every input in the ball, the tensor is within this distance of `value` in the
-            2-norm of all entries, `rounding_error` included.
-        rounding_error: how far `value` may be from the tensor of real arithmetic with the weights
-            used at inference: their roundings, and those of the evaluation.
+        value: the tensor at the center, for one example; floats are float64.
+        radius: for every input in the ball of the certificate, the tensor is within this distance
+            of `value` in the 2-norm of all entries, including `rounding_error`.
+        rounding_error: upper bound of the 2-norm distance from `value` to the tensor in real
+            arithmetic with the weights used at inference.
     """
 
     value: np.ndarray
@@ -55,7 +55,7 @@ class Enclosure:
     @property
     def range(self) -> TokenRange:
         """A ball that contains every token of the tensor."""
-        # Numbers without an axis of their own are tokens of one entry.
+        # A scalar per example is a token with one entry.
         tokens = TokenRange.of_values(self.value if self.value.ndim > 1 else self.value[..., None])
         if not tokens.bounded:
             return tokens
@@ -66,34 +66,34 @@ class Enclosure:
 class TensorState:
     """A tensor of a traced model.
 
-    The first axis of a tensor that depends on the examples of a batch holds `fold` entries per
-    example, next to each other: 1 is the usual batch axis, and more come from reshapes such as
-    `(batch, heads, tokens, d)` to `(batch * heads, tokens, d)`. All other axes are in `shape`.
+    The first axis of a tensor with a batch axis holds `fold` consecutive entries per example: 1 for
+    the usual batch axis, more after reshapes such as `(batch, heads, tokens, d)` to
+    `(batch * heads, tokens, d)`. All other axes are in `shape`.
 
     Args:
-        gain: its constant with respect to the certified inputs.
-        published: the same, with the published bound for every attention layer.
-        shape: sizes of the axes after the first one; the largest ones where they vary, `None` where
-            nothing is known. For a tensor without examples (`fold=0`) the sizes of all axes.
-        dynamic: for each of these axes whether the size varies from call to call.
+        gain: Lipschitz constant of the tensor with respect to the certified inputs.
+        published: the gain with the published bound for every attention layer.
+        shape: sizes of the axes after the first one: the largest ones where they vary, `None` where
+            they are not known. For a tensor without a batch axis (`fold=0`), sizes of all axes.
+        dynamic: for each of these axes, whether the size varies from call to call.
         fold: entries of the first axis per example; 0 for a tensor that is the same for every
             batch, such as a constant of the model.
         dtype: its dtype, a string.
         kind: see `Kind`.
         integer_input: for `Kind.INTEGER`, the number of that input.
         range: where its tokens can be.
-        anchor: a tensor from which this one follows by a linear map of the last axis plus a
-            constant; `None` means the tensor itself.
+        anchor: a tensor of which this one is a linear map of the last axis plus a constant; `None`
+            means the tensor itself.
         linear: that map.
         routes: pairs of an earlier tensor and a linear map from it to this one, the last linear
             layer first.
-        interval: for a tensor that stays as it is, two numbers between which its entries are.
-        function_of: what it is of which other tensor, where a later call may ask: the name of an
-            activation, `"scaled"` for factors that are constants of the model, `"sign"` for a
-            comparison with 0; the tensor; and the largest factor.
-        values: its values where they are constants of the model.
-        costs: for each row of the certificate its part of the logarithm of `gain`.
-        enclosure: where it is near the input of a local certificate, `None` if not known.
+        interval: for a fixed tensor, lower and upper bound of its entries.
+        function_of: for rules of later calls, a name, a tensor and a number: this tensor is the
+            activation of that name of the other tensor; or its product with constants of the model
+            of at most that size (`"scaled"`); or its comparison with 0 (`"sign"`).
+        values: its values, for constants of the model.
+        costs: for each row of the certificate, its part in the logarithm of `gain`.
+        enclosure: its value in a local certificate, `None` if not known.
     """
 
     gain: Gain
@@ -116,12 +116,12 @@ class TensorState:
 
     @property
     def is_fixed(self) -> bool:
-        """Whether it stays as it is when the certified inputs change."""
+        """Whether it does not change with the certified inputs."""
         return self.kind in (Kind.FIXED, Kind.FROM_INTEGERS)
 
     @property
     def root(self) -> "TensorState":
-        """The tensor which the linear map starts from."""
+        """The input of the linear map: `anchor`, or the tensor itself."""
         return self if self.anchor is None else self.anchor
 
     @property
@@ -131,7 +131,7 @@ class TensorState:
 
     @property
     def width(self) -> int | None:
-        """Size of the last axis, `None` when it is not known or there is no axis."""
+        """Size of the last axis, `None` if it is not known or there is no axis."""
         return self.shape[-1] if self.shape and not self.dynamic[-1] else None
 
     @property

@@ -15,19 +15,21 @@ class ThreatModel:
         inputs: names of the certified inputs; the norm is that of all of them side by side.
         fixed_inputs: inputs of integers or booleans that stay fixed.
         output: what the output is, for instance `"pre-softmax logits"`.
-        input_radius: radius of the ball around the origin in which the tokens of the certified
-            inputs stay, `inf` for no restriction.
-        max_tokens: largest number of tokens, `None` when the shapes of the model say it all.
-        shapes: if not empty, the certificate holds only for inputs of exactly these shapes, the
-            batch axis left out. Python code of the model ran at these sizes and may compute
-            something else at others.
-        mask: class of mask that was assumed for attention layers with an unknown one, or `None`.
-        assumed_masks: layers that compute a mask from a certified input which was assumed fixed.
-        center: for a local certificate, a description of its centers and a digest of their numbers;
-            empty for a global one.
-        radius: radius of the balls around them in the norm of the certificate, `inf` for a global
-            certificate.
-        lost: pairs of a layer and the reason why what comes after it has its global constants.
+        input_radius: radius of a ball around the origin that holds the tokens of the certified
+            inputs, `inf` for no restriction.
+        max_tokens: largest number of tokens, `None` when the shapes of the model determine it.
+        shapes: if not empty, the certificate holds only for inputs of exactly these shapes (without
+            the batch axis): Python code of the model ran at these sizes and may compute something
+            else at others.
+        mask: class of mask assumed for attention layers with an unknown mask, or `None`.
+        assumed_masks: layers that compute a mask from a certified input; the mask was assumed to
+            be fixed.
+        center: for a local certificate, a description of its centers with a digest of their values;
+            empty for a global certificate.
+        radius: radius of the balls around the centers in the norm of the certificate, `inf` for a
+            global certificate.
+        lost: pairs of a layer and a reason: later layers have their global constants, since the
+            value of this layer at the center is not known.
     """
 
     norm: str
@@ -51,7 +53,7 @@ class ThreatModel:
             "at inference (`training=False`), in real arithmetic, for the weights used there",
         ]
         if len(self.inputs) > 1:
-            lines.append("a change of several inputs is measured side by side, as one tensor")
+            lines.append("a change of several inputs is measured as that of one tensor")
         if self.center:
             lines.append(
                 f"ONLY for inputs within {self.radius:g} of {self.center}, in the norm above"

@@ -1,4 +1,4 @@
-"""Where the tokens of a tensor can be."""
+"""The range of a tensor: a ball that contains its tokens."""
 
 import dataclasses
 import math
@@ -10,17 +10,17 @@ from keras_lipattn.linalg import SAFETY
 
 @dataclasses.dataclass(frozen=True)
 class TokenRange:
-    """A ball that contains every token of a tensor, and a bound of its entries.
+    """A ball that contains every token of a tensor, with a bound of its entries.
 
-    The linear maps applied to an earlier ball are kept: the tokens are also among
-    `center + v @ maps[0] @ maps[1] ...` with `|v| <= source`.
+    Linear maps applied to an earlier ball are stored, which gives an ellipsoid: each token is also
+    `center + v @ maps[0] @ maps[1] ...` for some `|v| <= source`.
 
     Args:
         radius: Euclidean radius of the ball, `inf` when the tokens are not bounded.
         center: array of shape `(last axis,)`, or `None` for the origin.
         largest: upper bound of the largest absolute entry.
         maps: matrices, or diagonals of shape `(d,)`; empty when nothing more is known.
-        source: radius of the ball which `maps` were applied to.
+        source: radius of the ball that `maps` were applied to.
     """
 
     radius: float = math.inf
@@ -35,7 +35,7 @@ class TokenRange:
 
     @property
     def bounded(self) -> bool:
-        """Whether the tokens stay within some ball."""
+        """Whether the tokens are in a ball of finite radius."""
         return math.isfinite(self.radius)
 
     @property
@@ -46,7 +46,7 @@ class TokenRange:
 
     @property
     def outer_radius(self) -> float:
-        """Radius of a ball around the origin which contains the tokens."""
+        """Radius of a ball around the origin that contains the tokens."""
         return self.radius + (0.0 if self.center is None else float(np.linalg.norm(self.center)))
 
     @classmethod
@@ -69,13 +69,13 @@ class TokenRange:
 
     @classmethod
     def up_to(cls, largest: float, width: int | None) -> "TokenRange | None":
-        """All tokens of `width` entries of at most this size, `None` where that is not known."""
+        """All tokens of `width` entries of at most this size, `None` if either is not known."""
         if width is None or not math.isfinite(largest):
             return None
         return cls.of_entries(-SAFETY * largest, SAFETY * largest, width)
 
     def about_origin(self) -> "TokenRange":
-        """The same tokens in a ball around the origin, for maps which move the center."""
+        """A ball around the origin that contains the tokens, for maps that move the center."""
         return TokenRange(self.outer_radius, None, self.largest)
 
     def including(self, point: np.ndarray) -> "TokenRange":
@@ -135,7 +135,7 @@ class TokenRange:
         return dataclasses.replace(shifted, maps=maps, source=source)
 
     def smaller(self, other: "TokenRange") -> "TokenRange":
-        """The smaller of two valid domains of the same tensor."""
+        """The smaller of two valid ranges of the same tensor."""
         best = other if other.radius < self.radius else self
         return dataclasses.replace(best, largest=min(self.largest, other.largest))
 

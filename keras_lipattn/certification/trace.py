@@ -28,19 +28,19 @@ class TraceError(Exception):
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class TracedCall:
-    """One call of a layer with a rule, or of an operation.
+    """One call of a layer or of an operation.
 
     Args:
         operation: the layer, or the node of `keras.ops`.
         args: positional arguments; tensors are `KerasTensor`s.
-        kwargs: keyword arguments, with masks and `training` as Keras fills them in.
+        kwargs: keyword arguments, with masks and `training` as Keras passes them.
         outputs: the tensors it returns, flat.
-        path: name of the layer or operation, after those of the layers it is called in.
-        compute_dtype: dtype to which variables are cast there, `None` for no cast.
-        refusal: why the layer could not be looked into; `None` for calls with a rule.
-        recorded: whether the operation belongs to the model, and not to one run of its code.
-        masks: for a layer, the masks that came with its tensors when it was called, by `id` of the
-            tensor. Its `call` may look at them; later calls may have changed them.
+        path: names of the layers that contain the call, and of the layer or operation.
+        compute_dtype: dtype to which variables are cast, `None` for no cast.
+        refusal: why the code of the layer could not be traced; `None` for calls with a rule.
+        recorded: whether the operation belongs to the model, rather than to one run of its code.
+        masks: for a layer, the masks attached to its tensors at the time of the call, by `id` of
+            the tensor. Its `call` may read them.
     """
 
     operation: Any
@@ -55,12 +55,12 @@ class TracedCall:
 
     @functools.cached_property
     def arguments(self) -> dict[str, Any]:
-        """Every argument by its name in the signature of `call`, those not given left out."""
+        """The arguments that were passed, by their names in the signature of `call`."""
         signature = inspect.signature(self.operation.call)
         try:
             bound = signature.bind(*self.args, **self.kwargs).arguments
         except TypeError:
-            # A `call` that was replaced on the instance may not take what Keras fills in.
+            # A `call` that was replaced on the instance may not accept the arguments of Keras.
             return {**dict(zip(signature.parameters, self.args, strict=False)), **self.kwargs}
         for name, parameter in signature.parameters.items():
             if parameter.kind is inspect.Parameter.VAR_KEYWORD and name in bound:
@@ -69,7 +69,7 @@ class TracedCall:
 
     @property
     def keras_masks(self) -> list[KerasTensor]:
-        """The masks that came with its tensors."""
+        """The masks attached to its tensors."""
         return list(self.masks.values())
 
     @property
@@ -80,18 +80,18 @@ class TracedCall:
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Trace:
-    """What a model does, as a flat list of calls, each after those it depends on.
+    """The calls of a model, as a flat list, each after the calls it depends on.
 
     Args:
-        batch: number of examples it was called on.
+        batch: number of examples the model was called on.
         inputs: the symbolic inputs, flat.
         outputs: the symbolic outputs, flat.
         calls: the calls.
-        constants: values of tensors which are the same whatever the inputs, by `id`.
-        aliases: the tensor of which another one is a copy in another floating dtype, by `id`.
+        constants: values of tensors that do not depend on the inputs, by `id`.
+        aliases: maps the `id` of a copy in another floating dtype to the original tensor.
         flexible: shapes by `id`, with `None` for axes whose size varies from call to call.
-        exact_length: whether Python code of a layer saw a size that varies: what it did there says
-            nothing about other sizes.
+        exact_length: whether Python code of a layer ran on an axis whose size varies, so that the
+            trace is valid only for this size.
     """
 
     batch: int
@@ -104,7 +104,7 @@ class Trace:
     exact_length: bool = False
 
     def resolve(self, tensor: KerasTensor) -> KerasTensor:
-        """The tensor that this one is a copy of; itself for any other."""
+        """The original of a copy, or the tensor itself."""
         while id(tensor) in self.aliases:
             tensor = self.aliases[id(tensor)]
         return tensor

@@ -1,4 +1,4 @@
-"""A model, traced on batches of two sizes, ready to be certified."""
+"""A model traced on batches of two sizes."""
 
 import dataclasses
 import functools
@@ -24,27 +24,26 @@ Shape = tuple[int | None, ...]
 # the size of anything else.
 BATCH_SIZES = (5, 7)
 
-# Layers whose code is a few operations with rules: with an activation of the user's own they are
-# looked into like any other code.
+# Layers whose code consists of a few operations: with a custom activation, their code is traced.
 _SPELLED_OUT = (keras.layers.Activation, keras.layers.Dense)
 
 
 class TracedModel:
-    """What a model does, and how it ends.
+    """The trace of a model, and the kind of its output.
 
     Args:
         model: a built model.
-        inputs: for models without a graph, what they are called on, see `certify`.
+        inputs: for models without a graph, the inputs of a call, see `certify`.
         sequence_length: size of an axis of unknown size, where an input has one.
-        shapes: sizes of the inputs, first axes left out, instead.
+        shapes: sizes of the inputs without the first axis, in place of `sequence_length`.
 
     Attributes:
-        names: of the inputs, in flat order.
+        names: names of the inputs, in flat order.
         failure: why the model cannot be traced; `None` when it can.
         trace: the trace that is certified.
-        comparison: of that trace with one on another number of examples.
-        head: how the model ends, see `find_head`.
-        call_options: what the model is called with besides its inputs.
+        comparison: comparison of that trace with one on another number of examples.
+        head: kind of classifier, see `find_head`.
+        call_options: arguments of the call other than the inputs.
         logit_call: index of the call whose activation is left out, or `None`.
     """
 
@@ -89,22 +88,22 @@ class TracedModel:
 
     @property
     def arguments(self) -> tuple:
-        """What the model is called on, with a `KerasTensor` for every tensor."""
+        """The inputs of the call, with a `KerasTensor` for every tensor."""
         return self._arguments
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
-        """Sizes of the inputs, first axes left out."""
+        """Sizes of the inputs without the first axis."""
         return tuple(tuple(leaf.shape[1:]) for leaf in keras.tree.flatten(self._arguments))
 
     @property
     def only_for_its_shapes(self) -> bool:
-        """Whether inputs of other sizes run other code."""
+        """Whether inputs of other sizes may run other code."""
         return self.trace.exact_length or function_of(self.model) is None
 
     @functools.cached_property
     def single(self) -> Trace:
-        """The trace on one example, on which values are computed."""
+        """The trace on one example, which values are computed on."""
         batch = self.trace.batch if self.trace.batch not in BATCH_SIZES else 1
         single = self._trace(batch)
         if BatchComparison(single, self.trace).differ:
@@ -112,9 +111,9 @@ class TracedModel:
         return single
 
     def _look_up_integers(self) -> bool:
-        """Makes inputs integers that go into an embedding; whether there are any.
+        """Makes inputs of embeddings integers; returns whether there are any.
 
-        Keras does not keep the dtypes of what a model without a graph was called on.
+        Keras does not store the dtypes of the inputs of a model without a graph.
         """
         looked_up = {
             id(tensor)
@@ -138,7 +137,7 @@ class TracedModel:
         except TraceError:
             if not self.call_options:
                 raise
-        # A graph that holds `training` by position takes no other value for it.
+        # A graph that passes `training` by position takes no other value for it.
         self.call_options = {}
         return self._trace(batch)
 
@@ -173,7 +172,7 @@ def _refusal_of(layer: keras.layers.Layer) -> str:
 
 
 def _sized(model, arguments, sequence_length, shapes) -> tuple[Any, list[Shape]]:
-    """The inputs at the sizes they are traced at; their shapes with `None` for sizes that vary."""
+    """The inputs at the sizes of the trace, and their shapes with `None` for sizes that vary."""
     leaves = keras.tree.flatten(arguments)
     has_graph = function_of(model) is not None
     sized, flexible = [], []
@@ -189,7 +188,7 @@ def _sized(model, arguments, sequence_length, shapes) -> tuple[Any, list[Shape]]
                 and None not in sizes
                 and len(sizes) > (0 if integers else 1)
             ):
-                # The length it was first called with is not the only one it takes.
+                # The model also takes lengths other than that of its first call.
                 sizes = (None, *sizes[1:])
             open_sizes = sizes
             if sizes.count(None) == 1 and sequence_length is not None:

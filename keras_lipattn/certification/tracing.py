@@ -26,7 +26,7 @@ from keras_lipattn.certification.reasons import NOT_QUANTIZED, Cause, Reason
 from keras_lipattn.certification.trace import Trace, TracedCall, TraceError, symbols_in
 from keras_lipattn.certification.untouched import conversions_as_on_data, untouched
 
-# What code written for data may raise when it is called on symbols.
+# Errors that code written for data may raise on symbols.
 TRACE_ERRORS = (
     ArithmeticError,
     AssertionError,
@@ -46,12 +46,12 @@ _CHANGES_STATE = Reason(
 _COPIES = ("Cast", "ConvertToTensor", "Copy", "SaturateCast", "StopGradient")
 
 
-# From a wrapper to how it runs the layer inside on symbols; registered beside the rules.
+# Maps the class of a wrapper to a function that runs its inner layer on symbols.
 _expansions: dict[type, Callable] = {}
 
 
 def register_expansion(layer_class: type) -> Callable[[Callable], Callable]:
-    """Registers what to run on symbols in place of the `call` of a layer, as a decorator."""
+    """Registers a replacement for the `call` of a layer on symbols, as a decorator."""
 
     def decorate(function: Callable) -> Callable:
         _expansions[layer_class] = function
@@ -69,18 +69,18 @@ def trace(
     flexible: Sequence[tuple[int | None, ...]] | None = None,
     training: bool | None = None,
 ) -> Trace:
-    """Calls a model on symbolic tensors at inference and returns what it does.
+    """Calls a model on symbolic tensors at inference and returns its trace.
 
-    The model and the layers inside keep no trace of the call.
+    The model and its inner layers do not change.
 
     Args:
         model: a built model.
-        arguments: as `call_specs` returns them, sizes filled in where they are known.
-        batch: number of examples where the batch axis is open.
-        refusal_of: from a layer to why it has no rule, empty when it has one.
+        arguments: as returned by `call_specs`, with sizes filled in where they are known.
+        batch: number of examples where the batch axis has no fixed size.
+        refusal_of: maps a layer to the reason why it has no rule, empty if it has one.
         flexible: shapes of the inputs with `None` for axes whose size varies; by default their
             own shapes.
-        training: passed on to the model where it is not `None`.
+        training: passed on to the model if it is not `None`.
 
     Returns:
         A `Trace`.
@@ -129,10 +129,10 @@ class _Tracer:
         self.trace.outputs = symbols_in(outputs)
         self._collect(self.trace.outputs)
         if len(self.trace.outputs) != len(keras.tree.flatten(outputs)):
-            raise TraceError("it returns something else than tensors")
+            raise TraceError("it returns values that are not tensors")
 
     def _call(self, layer: keras.layers.Layer, *args, **kwargs) -> Any:
-        """Takes the place of `symbolic_call` of a layer; Keras has filled in the arguments."""
+        """Replaces `symbolic_call` of a layer; Keras has filled in the arguments."""
         self._collect(symbols_in((args, kwargs)))
         if id(layer) in self._trained and layer._call_has_training_arg:
             kwargs["training"] = True
@@ -159,7 +159,7 @@ class _Tracer:
                 self._stack.pop()
         if layer is self._model:
             raise TraceError(refusal)
-        # What it did before it failed is forgotten: the layer is one call without a constant.
+        # Drop the calls before the failure: the layer becomes one call without a constant.
         del self.trace.calls[calls:]
         self.trace.exact_length = exact_length
         _forget_changes(state)
@@ -171,7 +171,7 @@ class _Tracer:
         if getattr(layer, "quantization_mode", None) is not None:
             raise TraceError(Reason("it is quantized", remedy=NOT_QUANTIZED))
         outputs = expand(layer, *args, **kwargs) if expand else layer.call(*args, **kwargs)
-        # What does not depend on the inputs comes out as a constant; Keras wants tensors.
+        # Outputs that do not depend on the inputs are constants, but Keras expects tensors.
         return keras.tree.map_structure(self._symbol, outputs)
 
     def _symbol(self, leaf: Any) -> Any:
@@ -185,7 +185,7 @@ class _Tracer:
         return tensor
 
     def _refuse_lengths(self, layer, arguments) -> Reason | None:
-        """Notes that Python code sees a size that varies; why it cannot, where it is not known."""
+        """Notes that Python code runs on a size that varies; a reason if the size is not known."""
         if _is_graph(layer) or type(layer) in _expansions:
             return None
         tensors = symbols_in(arguments)
@@ -198,7 +198,7 @@ class _Tracer:
     def _record(self, layer, args, kwargs, refusal: Reason | None = None) -> Any:
         given = [(tensor, backend.get_keras_mask(tensor)) for tensor in symbols_in((args, kwargs))]
         outputs = type(layer).symbolic_call(layer, *args, **kwargs)
-        # A layer may return what it was given.
+        # A layer may return its input itself.
         fresh = keras.tree.map_structure(
             lambda leaf: (
                 KerasTensor(leaf.shape, leaf.dtype) if id(leaf) in self._producers else leaf
@@ -218,7 +218,7 @@ class _Tracer:
             )
         )
         if isinstance(layer, keras.layers.ReversibleEmbedding) and not kwargs.get("reverse"):
-            # Its `call` sets the mask that `compute_mask` leaves out.
+            # Its `call` sets the mask; its `compute_mask` does not.
             (looked_up,) = symbols_in((args, kwargs))[:1]
             mask = keras.layers.Embedding.compute_mask(layer, looked_up)
             backend.set_keras_mask(fresh, mask)
@@ -232,7 +232,7 @@ class _Tracer:
         self._infer_flexible(call)
 
     def _collect(self, tensors: Sequence[KerasTensor]) -> None:
-        """Adds the operations that made tensors since the last call of a layer."""
+        """Adds the operations that produced tensors since the last call of a layer."""
         stack = [*reversed(tensors)]
         while stack:
             tensor = stack[-1]
@@ -244,11 +244,11 @@ class _Tracer:
                 continue
             history = getattr(tensor, "_keras_history", None)
             if history is None or history.operation is None:
-                raise TraceError("it uses a symbolic tensor from outside of the model")
+                raise TraceError("it uses a symbolic tensor from outside the model")
             node = history.operation._inbound_nodes[history.node_index]
             waiting = [one for one in node.input_tensors if id(one) not in self._producers]
             if not node.input_tensors or isinstance(node.operation, keras.layers.Layer):
-                raise TraceError("it uses a symbolic tensor from outside of the model")
+                raise TraceError("it uses a symbolic tensor from outside the model")
             if waiting:
                 stack += reversed(waiting)
                 continue
@@ -308,7 +308,7 @@ class _Tracer:
                 shape = (None,) * len(tensor.shape)
             self.trace.flexible[id(tensor)] = shape
             if shape and shape[0] is None:
-                # Tokens were moved into the batch axis, and how many of them varies.
+                # A varying number of tokens was moved into the batch axis.
                 self.trace.exact_length = True
 
     # Names ------------------------------------------------------------------------------------
@@ -329,7 +329,7 @@ class _Tracer:
 
 @dataclasses.dataclass(frozen=True)
 class _Frame:
-    """A layer that is being looked into."""
+    """A layer whose code is being traced."""
 
     path: str
     names: dict[int, str]
@@ -337,7 +337,7 @@ class _Frame:
 
 
 def _is_graph(layer: keras.layers.Layer) -> bool:
-    """Whether the layer runs a recorded graph, and no code of its own."""
+    """Whether the layer runs a recorded graph and no code of its own."""
     return isinstance(layer, keras.Model) and function_of(layer) is not None
 
 
@@ -345,8 +345,8 @@ def _called_in_training(model: keras.Model) -> set[int]:
     """Layers that a graph calls with `training=True`, by `id`.
 
     `model(x)` runs them as in training, `model(x, training=False)` does not. Layers for image
-    augmentation have `training=True` as a default, which graphs keep: they are run as `predict`
-    and exported models run them.
+    augmentation have `training=True` by default, and graphs record it. These are certified at
+    inference, as `predict` and exported models run them.
     """
     graphs = [
         function_of(layer) for layer in model._flatten_layers() if isinstance(layer, keras.Model)
@@ -372,11 +372,12 @@ def _copies_a_number(operation, inputs, outputs) -> bool:
 
 
 def _explain(error: Exception) -> Reason:
-    """The reason why code cannot be traced; the message of Keras is about building models."""
+    """The reason why code cannot be traced. Messages of Keras are about building models."""
     if isinstance(error, NotImplementedError):
         return Reason("its `call` is not implemented")
     return Reason(
-        "its code uses functions other than those of `keras.ops`, or looks at the values of its "
+        f"its code raises {type(error).__name__} on symbolic tensors of this shape, for instance "
+        "because it uses functions other than those of `keras.ops` or looks at the values of its "
         "input",
         cause=Cause.CODE,
     )

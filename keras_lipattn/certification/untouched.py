@@ -1,4 +1,4 @@
-"""Calling a model on symbolic tensors without leaving anything behind on it."""
+"""Context managers for calling a model on symbolic tensors without changing it."""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from keras_lipattn.certification.trace import TraceError
 
 @contextlib.contextmanager
 def untouched(model: keras.Model) -> Iterator[None]:
-    """Puts back whatever a symbolic call leaves behind on a model and everything inside it."""
+    """Restores everything that a symbolic call changes on a model and its inner layers."""
     layers = model._flatten_layers()
     operations = {id(one): one for one in layers} | recorded_operations(model)
     attributes = [dict(vars(inner)) for inner in layers]
@@ -43,9 +43,9 @@ def untouched(model: keras.Model) -> Iterator[None]:
 
 @contextlib.contextmanager
 def conversions_as_on_data() -> Iterator[None]:
-    """A conversion to the dtype that a tensor has returns the tensor itself, with its mask.
+    """Makes conversions to the dtype that a tensor already has return the tensor itself.
 
-    So it is on data. On symbols Keras makes a new tensor, which has lost the mask.
+    This is what they do on data. On symbols, Keras returns a new tensor without the mask.
     """
     classes = (core.Cast, core.ConvertToTensor)
     originals = [vars(one).get("symbolic_call") for one in classes]

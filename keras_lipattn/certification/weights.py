@@ -1,4 +1,4 @@
-"""Weights as the layers use them."""
+"""Weights in the precision in which the layers use them."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ def cast_to_compute_dtype(value: Any, dtype: str | None) -> np.ndarray:
         dtype: dtype of the computation; `None` for no cast.
 
     Returns:
-        A float64 array. Values too large for `dtype` become infinite, as they do in the layer.
+        A float64 array. Values too large for `dtype` become infinite, as in the layer.
     """
     if isinstance(value, keras.Variable):
         value = keras.ops.convert_to_tensor(value)
@@ -30,9 +30,9 @@ def cast_to_compute_dtype(value: Any, dtype: str | None) -> np.ndarray:
 
 
 def kernel_of(layer: keras.layers.Layer, name: str = "kernel") -> np.ndarray:
-    """A weight of a layer in float64, cast to the dtype the layer computes in.
+    """A weight of a layer in float64, after the cast to the compute dtype of the layer.
 
-    A kernel with a low-rank update is the merged one, merged in the precision of the layer.
+    A low-rank update is merged into the kernel, in the precision of the layer.
     """
     with backend.AutocastScope(layer.compute_dtype):
         value = getattr(layer, name)
@@ -40,6 +40,6 @@ def kernel_of(layer: keras.layers.Layer, name: str = "kernel") -> np.ndarray:
 
 
 def bias_of(layer: keras.layers.Layer, name: str = "bias") -> np.ndarray | None:
-    """The bias of a layer in float64 after the same cast, `None` when it has none."""
+    """The bias of a layer in float64 after the same cast, `None` if it has no bias."""
     bias = getattr(layer, name, None)
     return None if bias is None else cast_to_compute_dtype(bias, layer.compute_dtype)

@@ -1,6 +1,5 @@
-"""From a model with dot-product attention to one that has a Lipschitz constant."""
+"""Conversion of a model with dot-product attention to one with a Lipschitz constant."""
 
-from keras_lipattn.conversion.conversion import Conversion
-from keras_lipattn.conversion.convert_attention import convert_attention
+from keras_lipattn.conversion.converting import Conversion, convert_attention
 
 __all__ = ["Conversion", "convert_attention"]

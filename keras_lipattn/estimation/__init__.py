@@ -1,6 +1,5 @@
-"""Lower estimates of Lipschitz constants, by attack: no certificates."""
+"""Lower estimates of Lipschitz constants by attack. They are not certificates."""
 
-from keras_lipattn.estimation.estimate_lipschitz import estimate_lipschitz
-from keras_lipattn.estimation.lipschitz_estimate import LipschitzEstimate
+from keras_lipattn.estimation.estimating import LipschitzEstimate, estimate_lipschitz
 
 __all__ = ["LipschitzEstimate", "estimate_lipschitz"]

@@ -44,6 +44,11 @@ def require_positive(name, value, *, optional=True):
         )
 
 
+def require_nonnegative(name, value):
+    if not (_is_real(value) and math.isfinite(value) and value >= 0):
+        raise ValueError(f"`{name}` must be zero or a positive number. Received: {name}={value}")
+
+
 def require_probability(name, value):
     if not (_is_real(value) and 0.0 <= value < 1.0):
         raise ValueError(f"`{name}` must be in [0, 1). Received: {name}={value}")

@@ -149,7 +149,7 @@ class L2MultiHeadAttention(SelfAttention):
 
     >>> layer = L2MultiHeadAttention(num_heads=4, key_dim=16, lipschitz_bound=1.0)
     >>> x = keras.random.normal((2, 10, 64))
-    >>> layer(x).shape
+    >>> keras.ops.shape(layer(x))
     (2, 10, 64)
     >>> layer.lipschitz().value <= 1.0
     True

@@ -52,7 +52,7 @@ class SpectralDense(LipschitzLayer):
     Example:
 
     >>> layer = SpectralDense(32, spectral_norm=1.0)
-    >>> layer(keras.random.normal((4, 16))).shape
+    >>> keras.ops.shape(layer(keras.random.normal((4, 16))))
     (4, 32)
     >>> layer.lipschitz().value <= 1.0
     True

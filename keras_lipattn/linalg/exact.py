@@ -38,7 +38,7 @@ def operator_norm(matrix: npt.ArrayLike) -> typing.Any:
 
     Example:
 
-    >>> operator_norm([[3.0, 0.0], [0.0, -4.0]])
+    >>> keras_lipattn.linalg.operator_norm([[3.0, 0.0], [0.0, -4.0]])
     4.0
     """
     matrix = np.asarray(matrix, np.float64)

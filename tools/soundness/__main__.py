@@ -2,11 +2,12 @@
 
     python -m tools.soundness --minutes=10 --seed=0
 
-Every eighth model is a chain of layers (`generate`), which takes many times as long as the others:
-whole models as users write them (`whole`). The summary counts models, comparisons and finite
-certificates, and names the worst ratio of what was found to what is certified. A ratio above 1 is a
-wrong certificate, and so is one whose examples depend on each other. For each, and for each crash
-of `certify`, a script that reproduces it is printed, and the exit code is 1.
+Every eighth model is a chain of layers (`generate`), whose attack takes many times as long. The
+other models are whole models as users write them (`whole`). The summary has the numbers of models,
+comparisons and finite certificates, and the worst ratio of a lower estimate to a certificate. A
+certificate is wrong if this ratio is above 1, or if the examples of a batch depend on each other.
+For each wrong certificate and each crash of `certify`, the program prints a script that reproduces
+it, and the exit code is 1.
 """
 
 import collections
@@ -21,7 +22,7 @@ from tools.soundness.rules import attack as compositions
 from tools.soundness.rules.subjects import Illegal, first_line
 from tools.soundness.whole import whole_subject
 
-_MINUTES = flags.DEFINE_float("minutes", 10.0, "How long to go on.", lower_bound=0.0)
+_MINUTES = flags.DEFINE_float("minutes", 10.0, "Minutes to run.", lower_bound=0.0)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the models.", lower_bound=0)
 
 _SCRIPT = """
@@ -41,10 +42,10 @@ class Result:
     """Findings about one model.
 
     Args:
-        text: what the model is.
-        comparisons: certified numbers and what was found, of either attack.
-        violations: sentences about wrong certificates.
-        crashes: sentences about calls of `certify` that raise.
+        text: description of the model.
+        comparisons: certified constants with lower estimates, of either attack.
+        violations: messages about wrong certificates.
+        crashes: messages about calls of `certify` that raise an error.
         certificates: number of finite certificates.
     """
 
@@ -72,7 +73,9 @@ def attack_chain(seed: int, index: int) -> Result:
         if one.is_violation
     ]
     if result.certificates and not chains.examples_are_independent(subject):
-        result.violations.append("Examples depend on each other, with a certificate.")
+        result.violations.append(
+            "Examples of a batch depend on each other, but there is a certificate."
+        )
     return result
 
 
@@ -101,7 +104,10 @@ def main(argv):
         try:
             result = (attack_whole if whole else attack_chain)(seed, index)
         except Illegal as error:
-            print(f"index {index} does not run, an error of the generator: {error}", flush=True)
+            print(
+                f"index {index} does not run; this is an error in the generator: {error}",
+                flush=True,
+            )
             total["illegal"] += 1
             index += 1
             continue

@@ -1,4 +1,4 @@
-"""Compares the certificate of a model with what attacks on it find."""
+"""Compares the certificate of a model with lower estimates."""
 
 import dataclasses
 
@@ -10,8 +10,8 @@ import keras_lipattn
 from tools.soundness.generate import Subject
 
 NORMS = ("l2", "token", "linf")
-# What is attacked runs in float64. A float32 model runs with folded weights that are rounded to
-# float32, a relative 6e-8 in each layer, where its float64 twin folds the same kernels anew.
+# The attacked model runs in float64. A float32 model runs with folded weights that are rounded to
+# float32, a relative error of 6e-8 in each layer; its float64 twin folds the same kernels itself.
 TOLERANCE = 1e-6
 # A larger Jacobian takes longer than the search without one.
 LARGEST_JACOBIAN = 2000
@@ -19,7 +19,7 @@ LARGEST_JACOBIAN = 2000
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One certificate against the largest quotient found, a lower estimate.
+    """A certificate and a lower estimate, the largest quotient found.
 
     Args:
         norm: `"l2"`, `"token"` or `"linf"`.
@@ -42,14 +42,14 @@ class Comparison:
 
     @property
     def is_violation(self) -> bool:
-        """Whether the certificate is wrong; NaN is."""
+        """Whether the certificate is wrong; true for NaN."""
         return not self.ratio <= 1.0 + TOLERANCE
 
 
 def attack(subject: Subject, seed: int = 0) -> list[Comparison]:
-    """Comparisons for each norm in which a certificate is finite: global, and near one input."""
+    """Comparisons of global and local certificates in each norm with a finite certificate."""
     comparisons = []
-    # Caps as constants: they are computed once, and not in every step.
+    # Condensed, so that caps are computed only once.
     with keras_lipattn.condensed(subject.twin):
         measured = jacobians(subject.twin, subject.points)
     for norm in NORMS:
@@ -67,7 +67,7 @@ def attack(subject: Subject, seed: int = 0) -> list[Comparison]:
 
 
 def examples_are_independent(subject: Subject) -> bool:
-    """Whether every example has the output that it has alone."""
+    """Whether the output of every example is the same in a batch and alone."""
     together = np.asarray(subject.twin(subject.points, training=False))
     alone = [np.asarray(subject.twin(one[None], training=False))[0] for one in subject.points]
     scale = 1.0 + np.abs(together).max()
@@ -75,13 +75,13 @@ def examples_are_independent(subject: Subject) -> bool:
 
 
 def _locally(subject: Subject, norm: str, seed: int, worst: np.ndarray) -> tuple[float, float]:
-    """What a search near one input finds, and what is certified there."""
+    """The lower estimate of a search near one input, and the local certificate there."""
     rng = np.random.default_rng((seed, NORMS.index(norm)))
-    # Half of the balls are around the worst point of the global search, where there is most to see.
+    # Half of the balls are around the worst point of the global search.
     point = worst if rng.random() < 0.5 else subject.points[0]
     scale = float(np.sqrt(np.mean(np.square(point)))) or 1.0
     radius = scale * 10.0 ** rng.uniform(-3.0, 0.5)
-    # Condensed, so that weights under caps are known too.
+    # Condensed, so that capped weights are known.
     with keras_lipattn.condensed(subject.model):
         certificate = keras_lipattn.certify(
             subject.model, norm=norm, input_radius=subject.input_radius, center=point, radius=radius
@@ -98,7 +98,7 @@ def _searched(subject: Subject, points: np.ndarray, norm: str, seed: int, **opti
             subject.twin,
             points,
             norm,
-            # Where attention follows attention a short climb ends far below the top.
+            # With several attention layers a short ascent ends far below the maximum.
             steps=40 if deep else 12,
             restarts=2,
             input_radius=subject.input_radius,
@@ -108,12 +108,12 @@ def _searched(subject: Subject, points: np.ndarray, norm: str, seed: int, **opti
 
 
 def jacobians(model: keras.Model, points: np.ndarray) -> np.ndarray:
-    """Jacobians at the points, `(points, outputs, inputs)`; none where they are too large."""
+    """Jacobians at the points, `(points, outputs, inputs)`; none if they are too large."""
     outputs = int(np.prod(model.output_shape[1:]))
     size = int(np.prod(points.shape[1:]))
     if outputs * size > LARGEST_JACOBIAN:
         return np.empty((0, outputs, size))
-    # One copy of a point for every output: one backward pass gives all rows.
+    # With one copy of a point for every output, one backward pass gives all rows.
     copies = tf.constant(np.repeat(points, outputs, axis=0))
     picked = np.tile(np.eye(outputs), (len(points), 1))
     with tf.GradientTape() as tape:
@@ -126,7 +126,7 @@ def jacobians(model: keras.Model, points: np.ndarray) -> np.ndarray:
 
 
 def jacobian_norm(jacobian: np.ndarray, norm: str) -> float:
-    """Norm of a Jacobian; that in the token norm is left to the search."""
+    """Norm of a Jacobian; 0 in the token norm, which only the search covers."""
     if norm == "l2":
         return float(np.linalg.norm(jacobian, 2))
     return float(np.abs(jacobian).sum(axis=1).max()) if norm == "linf" else 0.0

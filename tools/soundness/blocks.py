@@ -1,4 +1,4 @@
-"""Layers and models of the kind that users write, for random models."""
+"""Custom layers and models as users write them, for random models."""
 
 import keras
 from keras import layers, ops
@@ -8,7 +8,7 @@ import keras_lipattn
 
 
 class TransformerBlock(layers.Layer):
-    """The block of public Keras examples, without `build`: normalization before or after."""
+    """The Transformer block of Keras examples, without `build`: normalization before or after."""
 
     def __init__(self, width, *, first=True, lipschitz=False, causal=False, rate=0.1):
         super().__init__()
@@ -36,7 +36,7 @@ class TransformerBlock(layers.Layer):
 
 
 class BuiltBlock(layers.Layer):
-    """Weights of its own and sublayers that it builds."""
+    """A layer with its own weights, which builds its sublayers."""
 
     def build(self, input_shape):
         width = input_shape[-1]
@@ -50,7 +50,7 @@ class BuiltBlock(layers.Layer):
 
 
 class OwnHeads(layers.Layer):
-    """Attention by hand: heads move to the batch axis and back."""
+    """Attention from operations: heads move to the batch axis and back."""
 
     def __init__(self, heads=2, size=2):
         super().__init__()
@@ -92,7 +92,7 @@ class Folded(layers.Layer):
 
 
 class Repeated(layers.Layer):
-    """Every example several times, and the mean of its copies; `tile` mixes the order."""
+    """Repeats every example and averages the copies; `tile` mixes their order."""
 
     def __init__(self, inner, how):
         super().__init__()
@@ -112,7 +112,7 @@ class Repeated(layers.Layer):
 
 
 class ClassToken(layers.Layer):
-    """A learned token in front: a constant for every example."""
+    """Adds a learned token in front, the same for every example."""
 
     def __init__(self, how):
         super().__init__()
@@ -133,7 +133,7 @@ class ClassToken(layers.Layer):
 
 
 class Positions(layers.Layer):
-    """Learned positions, looked up as public examples do."""
+    """Learned position embeddings, as in Keras examples."""
 
     def __init__(self, length, width):
         super().__init__()
@@ -145,7 +145,7 @@ class Positions(layers.Layer):
 
 
 class SqueezeExcite(layers.Layer):
-    """Features times a gate made of their means."""
+    """Multiplies features by a gate computed from their means."""
 
     def __init__(self, width):
         super().__init__()
@@ -159,7 +159,7 @@ class SqueezeExcite(layers.Layer):
 
 
 class MaskedMean(layers.Layer):
-    """Mean of the visible tokens: the mask comes by name from Keras, or is all true."""
+    """Mean of the visible tokens; without a mask from Keras, all are visible."""
 
     def call(self, inputs, mask=None):
         if mask is None:
@@ -169,7 +169,7 @@ class MaskedMean(layers.Layer):
 
 
 class NamedMask(layers.Layer):
-    """Asks for the mask of one of its tensors by name and passes it to attention."""
+    """Takes the mask of one of its tensors as an argument and passes it to attention."""
 
     def __init__(self, *, lipschitz):
         super().__init__()
@@ -182,7 +182,7 @@ class NamedMask(layers.Layer):
 
 
 class MaskedScores(layers.Layer):
-    """Attention by hand through `Softmax()(scores, mask)`."""
+    """Attention from operations with `Softmax()(scores, mask)`."""
 
     def __init__(self, width):
         super().__init__()
@@ -195,13 +195,13 @@ class MaskedScores(layers.Layer):
         scores = ops.einsum("btd,bsd->bts", x, self.key(x))
         if mask is None:
             return ops.matmul(self.softmax(scores), x)
-        # `Softmax` takes masks of the shape of its input.
+        # The mask of `Softmax` has the shape of its input.
         visible = ops.logical_and(mask[:, None, :], ops.ones_like(scores, "bool"))
         return ops.matmul(self.softmax(scores, mask=visible), x)
 
 
 class GiveMask(layers.Layer):
-    """Gives its output a mask inside of `call`."""
+    """Sets the mask of its output in `call`."""
 
     def call(self, inputs, visible):
         output = 1.0 * inputs

@@ -49,11 +49,11 @@ def random_subject(seed: int, index: int) -> Subject:
         twin.set_weights(model.get_weights())
     points = rng.normal(size=(4, *shape))
     if len(shape) == 2:
-        # Where one head of attention is steepest: a token between two clusters of the others.
+        # A token between two clusters of other tokens, where one head of attention is steepest.
         direction = rng.normal(size=shape[1])
         sides = np.where(np.arange(tokens) % 2, 1.0, -1.0) * (np.arange(tokens) > 0)
         cluster = np.outer(sides, 1.3 * direction / np.linalg.norm(direction))
-        # Not exactly: where entries tie, gradients of maxima and minima are those of no direction.
+        # Perturbed: at ties, gradients of maxima and minima are not directional derivatives.
         points[0] = cluster + 1e-3 * points[0]
     points *= 10.0 ** rng.uniform(-1.0, 0.7)
     if radius is not None:
@@ -63,7 +63,7 @@ def random_subject(seed: int, index: int) -> Subject:
 
 
 def _build(shape, plan, dtype, radius) -> keras.Model:
-    """The model that a plan describes: the same one for every dtype but for the weights."""
+    """The model of a plan: the same one for every dtype, apart from the weights."""
     rng = np.random.default_rng(plan)
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(dtype)
@@ -80,7 +80,7 @@ def _build(shape, plan, dtype, radius) -> keras.Model:
 
 
 def _stage(rng, x, radius):
-    """A layer, or one in a branch beside its input."""
+    """A layer, or a layer in a residual branch."""
     y = _layer(rng, x, radius)
     kind = rng.choice(["plain", "residual", "concatenate"], p=[0.6, 0.25, 0.15])
     if kind == "residual" and y.shape == x.shape:
@@ -104,7 +104,7 @@ def _layer(rng, x, radius):
         _reshape,
     ]
     if len(x.shape) == 3:
-        # Attention is what the package is for: it comes more often.
+        # Attention is more frequent than other layers.
         choices += [_l2_attention] * 4
         choices += [_einsum_dense, _convolution, _pooling, _position_embedding, _permute]
         choices += [_normalized_attention]
@@ -132,7 +132,7 @@ def _max_min(rng, x):
 
 
 def _center_normalization(rng, x):
-    # Of one feature it has nothing to keep.
+    # With one feature its output is zero.
     return keras_lipattn.CenterNormalization()(x if x.shape[-1] > 1 else layers.Dense(4)(x))
 
 
@@ -227,7 +227,7 @@ def _permute(rng, x):
 
 
 def _randomise(model, rng):
-    """Random weights, of every layer at a scale of its own."""
+    """Assigns random weights, with a random scale for every layer."""
     for variable in model.trainable_weights:
         value = rng.normal(size=variable.shape) * 10.0 ** rng.uniform(-0.7, 0.4)
         if len(variable.shape) > 1:
@@ -236,7 +236,7 @@ def _randomise(model, rng):
 
 
 def _train(model, rng):
-    """A few steps on noise: running norms and whatever else training moves have moved."""
+    """Trains a few steps on noise, which changes running norms and other states."""
     x = rng.normal(size=(8, *model.input_shape[1:]))
     y = rng.normal(size=(8, *model.output_shape[1:]))
     model.compile(optimizer=keras.optimizers.Adam(0.01), loss="mse", run_eagerly=True)

@@ -24,7 +24,7 @@ from tools.soundness.rules.subjects import (
     structured,
 )
 
-# A share of the certificates is checked by `certify(check=True)` before it is attacked.
+# Fraction of the models that are also checked by `certify(check=True)`.
 CHECKED = 0.3
 
 
@@ -55,9 +55,9 @@ class _Builder:
         self.sources: list[Source] = []
         self.options: dict[str, Any] = {}
         self.masked = False
-        # Length of the sequences where the model leaves it open.
+        # Length of the sequences where the model does not fix it.
         self.length: int | None = None
-        # Whether a token may have been added, which open shapes do not show.
+        # Whether a token may have been added, which unknown sizes do not show.
         self.grown = False
         keras.utils.set_random_seed(int(self.rng.integers(2**31)))
 
@@ -110,14 +110,14 @@ class _Builder:
         return self.inputs[name]
 
     def side_input(self, name, dtype):
-        """An input of one entry for each token that is not certified."""
+        """An input with one entry per token that is not certified."""
         name = f"{name}{len(self.inputs)}"
         length = None if self.length is not None else self.tokens
         self.inputs[name] = keras.Input((length,), dtype=dtype, name=name)
         return self.inputs[name]
 
     def tokens_in(self):
-        """The tensor to begin with, `(B, T, d)`, with or without a mask."""
+        """The first tensor, `(B, T, d)`, with or without a mask."""
         self.tokens, width = self.size(2, 5), self.size(2, 4)
         if self.chance(0.25):
             self.length = self.options["sequence_length"] = self.tokens
@@ -260,7 +260,7 @@ class _Builder:
         if width % 2 == 0:
             makers.append(lambda: blocks.Folded(self.inner(width // 2)))
         if self.chance(0.2):
-            # Attention by hand has no finite constant in most of its forms.
+            # Attention from operations rarely has a finite constant.
             makers += [lambda: blocks.OwnHeads(), lambda: blocks.MaskedScores(width)]
         layer = self.pick(makers)()
         self.grown |= isinstance(layer, blocks.ClassToken)
@@ -385,7 +385,7 @@ class _Builder:
         return inner(x, mask=self.side_input("visible", "bool"))
 
     def block_nested_dict(self, x):
-        """An inner model whose inputs are matched by name, whatever their order."""
+        """An inner model whose inputs are matched by name, in any order."""
         names = ["b", "a"] if self.chance(0.5) else ["a", "b"]
         suffix = f"_{len(self.notes)}"
         symbols = {name: keras.Input(x.shape[1:], name=name + suffix) for name in names}

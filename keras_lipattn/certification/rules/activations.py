@@ -1,4 +1,4 @@
-"""Activations: functions of one entry, softmax and log-softmax (docs/theory.md, section 8)."""
+"""Activations: elementwise functions, softmax and log-softmax (docs/theory.md, section 8)."""
 
 import dataclasses
 import math
@@ -24,7 +24,7 @@ from keras_lipattn.certification.token_range import TokenRange
 from keras_lipattn.certification.weights import cast_to_compute_dtype
 from keras_lipattn.linalg import SAFETY
 
-# Intervals in which the values of saturating activations lie.
+# Intervals that contain the values of saturating activations.
 _RANGES = {
     "hard_sigmoid": (0.0, 1.0),
     "hard_tanh": (-1.0, 1.0),
@@ -35,7 +35,7 @@ _RANGES = {
     "sparse_sigmoid": (0.0, 1.0),
     "tanh": (-1.0, 1.0),
 }
-# |f(0)|, rounded up, where it is not 0.
+# |f(0)|, rounded up, if it is not 0.
 _AT_ZERO = {
     "hard_sigmoid": 0.5,
     "log_sigmoid": 0.693148,
@@ -54,8 +54,8 @@ def named(name: str, call: LayerCall, state: TensorState, *, axis: Any = -1) -> 
 
     Args:
         name: its name in `keras.activations`, or `"gelu_tanh"`.
-        call: the call it happens in.
-        state: its input.
+        call: the call.
+        state: the input of the activation.
         axis: for softmax and log-softmax, the axis or axes they act along, batch axis included.
 
     Returns:
@@ -70,7 +70,7 @@ def named(name: str, call: LayerCall, state: TensorState, *, axis: Any = -1) -> 
 
 
 def slope(constant: float, state: TensorState, *, name: str = "") -> LipschitzMap:
-    """The map of a function of one entry whose largest slope is `constant`."""
+    """The map of an elementwise function whose largest slope is `constant`."""
     if name == "linear":
         return Affine(constant=1.0, theorem="identity", exact=True)
     token_range = None
@@ -88,7 +88,7 @@ def slope(constant: float, state: TensorState, *, name: str = "") -> LipschitzMa
 def function(
     activation: Callable | None, call: LayerCall, state: TensorState
 ) -> LipschitzMap | None:
-    """The map of the `activation` argument of a layer, `None` when there is nothing to do."""
+    """The map of the `activation` argument of a layer, `None` for the identity."""
     if activation is None or activation is keras.activations.linear or call.drop_activation:
         return None
     if isinstance(activation, keras.layers.Layer):
@@ -100,7 +100,7 @@ def function(
 
 
 def name_of(activation: Any) -> str:
-    """Name of an activation function of Keras, empty for any other function."""
+    """Name of an activation function of Keras; empty for any other function."""
     name = getattr(activation, "__name__", type(activation).__name__)
     if not (
         name in layer_constants.ACTIVATIONS
@@ -108,28 +108,28 @@ def name_of(activation: Any) -> str:
         or name in _ALONG_AN_AXIS
     ):
         return ""
-    # A function of the same name may do anything: only the functions of Keras count.
+    # Only the functions of Keras themselves: another function may have the same name.
     if activation is getattr(keras.activations, name, None):
         return name
     if activation is getattr(keras.ops, name, None):
-        # There the tanh approximation is the default.
+        # `keras.ops.gelu` uses the tanh approximation by default.
         return "gelu_tanh" if name == "gelu" else name
     return ""
 
 
 def with_activation(
-    step: LipschitzMap, layer: Any, call: LayerCall, width: int | None
+    layer_map: LipschitzMap, layer: Any, call: LayerCall, width: int | None
 ) -> LipschitzMap:
-    """A layer's linear part followed by its `activation`; `width` is its last axis."""
+    """The linear part of a layer followed by its `activation`; `width` is its last axis."""
     shape = (*call.shape[:-1], width) if call.shape else ()
     between = call.state.replace(
         shape=shape, dynamic=call.dynamic, range=TokenRange(), anchor=None, linear=None
     )
     after = function(getattr(layer, "activation", None), call, between)
     if after is None:
-        return step
-    # Saturating activations bound their output by themselves; for others the map tells the range.
-    return chain(step, after)
+        return layer_map
+    # The map of a saturating activation has a range of its own.
+    return chain(layer_map, after)
 
 
 def _along(name: str, call: LayerCall, state: TensorState, axis: Any) -> LipschitzMap:
@@ -169,7 +169,7 @@ def _along(name: str, call: LayerCall, state: TensorState, axis: Any) -> Lipschi
 
 
 def convert(known: str, wanted: str, state: TensorState) -> float:
-    """Price of a bound that is known in another norm, on tensors of the shape of `state`."""
+    """Factor for a bound that is known in another norm, for tensors of the shape of `state`."""
     if known == wanted:
         return 1.0
     tokens, entries = state.tokens, state.entries
@@ -189,7 +189,7 @@ def _unbounded(name: str, state: TensorState) -> LipschitzMap:
             token_range = TokenRange.of_entries(0.0, slope_there, state.width)
         return LipschitzMap(
             constant=slope_there,
-            theorem="largest slope where the entries can be",
+            theorem="largest slope on the range of the entries",
             range=token_range,
         )
     return unbounded(
@@ -199,8 +199,8 @@ def _unbounded(name: str, state: TensorState) -> LipschitzMap:
 
 @register_rule(keras.layers.Activation)
 def activation(layer, call):
-    step = function(layer.activation, call, call.state)
-    return step or Affine(constant=1.0, theorem="identity", exact=True)
+    layer_map = function(layer.activation, call, call.state)
+    return layer_map or Affine(constant=1.0, theorem="identity", exact=True)
 
 
 @register_rule(keras.layers.ReLU)
@@ -215,13 +215,13 @@ def relu_operation(operation, call):
 
 def _relu(parameters, call: LayerCall) -> LipschitzMap:
     if parameters.threshold:
-        return unbounded(f"a ReLU with threshold {parameters.threshold} jumps at the threshold")
+        return unbounded(f"it jumps at its threshold {parameters.threshold}")
     constant = _slope(parameters.negative_slope or 0.0)
-    step = slope(constant, call.state)
+    layer_map = slope(constant, call.state)
     if parameters.max_value is not None and not parameters.negative_slope and call.state.width:
         bounded = TokenRange.of_entries(0.0, float(parameters.max_value), call.state.width)
-        return dataclasses.replace(step, range=bounded)
-    return step
+        return dataclasses.replace(layer_map, range=bounded)
+    return layer_map
 
 
 @register_rule(keras.layers.LeakyReLU)
@@ -230,7 +230,7 @@ def leaky_relu(layer, call):
 
 
 def _slope(parameter: float) -> float:
-    """Constant of a slope that some backends keep in float32."""
+    """Constant of a slope that some backends store in float32."""
     return layer_constants.slope_constant([parameter, float(np.float32(parameter))])
 
 
@@ -316,9 +316,9 @@ def soft_shrink(operation, call):
 @register_operation("Squareplus")
 def squareplus(operation, call):
     constant = layer_constants.activation_constant("squareplus", call.norm)
-    step = slope(constant, call.state)
+    layer_map = slope(constant, call.state)
     at_zero = SAFETY * math.sqrt(max(operation.b, 0.0)) / 2.0
-    return dataclasses.replace(step, value_at_zero=at_zero)
+    return dataclasses.replace(layer_map, value_at_zero=at_zero)
 
 
 @register_operation("Softmax", "LogSoftmax")

@@ -1,4 +1,4 @@
-"""Ordinary attention: Lipschitz only where its tokens are bounded (docs/theory.md, section 7)."""
+"""Dot-product attention: Lipschitz only on bounded tokens (docs/theory.md, section 7)."""
 
 import dataclasses
 import math
@@ -65,10 +65,10 @@ def multi_head_attention(layer, call):
     padded = padded or any(mask is not None for mask in masks)
     empty_rows = padded or _has_empty_row(mask, window)
     if not isinstance(mask, str) or window is not None or padded:
-        # A padded query may look at keys in any way.
+        # A padded query may see any set of keys.
         mask = "any"
-    # Keras has a fused kernel for one axis of attention; it averages over all keys in rows that
-    # see none. Without it these rows get zero weights.
+    # In rows that see no key, the fused kernel of Keras for one axis of attention averages over all
+    # keys. Without the fused kernel these rows have zero weights.
     fused = not layer._dropout > 0.0 and len(call.state.shape) == 2
     n_queries = None if window is None or (empty_rows and fused) else 2 * window - 1
     tokens = attention_length(layer._attention_axes, call.state)
@@ -145,13 +145,13 @@ def multi_head_attention(layer, call):
 
 
 def _reduce(query: np.ndarray, key: np.ndarray, center: np.ndarray):
-    """Kernels and center in the span of the kernels' columns: products between them stay."""
+    """Kernels and center in a basis of the span of the kernels' columns."""
     basis, joint = np.linalg.qr(np.concatenate([query, key], axis=1))
     return joint[:, : query.shape[1]], joint[:, query.shape[1] :], center @ basis
 
 
 def _has_empty_row(mask, window: int | None) -> bool:
-    """Whether some query may see no key, for a class of masks or an array of visible pairs."""
+    """Whether a query may see no key, for a class of masks or an array of visible pairs."""
     if isinstance(mask, str):
         return mask == "any"
     if window is not None:
@@ -164,9 +164,9 @@ def _has_empty_row(mask, window: int | None) -> bool:
 def _values(
     value, output, inner, outer, sizes, before: TokenRange, *, zero_rows: bool
 ) -> TokenRange:
-    """Averages of tokens stay in the ball; each head maps them linearly.
+    """The range of the output: each head maps averages of tokens linearly.
 
-    With `zero_rows` a head may give zero instead.
+    With `zero_rows` the output of a head may also be zero.
     """
     width = output.shape[-1]
     center = np.zeros(value.shape[1]) if before.center is None else before.center
@@ -179,7 +179,7 @@ def _values(
 
 
 def _published(reduced, sizes, before: TokenRange, tokens: int, layer) -> float:
-    """Castin, Ablin and Peyre, "How smooth is attention?": a sum over heads without biases."""
+    """The bound of Castin, Ablin and Peyre, "How smooth is attention?", summed over the heads."""
     biases = [bias_of(layer._query_dense), bias_of(layer._key_dense)]
     if any(bias is not None and np.any(bias) for bias in biases):
         return math.inf
@@ -246,7 +246,7 @@ def _of_three(scale: float, parts, call: LayerCall, *, repeats: int = 1) -> Lips
         inner = None if inner is None else np.repeat(inner, repeats, axis=0)
         outer = bias_of(parts[3])
         sizes = operator_norm(mixed)
-        # A query that sees no key gets zeros, or an average, by the way Keras goes.
+        # A query that sees no key gets zeros or an average, depending on the kernel of Keras.
         token_range = _values(kernels[2], output, inner, outer, sizes, balls[2], zero_rows=True)
     return _averages(
         CrossConstants(*(combine_heads(mixed, part) for part in constants)),
@@ -263,7 +263,7 @@ def _averages(
     token_range: TokenRange | None,
     theorem: str = "Theorem 7.7, tokens in balls",
 ) -> LipschitzMap:
-    """Averages of values by the softmax of scores of queries and keys."""
+    """The map of averages of values, weighted by the softmax of scores of queries and keys."""
     query, key, value = states
     perturbed = [state for state in states if not state.is_fixed]
     if any(state.fold != call.fold for state in perturbed) or not all(
@@ -275,7 +275,7 @@ def _averages(
         operands, gains = [query, value], [constants.query, constants.shared]
     queries = 1.0
     if call.norm == "l2":
-        # Every key is seen by all queries at most.
+        # A key is seen by at most all queries.
         length = call.shape[-2]
         if length is None:
             return unbounded("its number of queries is not known", cause=Cause.SIZE)
@@ -359,7 +359,7 @@ def _dot_products(states: list[TensorState], scale: float) -> CrossConstants:
 
 
 def _averaged(value: TensorState) -> TokenRange | None:
-    """Where averages of tokens can be, or zeros where a mask leaves nothing."""
+    """The range of averages of tokens, and of zeros for queries that see no key."""
     ball = _ball(value)
     if not ball.bounded or value.width is None:
         return None
@@ -381,6 +381,6 @@ def dot_product_attention(operation, call):
         return unbounded("some of its heads share keys and values")
     scale = 1.0 / math.sqrt(query.width) if scale is None else float(call.constant(scale))
     constants = _dot_products(states, scale)
-    # Axes are (batch, tokens, heads, features): every head has its own tokens.
+    # Axes are (batch, tokens, heads, features), and heads are separate sequences.
     swapped = dataclasses.replace(call, shape=(call.shape[1], call.shape[0], call.shape[2]))
     return _averages(constants, states, swapped, _averaged(value))

@@ -1,4 +1,4 @@
-"""Convolutions: overlap of patches, frequencies, sums over offsets (docs/theory.md, section 8)."""
+"""Convolutions (docs/theory.md, section 8)."""
 
 import dataclasses
 import itertools
@@ -18,7 +18,7 @@ from keras_lipattn.certification.reasons import (
 )
 from keras_lipattn.certification.registry import register_operation, register_rule
 from keras_lipattn.certification.rules.activations import convert, with_activation
-from keras_lipattn.certification.rules.linear import matrix_step, quantized
+from keras_lipattn.certification.rules.linear import matrix_map, quantized
 from keras_lipattn.certification.tensor_state import TensorState
 from keras_lipattn.certification.token_range import TokenRange
 from keras_lipattn.certification.weights import bias_of, kernel_of
@@ -36,30 +36,30 @@ def convolution(layer, call):
     refusal = quantized(layer)
     if refusal is not None:
         return refusal
-    step = _convolution(layer, kernel_of(layer), bias_of(layer), layer.groups, call)
-    return with_activation(step, layer, call, call.shape[-1])
+    layer_map = _convolution(layer, kernel_of(layer), bias_of(layer), layer.groups, call)
+    return with_activation(layer_map, layer, call, call.shape[-1])
 
 
 @register_rule(keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
 def depthwise(layer, call):
     kernel, groups = _depthwise(kernel_of(layer))
-    step = _convolution(layer, kernel, bias_of(layer), groups, call)
-    return with_activation(step, layer, call, call.shape[-1])
+    layer_map = _convolution(layer, kernel, bias_of(layer), groups, call)
+    return with_activation(layer_map, layer, call, call.shape[-1])
 
 
 @register_rule(keras.layers.SeparableConv1D, keras.layers.SeparableConv2D)
 def separable(layer, call):
     first = kernel_of(layer, "depthwise_kernel")
     second = kernel_of(layer, "pointwise_kernel")
-    step = _separable(layer, first, second, bias_of(layer), call)
-    return with_activation(step, layer, call, call.shape[-1])
+    layer_map = _separable(layer, first, second, bias_of(layer), call)
+    return with_activation(layer_map, layer, call, call.shape[-1])
 
 
 def _separable(layer, first, second, bias, call: LayerCall) -> LipschitzMap:
     wide, groups = _depthwise(first)
     apart = chain(
         _convolution(layer, wide, None, groups, call),
-        _by_norm(matrix_step(second.reshape(second.shape[-2:]), bias, call.norm), layer, call),
+        _by_norm(matrix_map(second.reshape(second.shape[-2:]), bias, call.norm), layer, call),
     )
     # The same map as one convolution: offsets times channels to filters.
     channels, multiplier = first.shape[-2:]
@@ -121,27 +121,27 @@ def _transposed(layer, kernel, bias, call: LayerCall) -> LipschitzMap:
         constant = layer_constants.convolution_constant(
             kernel, "l2", strides=strides, dilation=dilation, input_shape=image
         )
-        step = LipschitzMap(constant=constant, theorem="norm of the adjoint convolution")
+        layer_map = LipschitzMap(constant=constant, theorem="norm of the adjoint convolution")
         if call.norm != "l2":
-            step = _converted(constant, call, exact=False)
+            layer_map = _converted(constant, call, exact=False)
     else:
-        step = LipschitzMap(
+        layer_map = LipschitzMap(
             constant=_meeting_offsets(kernel, strides, dilation, call.norm),
             theorem="sum over the offsets that meet in an output",
             exact=call.norm == "linf",
         )
     before = call.state.range
-    if before.bounded and not first and math.isfinite(step.constant):
+    if before.bounded and not first and math.isfinite(layer_map.constant):
         moved = TokenRange(
             _meeting_offsets(kernel, strides, dilation, "token") * before.outer_radius
         )
         moved = moved if bias is None else moved.plus(TokenRange.of_values(bias))
-        step = dataclasses.replace(step, range=moved)
-    return step
+        layer_map = dataclasses.replace(layer_map, range=moved)
+    return layer_map
 
 
 def _meeting_offsets(kernel: np.ndarray, strides, dilation, norm: str) -> float:
-    """Largest sum over the offsets that reach one output of a transposed convolution."""
+    """Largest sum over the offsets that contribute to one output of a transposed convolution."""
     rank = kernel.ndim - 2
     # In one axis the output p = s o + d t comes from offsets t in one class modulo s / gcd(s, d).
     classes = [
@@ -191,7 +191,7 @@ def _convolution(layer, kernel, bias, groups: int, call: LayerCall) -> Lipschitz
             exact=exact,
             range=None if first else _grouped_range(kernel, bias, groups, call),
         )
-    # Cutting patches, then one matrix: the matrix may merge with what follows.
+    # Patches followed by a matrix, which may merge with later linear maps.
     offsets = math.prod(kernel.shape[:rank])
     overlap = math.prod(
         -(-k * math.gcd(s, d) // s)
@@ -205,19 +205,19 @@ def _convolution(layer, kernel, bias, groups: int, call: LayerCall) -> Lipschitz
         exact=patches,
         range=TokenRange(SAFETY * math.sqrt(offsets) * before.outer_radius, None, before.largest),
     )
-    matrix = matrix_step(kernel.reshape(-1, kernel.shape[-1]), bias, call.norm)
+    matrix = matrix_map(kernel.reshape(-1, kernel.shape[-1]), bias, call.norm)
     return chain(cutting, matrix, constant=constant, theorem=_THEOREM[norm], exact=exact)
 
 
 def _grouped_range(kernel, bias, groups: int, call: LayerCall) -> TokenRange | None:
-    """Where the outputs are: a patch of bounded tokens, times the kernel of its group."""
+    """The range of the output: patches of bounded tokens, times the kernels of the groups."""
     before = call.state.range
     if not before.bounded:
         return None
     offsets = math.prod(kernel.shape[:-2])
     blocks = kernel.reshape(offsets * kernel.shape[-2], groups, -1)
     norms = operator_norm(np.moveaxis(blocks, 1, 0))
-    # Groups have channels of their own, so the squares of their inputs add up to a patch.
+    # Groups have separate channels, so the squared norms of their inputs add up to that of a patch.
     moved = TokenRange(
         SAFETY * float(np.max(norms)) * SAFETY * math.sqrt(offsets) * before.outer_radius
     )
@@ -225,18 +225,20 @@ def _grouped_range(kernel, bias, groups: int, call: LayerCall) -> TokenRange | N
 
 
 def _depthwise(kernel: np.ndarray) -> tuple[np.ndarray, int]:
-    """The kernel of a depthwise convolution as that of a grouped one, and the groups."""
+    """The kernel of a depthwise convolution as one of a grouped convolution, and the groups."""
     channels, multiplier = kernel.shape[-2:]
     return kernel.reshape(*kernel.shape[:-2], 1, channels * multiplier), channels
 
 
-def _by_norm(step: LipschitzMap, layer, call: LayerCall) -> LipschitzMap:
-    """A matrix on the channels when these are not the last axis."""
-    if not _channels_first(layer) or math.isinf(step.constant):
-        return step
+def _by_norm(layer_map: LipschitzMap, layer, call: LayerCall) -> LipschitzMap:
+    """The map of a matrix on the channels, also if these are not the last axis."""
+    if not _channels_first(layer) or math.isinf(layer_map.constant):
+        return layer_map
     if call.norm == "token":
-        return _converted(step.constant, call, exact=False)
-    return LipschitzMap(constant=step.constant, theorem=step.theorem, exact=step.exact)
+        return _converted(layer_map.constant, call, exact=False)
+    return LipschitzMap(
+        constant=layer_map.constant, theorem=layer_map.theorem, exact=layer_map.exact
+    )
 
 
 def _converted(constant: float, call: LayerCall, *, exact: bool) -> LipschitzMap:

@@ -7,8 +7,8 @@ from keras_lipattn.certification.reasons import (
     Reason,
 )
 from keras_lipattn.certification.registry import register_operation, register_rule
-from keras_lipattn.certification.rules.linear import matrix_step, quantized
-from keras_lipattn.certification.rules.linear_operations import take_step
+from keras_lipattn.certification.rules.linear import matrix_map, quantized
+from keras_lipattn.certification.rules.linear_operations import take_map
 from keras_lipattn.certification.tensor_state import Kind, TensorState
 from keras_lipattn.certification.weights import cast_to_compute_dtype, kernel_of
 
@@ -16,7 +16,7 @@ _FLOAT_INDICES = Reason(
     "it looks up rows by a certified input, and they jump when the input changes",
     remedy="declare this input with an integer dtype",
 )
-_THEOREM = "certified from its output on: the integers stay fixed"
+_THEOREM = "its output is a certified input: the integers stay fixed"
 
 
 @register_rule(keras.layers.Embedding)
@@ -28,7 +28,7 @@ def embedding(layer, call):
 def take(operation, call):
     table, indices = call.argument("x"), call.argument("indices")
     if isinstance(table, TensorState) and not table.is_fixed:
-        return take_step(operation, indices, call)
+        return take_map(operation, indices, call)
     if isinstance(table, TensorState) or not isinstance(indices, TensorState):
         return unbounded("its table is not a constant of the model")
     if not indices.is_fixed and indices.kind is not Kind.INTEGER:
@@ -49,10 +49,12 @@ def reversible_embedding(layer, call):
         kernel = kernel_of(layer, "reverse_embeddings")
     if layer.reverse_dtype is not None:
         kernel = cast_to_compute_dtype(kernel, layer.reverse_dtype)
-    step = matrix_step(kernel, None, call.norm)
+    layer_map = matrix_map(kernel, None, call.norm)
     if layer.logit_soft_cap is not None:
-        return chain(step, Elementwise(constant=1.0, theorem="largest slope", value_at_zero=0.0))
-    return step
+        return chain(
+            layer_map, Elementwise(constant=1.0, theorem="largest slope", value_at_zero=0.0)
+        )
+    return layer_map
 
 
 def _lookup(layer, call) -> LipschitzMap:

@@ -1,4 +1,4 @@
-"""Image layers: augmentation at inference, resizing, patches (docs/theory.md, section 8)."""
+"""Image layers: augmentation, resizing, cropping, patches (docs/theory.md, section 8)."""
 
 import functools
 import math
@@ -17,8 +17,8 @@ from keras_lipattn.certification.reasons import (
     in_training,
 )
 from keras_lipattn.certification.registry import register_operation, register_rule
-from keras_lipattn.certification.rules.linear import matrix_step
-from keras_lipattn.certification.rules.linear_operations import axes_step
+from keras_lipattn.certification.rules.linear import matrix_map
+from keras_lipattn.certification.rules.linear_operations import axes_map
 from keras_lipattn.certification.rules.other_layers import identity
 from keras_lipattn.certification.rules.reshaping import repeated, spatial_last
 from keras_lipattn.certification.tensor_state import Enclosure, TensorState
@@ -29,10 +29,10 @@ _NOT_BATCHED = Reason(
     "its input is not a batch of images, so it changes the examples of a batch together",
     cause=Cause.BATCH,
 )
-# Backends interpolate in float32: the margin of norms, and the error of a value, relative to it.
+# Backends interpolate in float32: relative errors of norms and of values.
 _MARGIN = 1.0 + 1e-5
 _ROUNDING = 5e-7
-# Numbers in all images that a probe runs.
+# Largest number of entries of all images in a probe.
 _MOST_WORK = 1_000_000_000
 
 # Layers that return their input at inference, by the names that Keras exports.
@@ -53,7 +53,7 @@ def augmentation(layer, call):
     if not isinstance(call.argument("data"), TensorState):
         return unbounded("its input is not a single tensor of images")
     if call.state.shape != call.shape:
-        # RandomCrop announces another shape than it returns.
+        # The output of RandomCrop has another shape than Keras infers.
         return unbounded("its output has another shape than its input")
     return identity()
 
@@ -74,8 +74,8 @@ def resize(operation, call):
 def up_sampling(layer, call):
     first = layer.data_format == "channels_first"
     if layer.interpolation == "nearest":
-        step = repeated(call, math.prod(layer.size))
-        return spatial_last(step, call) if first else step
+        layer_map = repeated(call, math.prod(layer.size))
+        return spatial_last(layer_map, call) if first else layer_map
     height, width = call.shape[1:] if first else call.shape[:2]
     options = (("interpolation", layer.interpolation),)
     return _separable("resize", (height, width), options, call, first)
@@ -98,7 +98,7 @@ def center_crop(layer, call):
         for size, length in zip(sizes, target, strict=True):
             start = (size - length) // 2
             cuts.append(np.eye(size)[start : start + length])
-        return axes_step(dict(zip(_axes(first), cuts, strict=True)), call, "entries are dropped")
+        return axes_map(dict(zip(_axes(first), cuts, strict=True)), call, "entries are dropped")
     return _separable("smart_resize", target, (), call, first)
 
 
@@ -124,12 +124,12 @@ def _axes(first: bool) -> tuple[int, int]:
 
 
 def _separable(kind: str, size, options: tuple, call: LayerCall, first: bool) -> LipschitzMap:
-    """A linear map of images that acts on rows and on columns, the same for every channel."""
+    """The map of a resize that acts on rows and columns separately, and alike on channels."""
     state = call.state
     if state.rank != 4 or not state.fold:
         return unbounded(_NOT_BATCHED)
     if not state.dtype.startswith(("float", "bfloat")):
-        return unbounded("it rounds to integers, which jump")
+        return unbounded("it rounds to integers, and they jump when the input changes")
     axes = _axes(first)
     sizes = [state.shape[axis - 1] for axis in axes]
     if None in size:
@@ -143,18 +143,21 @@ def _separable(kind: str, size, options: tuple, call: LayerCall, first: bool) ->
         )
     rows, columns, offset = known
     copied = all(np.isin(matrix, (0.0, 1.0)).all() for matrix in (rows, columns))
-    step = axes_step(
+    layer_map = axes_map(
         dict(zip(axes, (rows, columns), strict=True)),
         call,
         "norms along rows and columns",
         margin=1.0 if copied else _MARGIN,
         offset=float(np.abs(offset).max(initial=0.0)),
     )
-    return _with_center(step, rows, columns, offset, copied, call, first)
+    # TensorFlow rounds to float32 even where it copies pixels, unless it picks the nearest.
+    nearest = dict(options).get("interpolation") == "nearest"
+    exact = copied and (nearest or state.dtype != "float64")
+    return _with_center(layer_map, rows, columns, offset, exact, call, first)
 
 
 def _of_any_image(kind: str, size, options: dict, call: LayerCall, first: bool) -> LipschitzMap:
-    """A resize of images of unknown sizes: each pixel of the output is an average, or constant."""
+    """The map of a resize of images of unknown size: its pixels are averages or constants."""
     if kind != "resize" or options["interpolation"] not in ("nearest", "bilinear"):
         return unbounded(SIZE_VARIES)
     offset = abs(options.get("fill_value", 0.0))
@@ -179,32 +182,32 @@ def _of_any_image(kind: str, size, options: dict, call: LayerCall, first: bool) 
     )
 
 
-def _with_center(step, rows, columns, offset, copied: bool, call: LayerCall, first: bool):
-    """The same step with its value near an input, which backends compute in float32."""
+def _with_center(layer_map, rows, columns, offset, exact: bool, call: LayerCall, first: bool):
+    """The same map with its value at the center, which backends compute in float32."""
     known = call.state.enclosure
     if known is None:
-        return step
+        return layer_map
     letters = "nchw" if first else "nhwc"
     equation = f"Hh,{letters},Ww->{letters.replace('h', 'H').replace('w', 'W')}"
     value = np.einsum(equation, rows, known.value, columns, optimize=True)
     value = value + (offset if first else offset[:, :, None])
     error = 0.0
-    if not copied:
+    if not exact:
         sizes = [float(np.linalg.norm(np.abs(matrix), 2)) for matrix in (rows, columns)]
         error = _ROUNDING * math.prod(sizes) * Enclosure(known.value).size
     center = CenterValue(value=value, rounding_error=error)
-    return type(step)(
-        constant=step.constant,
-        theorem=step.theorem,
-        exact=step.exact,
-        range=step.range,
+    return type(layer_map)(
+        constant=layer_map.constant,
+        theorem=layer_map.theorem,
+        exact=layer_map.exact,
+        range=layer_map.range,
         center=center,
     )
 
 
 @functools.lru_cache(maxsize=64)
 def _matrices(kind: str, size: tuple, options: tuple, height: int, width: int):
-    """Matrices along rows and columns and the offset of a resize, `None` where not known."""
+    """Matrices along rows and columns and the offset of a resize, `None` if not known."""
 
     def run(target: tuple) -> Callable:
         def resized(images):
@@ -221,7 +224,7 @@ def _matrices(kind: str, size: tuple, options: tuple, height: int, width: int):
 
     keeps_ratio = any(dict(options).get(f"{way}_to_aspect_ratio") for way in ("crop", "pad"))
     if kind == "resize" and not keeps_ratio:
-        # Each axis alone: images of one column, then of one row.
+        # One axis at a time: images of one column, then images of one row.
         by_rows = _probe(run((size[0], 1)), height, 1)
         by_columns = _probe(run((1, size[1])), 1, width)
         if by_rows is None or by_columns is None:
@@ -252,7 +255,7 @@ def _probe(run: Callable, height: int, width: int):
 
     rows = images(0, height, lambda out: out[:, :, column])
     columns = images(1, width, lambda out: out[:, row, :]) / total[row, column]
-    # Any image shows whether rows and columns are apart.
+    # A random image shows whether the map acts on rows and columns separately.
     image = np.random.default_rng(0).normal(size=(height, width))
     expected = run(image[None, :, :, None])[0, :, :, 0] - offset
     if not np.allclose(rows @ image @ columns.T, expected, rtol=1e-4, atol=1e-4):
@@ -276,8 +279,8 @@ def grayscale(operation, call):
     )
     matrix = np.asarray(weights, np.float64).reshape(1, 3)
     if first:
-        return axes_step({1: matrix}, call, "norm of the weights of the colors")
-    return matrix_step(matrix.T, None, call.norm)
+        return axes_map({1: matrix}, call, "norm of the weights of the colors")
+    return matrix_map(matrix.T, None, call.norm)
 
 
 @register_operation("ExtractPatches")
@@ -295,7 +298,7 @@ def patches(operation, call):
         for k, s, d in zip(operation.size, strides, dilation, strict=True)
     )
     first = operation.data_format == "channels_first"
-    # Channels first, a token is one row of the image, seen at one offset.
+    # With channels first, a token of the output contains parts of one row of the image.
     offsets = 1 if first else math.prod(operation.size)
     constants = {"l2": math.sqrt(overlap), "token": math.sqrt(offsets), "linf": 1.0}
     before = state.range

@@ -65,7 +65,7 @@ def get_item(operation, call):
         return LipschitzMap(
             constant=1.0, theorem="entries are dropped", exact=True, range=_about_origin(call)
         )
-    # The last axis goes: entries of different tokens share one.
+    # Without the last axis, entries of different tokens share a token.
     merged = call.shape[-1] if call.shape else 1
     if call.norm == "token" and merged is None:
         return unbounded(UNKNOWN_TOKENS)
@@ -77,7 +77,7 @@ def get_item(operation, call):
 
 
 def _picked(operation, call: LayerCall) -> LipschitzMap:
-    """Entries picked by arrays."""
+    """The map of indexing with constant arrays."""
     key = call.argument("key")
     if any(isinstance(leaf, TensorState) for leaf in keras.tree.flatten(key)):
         return unbounded("its indices are not constants of the model")
@@ -97,7 +97,7 @@ def split(operation, call):
     if axis == 0:
         return unbounded(MOVES_BATCH)
     if axis == rank - 1 and name == "Unstack":
-        # Entries of different tokens share one.
+        # Entries of different tokens share a token.
         merged = call.shape[-1] if call.shape else 1
         if call.norm == "token" and merged is None:
             return unbounded(UNKNOWN_TOKENS)

@@ -22,10 +22,10 @@ from keras_lipattn.linalg import SAFETY
 _THEOREM = {"l2": "spectral norm", "token": "spectral norm", "linf": "largest column sum"}
 
 
-def matrix_step(
+def matrix_map(
     matrix: np.ndarray, bias: np.ndarray | None, norm: str, *, spectral: float | None = None
 ) -> LipschitzMap:
-    """The map of `x @ matrix + bias` on the last axis; `spectral` is its norm where known."""
+    """The map of `x @ matrix + bias` on the last axis; `spectral` is its 2-norm if known."""
     if not np.isfinite(matrix).all() or (bias is not None and not np.isfinite(bias).all()):
         return unbounded(NOT_FINITE)
     return Affine(
@@ -38,7 +38,7 @@ def matrix_step(
 
 
 def quantized(layer) -> LipschitzMap | None:
-    """Why a quantized layer has no constant, `None` for any other layer."""
+    """The map of a quantized layer, which has no constant; `None` for any other layer."""
     mode = getattr(layer, "quantization_mode", None)
     if mode is None:
         return None
@@ -53,8 +53,8 @@ def dense(layer, call):
     if refusal is not None:
         return refusal
     kernel = kernel_of(layer)
-    step = matrix_step(kernel, bias_of(layer), call.norm)
-    return with_activation(step, layer, call, kernel.shape[1])
+    layer_map = matrix_map(kernel, bias_of(layer), call.norm)
+    return with_activation(layer_map, layer, call, kernel.shape[1])
 
 
 @register_rule(keras.layers.EinsumDense)
@@ -66,11 +66,11 @@ def einsum_dense(layer, call):
     bias = bias_of(layer)
     if not np.isfinite(kernel).all() or (bias is not None and not np.isfinite(bias).all()):
         return unbounded(NOT_FINITE)
-    step = einsum_step(layer.equation, kernel, bias, call)
-    return with_activation(step, layer, call, call.shape[-1] if call.shape else None)
+    layer_map = einsum_map(layer.equation, kernel, bias, call)
+    return with_activation(layer_map, layer, call, call.shape[-1] if call.shape else None)
 
 
-def einsum_step(
+def einsum_map(
     equation: str, kernel: np.ndarray, bias: np.ndarray | None, call: LayerCall
 ) -> LipschitzMap:
     """The map of `einsum(equation, x, kernel) + bias`."""
@@ -92,7 +92,7 @@ def einsum_step(
         and inputs[0] not in weights
     )
     known = dict(zip(inputs[1:], call.state.shape, strict=True)) if plain else {}
-    # Sides of 1 broadcast in some backends.
+    # Some backends broadcast axes of size 1.
     plain = plain and all(known[a] == kernel.shape[weights.index(a)] for a in weights if a in known)
     if not plain:
         return unbounded(f"the equation {equation!r} is not a plain linear map")
@@ -112,7 +112,7 @@ def einsum_step(
         and not shared
         and inputs[:-1] == result[:-1]
     ):
-        return matrix_step(blocks[0], bias, call.norm)
+        return matrix_map(blocks[0], bias, call.norm)
     largest_sum = SAFETY * float(np.abs(blocks).sum(axis=1).max(initial=0.0))
     offset = 0.0 if bias is None else float(np.abs(bias).max(initial=0.0))
     token_range = TokenRange.up_to(largest_sum * call.state.range.largest + offset, call.width)
@@ -131,7 +131,7 @@ def einsum_step(
             exact=True,
             range=token_range,
         )
-    # A token of the output that takes its entries from one token of the input.
+    # Every token of the output takes its entries from one token of the input.
     if summed == [inputs[-1]] and not shared and result == inputs[:-1] + "".join(made):
         last = sizes[result[-1]]
         heads = blocks[0].reshape(blocks.shape[1], -1, last)
@@ -146,7 +146,7 @@ def einsum_step(
 
 
 def spell_out(inputs: str, result: str, rank: int) -> tuple[str, str]:
-    """Replaces "..." by letters which the equation does not use."""
+    """Replaces "..." by letters that the equation does not use."""
     if "..." not in inputs:
         return inputs, result
     free = iter("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
@@ -156,8 +156,8 @@ def spell_out(inputs: str, result: str, rank: int) -> tuple[str, str]:
     return inputs.replace("...", names), result.replace("...", names)
 
 
-def scaling_step(scale: np.ndarray, call: LayerCall, *, theorem: str) -> LipschitzMap:
-    """The map of `scale * x + constant`, entry by entry."""
+def scaling_map(scale: np.ndarray, call: LayerCall, *, theorem: str) -> LipschitzMap:
+    """The map of `scale * x`, entry by entry."""
     scale = np.asarray(scale, np.float64)
     if not np.isfinite(scale).all():
         return unbounded(NOT_FINITE)

@@ -1,4 +1,4 @@
-"""Linear operations: copies of entries, sums along one axis (docs/theory.md, section 8)."""
+"""Linear operations: copies of entries, and maps along axes (docs/theory.md, section 8)."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -16,18 +16,18 @@ from keras_lipattn.certification.reasons import (
     Cause,
 )
 from keras_lipattn.certification.registry import register_operation
-from keras_lipattn.certification.rules.linear import matrix_step
+from keras_lipattn.certification.rules.linear import matrix_map
 from keras_lipattn.certification.tensor_state import TensorState
 from keras_lipattn.certification.token_range import TokenRange
 from keras_lipattn.linalg import SAFETY
 
-# Entries of an example; three examples are numbered exactly in float32.
+# Largest number of entries of an example: three examples are numbered exactly in float32.
 _MOST_ENTRIES = 4_000_000
-# Rows of a matrix along one axis.
+# Largest size of a matrix along one axis.
 _MOST_ROWS = 4096
 
 
-def axes_step(
+def axes_map(
     matrices: Mapping[int, np.ndarray],
     call: LayerCall,
     theorem: str,
@@ -35,7 +35,7 @@ def axes_step(
     margin: float = 1.0,
     offset: float = 0.0,
 ) -> LipschitzMap:
-    """A linear map that acts along some axes, the same for all other indices.
+    """The map of matrices along some axes, the same for all other indices.
 
     Args:
         matrices: by axis, the batch axis being 0: shape `(size of output, size of input)`.
@@ -46,7 +46,7 @@ def axes_step(
     """
     last = call.state.rank - 1
     if set(matrices) == {last} and not offset:
-        return matrix_step(margin * matrices[last].T, None, call.norm)
+        return matrix_map(margin * matrices[last].T, None, call.norm)
     spectral = {axis: matrix_norm(matrix, "l2") for axis, matrix in matrices.items()}
     rows = {axis: matrix_norm(matrix.T, "linf") for axis, matrix in matrices.items()}
     tokens = margin * math.prod(spectral[a] if a == last else rows[a] for a in matrices)
@@ -63,7 +63,7 @@ def axes_step(
         )
         averages = all((m >= 0.0).all() and (m.sum(axis=1) == 1.0).all() for m in matrices.values())
         if averages and last not in matrices and not offset and margin == 1.0:
-            # Averages of tokens stay in any convex set.
+            # A ball contains the averages of its points.
             token_range = before
     return (LipschitzMap if last in matrices else TokenMixing)(
         constant=constants[call.norm], theorem=theorem, exact=margin == 1.0, range=token_range
@@ -71,13 +71,13 @@ def axes_step(
 
 
 def copies(call: LayerCall, run: Callable, theorem: str = "entries move") -> LipschitzMap:
-    """An operation whose outputs are entries of its input, or zeros.
+    """The map of an operation whose outputs are entries of its input, or zeros.
 
-    The operation runs on numbered entries, and the numbers say how often it repeats each of them.
+    The operation runs on numbered entries, and the result shows how often it repeats each entry.
 
     Args:
         call: the call.
-        run: the operation as a function of a tensor that stands for `call.state`.
+        run: the operation as a function of a tensor in place of `call.state`.
         theorem: where the constant comes from.
     """
     state = call.state
@@ -132,9 +132,9 @@ def _copied(sources: np.ndarray, call: LayerCall, theorem: str) -> LipschitzMap:
 
 
 def _meeting(tokens: np.ndarray, kept: np.ndarray, width: int) -> int:
-    """Largest square of the norm of a new token, over old tokens of norm 1.
+    """Largest squared norm of a token of the output, for input tokens of norm 1.
 
-    An old token puts its weight on the entry that the new token repeats most often.
+    The maximum is attained by input tokens whose only nonzero entry is the one repeated most often.
     """
     rows = np.broadcast_to(np.arange(len(tokens))[:, None], tokens.shape)[kept]
     pairs, counts = np.unique(
@@ -148,8 +148,8 @@ def _meeting(tokens: np.ndarray, kept: np.ndarray, width: int) -> int:
     return int(np.bincount(olds[:, 0], weights=most).max(initial=0.0))
 
 
-def take_step(operation, given: Any, call: LayerCall) -> LipschitzMap:
-    """Entries along one axis, by constant indices."""
+def take_map(operation, given: Any, call: LayerCall) -> LipschitzMap:
+    """The map of `keras.ops.take` with constant indices."""
     state = call.state
     if isinstance(given, TensorState):
         return unbounded("its indices are not constants of the model")
@@ -167,7 +167,7 @@ def take_step(operation, given: Any, call: LayerCall) -> LipschitzMap:
     if length is None or state.dynamic[axis - 1]:
         if indices.min() < 0 <= indices.max():
             return unbounded(SIZE_VARIES)
-        # Beyond the end, some backends read zeros.
+        # Some backends read zeros beyond the end.
         places, before = np.abs(indices), before.about_origin()
     elif indices.min() < -length or indices.max() >= length:
         return unbounded("its indices are out of range")
@@ -240,4 +240,4 @@ def along_axis(operation, call):
         matrix, theorem = np.tri(length), "norm of the cumulative sum"
     else:
         matrix, theorem = np.diff(np.eye(length), operation.n, axis=0), "norm of the differences"
-    return axes_step({axis: matrix}, call, theorem)
+    return axes_map({axis: matrix}, call, theorem)

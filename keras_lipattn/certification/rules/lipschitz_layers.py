@@ -22,7 +22,7 @@ from keras_lipattn.certification.reasons import (
 )
 from keras_lipattn.certification.registry import register_own_bound, register_rule
 from keras_lipattn.certification.rules.activations import with_activation
-from keras_lipattn.certification.rules.linear import matrix_step
+from keras_lipattn.certification.rules.linear import matrix_map
 from keras_lipattn.certification.rules.local_attention import CAP_ROUNDING, UNSETTLED, near_input
 from keras_lipattn.certification.rules.merging import operands_of, weighted_sum
 from keras_lipattn.certification.tensor_state import TensorState, product
@@ -47,7 +47,7 @@ from keras_lipattn.linalg import SAFETY, operator_norm
 @register_own_bound
 @register_rule(LipschitzLayer, subclasses=True)
 def lipschitz_layer(layer, call):
-    """A layer with a method `lipschitz` like that of the layers of this package."""
+    """The map of a layer with a method `lipschitz` that returns a `LipschitzBound`."""
     if call.training:
         return unbounded(in_training())
     bound = layer.lipschitz(
@@ -79,26 +79,30 @@ def self_attention(layer, call):
         return _weighted(layer, call, mask)
     tokens = attention_length(layer.attention_axes, call.state)
     visibility, most = layer._asked(tokens, call.norm, mask)
-    # The cap that runs is that of the call, whatever masks the certificate is to cover.
+    # The cap at inference depends on the mask of the call, not on the masks of the certificate.
     given = call.argument("attention_mask")
     capped_for = layer.capped_for(given, bool(call.argument("use_causal_mask")))
     if given is not None and not isinstance(mask, str):
         visibility = visibility.within(capped_for)
     bound = layer.certified(call.norm, visibility, most, capped_for)
-    step = LipschitzMap(
+    layer_map = LipschitzMap(
         constant=bound.value,
-        # `inf` stands for "not evaluated" too.
+        # `inf` also means that it was not evaluated.
         published=bound.published if isinstance(layer, L2MultiHeadAttention) else math.nan,
         theorem=bound.theorem,
         reason=_reason(bound, tokens),
         # Query, value and key are one tensor.
         operands=(call.state,),
-        # Without a length in the graph the layer took its own.
+        # Without a length in the graph the layer used its own.
         max_tokens=_longest(layer, tokens, call.state),
         range=_attended(layer, call) if math.isfinite(bound.value) else None,
     )
     # Theorem 6 is for attention by distance.
-    return near_input(layer, call, step, mask) if isinstance(layer, L2MultiHeadAttention) else step
+    return (
+        near_input(layer, call, layer_map, mask)
+        if isinstance(layer, L2MultiHeadAttention)
+        else layer_map
+    )
 
 
 def _reason(bound: LipschitzBound, tokens: int | None) -> Reason:
@@ -107,9 +111,9 @@ def _reason(bound: LipschitzBound, tokens: int | None) -> Reason:
 
 
 def _attended(layer, call: LayerCall) -> TokenRange | None:
-    """Where the output is: heads map averages of tokens, of length 1 for cosines, linearly.
+    """The range of the output: heads map averages of tokens (unit vectors for cosines) linearly.
 
-    Caps make it no larger. Padded tokens give zeros.
+    Caps do not enlarge it. Padded tokens give zeros.
     """
     if layer._condensed is not None or layer.compute_dtype not in ("float32", "float64"):
         return None
@@ -135,13 +139,13 @@ def _attended(layer, call: LayerCall) -> TokenRange | None:
     if bias is not None:
         shift = np.ravel(cast_to_compute_dtype(bias, layer.compute_dtype))
     if call.width != len(shift):
-        # A token of the output has several axes.
+        # An output token has several axes.
         return TokenRange.up_to(radius + float(np.abs(shift).max()), call.width)
     return TokenRange(radius, shift).including(np.zeros(len(shift)))
 
 
 def _weighted(layer, call: LayerCall, mask) -> LipschitzMap:
-    """Attention on tokens with weights, which have a constant where they are written down."""
+    """The map of attention with constant token weights."""
     weights = call.argument("token_weights")
     if isinstance(weights, TensorState) or len(call.state.shape) > 2:
         return unbounded(
@@ -155,7 +159,7 @@ def _weighted(layer, call: LayerCall, mask) -> LipschitzMap:
 
 
 def _longest(layer, tokens: int | None, state: TensorState) -> int | None:
-    """The number of tokens up to which a constant holds, where the graph leaves it open."""
+    """The number of tokens up to which the constant holds, if the graph does not fix it."""
     if not any(state.dynamic):
         return None
     return layer.max_sequence_length if tokens is None else tokens
@@ -181,7 +185,7 @@ def attention_mask_class(call: LayerCall) -> Any:
     if given is None:
         if causal:
             return "causal"
-        # A claim about masks does not make those smaller that the model shows.
+        # The argument `mask` does not restrict masks that are known from the graph.
         return "any" if isinstance(call.mask, str) and call.mask == "any" else "full"
     pairs = given
     if isinstance(given, TensorState):
@@ -189,10 +193,10 @@ def attention_mask_class(call: LayerCall) -> Any:
             return call.mask if call.mask is not None else "any"
         pairs = given.values
     pairs = np.asarray(pairs, bool)
-    # With several axes in an example, only masks of rank 2 and 3 surely end in flattened tokens.
+    # With several axes of tokens, only masks of rank 2 and 3 end in flattened tokens for certain.
     flattened = len(call.state.shape) == 2 or pairs.ndim <= 3
     square = pairs.ndim >= 2 and pairs.shape[-1] == pairs.shape[-2]
-    # A side of 1 is repeated, and says nothing about the pairs.
+    # An axis of size 1 is broadcast and does not give pairs.
     if not flattened or not square or pairs.shape[-1] == 1:
         return "any"
     lower = np.tri(pairs.shape[-1], dtype=bool)
@@ -214,16 +218,16 @@ def attention_length(attention_axes, state: TensorState) -> int | None:
 
 @register_rule(ContinuousDepth)
 def continuous_depth(layer, call):
-    # The constant is that of the steps that run.
+    # The constant is that of the integration steps.
     return _own_constant(layer.lipschitz(sequence_length=call.state.tokens, norm=call.norm), call)
 
 
 @register_rule(InvertibleResidual, InvertibleSequential)
 def invertible(layer, call):
     # Their second terms are contractions by construction.
-    step = _own_constant(layer.lipschitz(norm=call.norm), call)
+    layer_map = _own_constant(layer.lipschitz(norm=call.norm), call)
     most = layer.max_sequence_length if any(call.state.dynamic) else None
-    return dataclasses.replace(step, max_tokens=most)
+    return dataclasses.replace(layer_map, max_tokens=most)
 
 
 def _own_constant(bound: LipschitzBound, call: LayerCall) -> LipschitzMap:
@@ -242,47 +246,47 @@ def spectral_dense(layer, call):
     if call.training and layer._cache is not None:
         return unbounded(in_training("its cap uses running norms"))
     kernel = (layer._condensed or layer._condense()).kernel.astype(np.float64)
-    step = matrix_step(kernel, bias_of(layer), call.norm)
-    capped = layer.spectral_norm is not None and step.constant > 0.99 * layer.spectral_norm
+    layer_map = matrix_map(kernel, bias_of(layer), call.norm)
+    capped = layer.spectral_norm is not None and layer_map.constant > 0.99 * layer.spectral_norm
     if capped and layer._condensed is None:
-        # The cap may be at work, and then with an upper bound of the norm: the kernel that runs is
-        # this one times an unknown number in (0, 1], which rules out adding it to others.
-        step = LipschitzMap(
-            constant=step.constant,
-            theorem=step.theorem,
-            reason=step.reason,
-            exact=step.exact,
-            range=_shrunk(step, kernel, bias_of(layer), call),
+        # If the cap is active, it divides by an upper bound of the norm: the kernel at inference is
+        # this one times an unknown number in (0, 1], so that it cannot merge with other maps.
+        layer_map = LipschitzMap(
+            constant=layer_map.constant,
+            theorem=layer_map.theorem,
+            reason=layer_map.reason,
+            exact=layer_map.exact,
+            range=_shrunk(layer_map, kernel, bias_of(layer), call),
         )
-    return _near_input(layer, call, kernel, with_activation(step, layer, call, layer.units))
+    return _near_input(layer, call, kernel, with_activation(layer_map, layer, call, layer.units))
 
 
 def _near_input(
-    layer: SpectralDense, call: LayerCall, kernel: np.ndarray, step: LipschitzMap
+    layer: SpectralDense, call: LayerCall, kernel: np.ndarray, layer_map: LipschitzMap
 ) -> LipschitzMap:
     """The map with the value at the center of a local certificate."""
     near = call.state.enclosure
-    if near is None or math.isinf(step.constant):
-        return step
+    if near is None or math.isinf(layer_map.constant):
+        return layer_map
     if not layer._is_settled():
-        return dataclasses.replace(step, center=CenterValue(reason=UNSETTLED))
+        return dataclasses.replace(layer_map, center=CenterValue(reason=UNSETTLED))
     if isinstance(layer.activation, keras.layers.Layer):
-        reason = "its activation is a layer with a dtype of its own"
-        return dataclasses.replace(step, center=CenterValue(reason=reason))
+        reason = "its activation is a layer with its own dtype"
+        return dataclasses.replace(layer_map, center=CenterValue(reason=reason))
     bias = bias_of(layer)
     value = near.value @ kernel + (0.0 if bias is None else bias)
     if not call.drop_activation:
         value = keras.ops.convert_to_numpy(layer.activation(keras.ops.convert_to_tensor(value)))
-    error = CAP_ROUNDING * step.constant * near.size if layer._cache is not None else 0.0
-    return dataclasses.replace(step, center=CenterValue(value=value, rounding_error=error))
+    error = CAP_ROUNDING * layer_map.constant * near.size if layer._cache is not None else 0.0
+    return dataclasses.replace(layer_map, center=CenterValue(value=value, rounding_error=error))
 
 
 def _shrunk(
-    step: LipschitzMap, kernel: np.ndarray, bias: np.ndarray | None, call: LayerCall
+    layer_map: LipschitzMap, kernel: np.ndarray, bias: np.ndarray | None, call: LayerCall
 ) -> TokenRange | None:
-    """Where `x @ (t kernel) + bias` can be for any `t` in `[0, 1]`."""
+    """The range of `x @ (t kernel) + bias` for any `t` in `[0, 1]`."""
     before = call.state.range
-    if not before.bounded or math.isinf(step.constant):
+    if not before.bounded or math.isinf(layer_map.constant):
         return None
     # The radius is Euclidean whatever the norm of the certificate.
     size = matrix_norm(kernel, "l2")
@@ -303,15 +307,15 @@ def center_normalization(layer, call):
         return unbounded(NOT_FINITE)
     stretch = width / (width - 1.0)
     matrix = stretch * (np.diag(gamma) - gamma[None, :] / width)
-    return matrix_step(matrix, beta, call.norm, spectral=center_normalization_constant(gamma))
+    return matrix_map(matrix, beta, call.norm, spectral=center_normalization_constant(gamma))
 
 
 @register_rule(MaxMin)
 def max_min(layer, call):
-    # Entries are sorted in pairs: wherever it has a Jacobian, that is a permutation.
+    # It sorts pairs of entries, so its Jacobian is a permutation.
     return LipschitzMap(
         constant=1.0,
-        theorem="sorts entries in pairs",
+        theorem="sorts pairs of entries",
         exact=True,
         range=call.state.range.about_origin(),
     )

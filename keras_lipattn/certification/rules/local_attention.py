@@ -1,4 +1,4 @@
-"""L2 attention near one input: Theorem 6 of docs/theory.md, with the layer's masks and weights."""
+"""Local bounds of L2 attention: Theorem 6 of docs/theory.md, with masks and weights."""
 
 import dataclasses
 import math
@@ -22,39 +22,39 @@ from keras_lipattn.layers import L2MultiHeadAttention
 from keras_lipattn.layers._visibility import classify
 from keras_lipattn.linalg import SAFETY, operator_norm
 
-# Weights under caps, run with remembered norms, differ by this from those with exact norms.
+# Relative difference of capped weights with cached norms from those with exact norms.
 CAP_ROUNDING = 2e-5
 UNSETTLED = (
-    "its caps are applied with norms that only its graph knows; call `condense()` on the layer, or "
+    "its caps use norms that are computed only in its graph; call `condense()` on the layer, or "
     "certify inside `condensed(model)`"
 )
 
-# The weights of keys are its exponentials.
+# The weights of keys are the exponentials of biases.
 _MOST_BIAS = 100.0
 _TOKEN_MASKS = ("query_mask", "value_mask", "key_mask")
 
 
 def near_input(
-    layer: L2MultiHeadAttention, call: LayerCall, step: LipschitzMap, mask: Any
+    layer: L2MultiHeadAttention, call: LayerCall, layer_map: LipschitzMap, mask: Any
 ) -> LipschitzMap:
-    """The map of the layer where a local certificate knows its input.
+    """The map of the layer in a local certificate whose enclosure of the input is known.
 
     Args:
         layer: the layer.
         call: the call.
-        step: the map for all inputs.
+        layer_map: the global map of the layer.
         mask: class of the mask, see `attention_mask_class`.
 
     Returns:
-        A `LipschitzMap` with a constant that is never larger, and with the value at the center.
+        A `LipschitzMap` whose constant is not larger, with the value at the center.
     """
     near = call.state.enclosure
-    if near is None or call.norm == "linf" or math.isinf(step.constant):
-        # Theorem 6 says nothing about the max norm.
-        return step
+    if near is None or call.norm == "linf" or math.isinf(layer_map.constant):
+        # Theorem 6 does not cover the max norm.
+        return layer_map
     reason = _unknown(layer, call)
     if reason:
-        return dataclasses.replace(step, center=CenterValue(reason=reason))
+        return dataclasses.replace(layer_map, center=CenterValue(reason=reason))
     visibility = classify(mask, sliding_window=layer.sliding_window)
     weights = layer._condensed or layer._condense()
     b, c = (np.asarray(matrix, np.float64) for matrix in weights.heads(visibility))
@@ -68,7 +68,7 @@ def near_input(
     constants, errors_made, theorem = [], [], ""
     for index, kept in enumerate(valid):
         if not kept.any():
-            # Padded tokens give rows of zeros.
+            # Padded tokens give zero rows.
             continue
         x = tokens[index, kept]
         seen = pairs[index if len(pairs) > 1 else 0][:, kept][:, :, kept]
@@ -101,24 +101,24 @@ def near_input(
     )
     value = _array(layer._shape_token(value))
     center = CenterValue(value=value, rounding_error=math.hypot(*errors_made))
-    step = dataclasses.replace(step, center=center)
+    layer_map = dataclasses.replace(layer_map, center=center)
     local = max(constants, default=math.inf)
-    if not local < step.constant:
-        return step
-    return dataclasses.replace(step, constant=local, theorem=theorem)
+    if not local < layer_map.constant:
+        return layer_map
+    return dataclasses.replace(layer_map, constant=local, theorem=theorem)
 
 
 def _unknown(layer: L2MultiHeadAttention, call: LayerCall) -> str:
-    """Why the weights or masks of this call are not known, empty when they are."""
+    """Why the weights or masks of this call are not known; empty if they are."""
     if not layer._is_settled():
         return UNSETTLED
     if layer.relative_bias is not None and not np.abs(layer._bias_table(np)).max() < _MOST_BIAS:
         return f"a bias by relative position is larger than {_MOST_BIAS:g}"
     if call.mask is not None:
-        return "the masks that `mask` stands for are not known"
+        return "the values of its masks are not known, only their class `mask`"
     given = call.argument("attention_mask")
     if given is not None and layer.lipschitz_bound is not None:
-        return "its cap depends on what its graph knows of the attention mask"
+        return "its cap depends on the class of its attention mask in the graph"
     for value in (given, *map(call.argument, _TOKEN_MASKS), *call.keras_masks):
         if isinstance(value, TensorState):
             if value.enclosure is None:
@@ -131,7 +131,7 @@ def _unknown(layer: L2MultiHeadAttention, call: LayerCall) -> str:
 def _visible(
     layer: L2MultiHeadAttention, call: LayerCall, near: Enclosure
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Valid tokens `(S, T)` and visible pairs `(S or 1, H, T, T)` or weights of the sequences."""
+    """Valid tokens `(S, T)`, and visible pairs or weights `(S or 1, H, T, T)`, of all sequences."""
     axes = layer._axes
     shape = near.value.shape
     masks = [_values(call.argument(name)) for name in _TOKEN_MASKS] + [
@@ -170,7 +170,7 @@ def _values(mask: Any) -> Any:
 def _mixed(x: np.ndarray, b: np.ndarray, seen: np.ndarray) -> np.ndarray:
     """The outputs of the heads, `(H, N, k)`; `seen` holds visible pairs or weights."""
     mean = x.mean(axis=0)
-    # Distances from differences of tokens near the origin: none of their digits is lost.
+    # Differences of centered tokens lose no digits.
     y = (x - mean) @ b
     distances = np.stack([np.square(head[:, None] - head[None]).sum(axis=-1) for head in y])
     kernel = seen * np.exp(-distances)
@@ -179,7 +179,7 @@ def _mixed(x: np.ndarray, b: np.ndarray, seen: np.ndarray) -> np.ndarray:
 
 
 def _rounding_error(x, mixed, c, unit, query_error, product_error) -> float:
-    """How far the output is from that with kernels which are off by the errors.
+    """Bound of the change of the output when the kernels change by the errors.
 
     `unit` is a constant of the unit head, for all heads or `(H,)`.
     """

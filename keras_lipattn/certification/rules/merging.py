@@ -23,14 +23,14 @@ from keras_lipattn.certification.reasons import (
     Cause,
 )
 from keras_lipattn.certification.registry import register_operation, register_rule
-from keras_lipattn.certification.rules.linear import scaling_step
+from keras_lipattn.certification.rules.linear import scaling_map
 from keras_lipattn.certification.tensor_state import TensorState, product
 from keras_lipattn.certification.token_range import TokenRange
 from keras_lipattn.linalg import SAFETY
 
 
 def operands_of(call: LayerCall, *names: str) -> list[TensorState]:
-    """The tensors of some arguments, with constants of the model as states that do not change."""
+    """The states of the tensors and constants in some arguments."""
     values = [call.argument(name) for name in names]
     return [call.operand(leaf) for leaf in keras.tree.flatten(values)]
 
@@ -38,7 +38,7 @@ def operands_of(call: LayerCall, *names: str) -> list[TensorState]:
 def weighted_sum(
     operands: list[TensorState], coefficients, call: LayerCall, theorem: str
 ) -> LipschitzMap:
-    """The map `sum_i coefficients[i] * operand i`, with the broadcasting of numpy."""
+    """The map of `sum_i coefficients[i] * operand i`, with broadcasting as in NumPy."""
     perturbed = [state for state in operands if not state.is_fixed]
     sizes = [float(np.max(np.abs(c))) for c in coefficients]
     gains = [
@@ -66,7 +66,7 @@ def weighted_sum(
 
 
 def _sum_range(operands, sizes, call: LayerCall) -> TokenRange | None:
-    """Where a sum with broadcasting is."""
+    """The range of a sum with broadcasting."""
     width = call.shape[-1] if call.shape and not call.dynamic[-1] else None
     if width is None:
         return None
@@ -106,18 +106,18 @@ def subtract_operation(operation, call):
 
 @register_rule(keras.layers.Multiply)
 def multiply(layer, call):
-    return product_step(operands_of(call, "inputs"), call)
+    return product_map(operands_of(call, "inputs"), call)
 
 
 @register_operation("Multiply")
 def multiply_operation(operation, call):
-    return product_step(operands_of(call, "x1", "x2"), call)
+    return product_map(operands_of(call, "x1", "x2"), call)
 
 
-def product_step(operands: list[TensorState], call: LayerCall) -> LipschitzMap:
+def product_map(operands: list[TensorState], call: LayerCall) -> LipschitzMap:
     """The map of a product of tensors, entry by entry.
 
-    `|d(x y)| <= max|y| |dx| + max|x| |dy|`: a constant only where the factors are bounded.
+    `|d(x y)| <= max|y| |dx| + max|x| |dy|`: a constant exists only where the factors are bounded.
     """
     perturbed = [state for state in operands if not state.is_fixed]
     fixed = [state for state in operands if state.is_fixed]
@@ -132,7 +132,7 @@ def product_step(operands: list[TensorState], call: LayerCall) -> LipschitzMap:
         known = _self_gated(first, second, call) or _self_gated(second, first, call)
         if known is not None:
             return known
-    # Under a mask the layer puts 1 in place of what is masked.
+    # With a mask, the layer replaces masked entries by 1.
     least = 1.0 if call.keras_masks else 0.0
     largest = [max(_largest(state), least) for state in operands]
     gains = []
@@ -159,16 +159,16 @@ def product_step(operands: list[TensorState], call: LayerCall) -> LipschitzMap:
     )
 
 
-# What `x f(x)` is called.
+# The activation `x f(x)` for each gate `f`.
 _SELF_GATED = {"sigmoid": "silu", "hard_sigmoid": "hard_silu", "tanh": "mish"}
 
 
 def _self_gated(x: TensorState, gate: TensorState, call: LayerCall) -> LipschitzMap | None:
-    """The map of `x sigmoid(b x)` and its kin, `None` where the gate is something else."""
+    """The map of `x sigmoid(b x)` and similar products, `None` for other gates."""
     if gate.function_of is None or gate.function_of[0] not in _SELF_GATED:
         return None
     name, inner, _ = gate.function_of
-    # Sigmoids of any multiple: the derivative of `x s(b x)` is that of `x s(x)`, at `b x`.
+    # The derivative of `x s(b x)` at x is that of `x s(x)` at `b x`.
     wanted = "softplus" if name == "tanh" else "scaled"
     if inner.function_of is not None and inner.function_of[0] == wanted:
         inner = inner.function_of[1]
@@ -190,8 +190,8 @@ def _scaled(scale: np.ndarray, state: TensorState, call: LayerCall) -> Lipschitz
     if not np.isfinite(scale).all():
         return unbounded(NOT_FINITE)
     if state.shape == call.shape and state.fold == call.fold:
-        step = scaling_step(scale, call, theorem="largest factor")
-        return dataclasses.replace(step, function_of=("scaled", state, step.constant))
+        layer_map = scaling_map(scale, call, theorem="largest factor")
+        return dataclasses.replace(layer_map, function_of=("scaled", state, layer_map.constant))
     repeats = _broadcast(state, call)
     if math.isinf(repeats):
         return unbounded(REPEATS)
@@ -215,7 +215,7 @@ def divide(operation, call):
         token_range = left.range.about_origin().scaled(SAFETY / least)
         return LipschitzMap(
             constant=SAFETY / least,
-            theorem="divided by a tensor away from 0",
+            theorem="division by a tensor bounded away from 0",
             operands=(left,),
             range=token_range,
         )
@@ -274,7 +274,7 @@ def _joined_at_zero(condition, call: LayerCall) -> LipschitzMap | None:
 
 
 def _selection(operands: list[TensorState], call: LayerCall, theorem: str) -> LipschitzMap:
-    """Every entry of the output moves at most as much as one of the entries it is chosen from."""
+    """The map of a choice between tensors, entry by entry."""
     perturbed = [state for state in operands if not state.is_fixed]
     repeats = [_broadcast(state, call) for state in perturbed]
     if not np.isfinite(repeats).all():
@@ -309,7 +309,7 @@ def stack(operation, call):
 def concatenation(
     operands: list[TensorState], axis: int, call: LayerCall, *, new_axis: bool = False
 ) -> LipschitzMap:
-    """The map of tensors side by side: 1 in every norm for the tensors taken together."""
+    """The map of a concatenation: its constant is 1 in every norm for all tensors together."""
     rank = call.rank
     if axis is None or axis % rank == 0:
         return unbounded("it joins tensors along the batch axis", cause=Cause.BATCH)
@@ -318,7 +318,7 @@ def concatenation(
     if all(state.range.bounded for state in operands):
         largest = max(state.range.largest for state in operands)
         if last and new_axis:
-            # A token takes one entry of each.
+            # A token consists of one entry of each tensor.
             radius = math.hypot(*(state.range.largest for state in operands))
         else:
             radii = [state.range.outer_radius for state in operands]
@@ -331,7 +331,7 @@ def concatenation(
     merges = last and one_root and known and not new_axis
     return (Concatenation if merges else LipschitzMap)(
         constant=1.0,
-        theorem="side by side",
+        theorem="concatenation",
         exact=True,
         operands=tuple(operands),
         entrywise=last,
@@ -340,7 +340,7 @@ def concatenation(
 
 
 def _spread_radius(state: TensorState, call: LayerCall) -> float:
-    """Radius of a ball around the origin for the tokens of an operand, repeated to the output."""
+    """Radius of a ball around the origin for the tokens of an operand after broadcasting."""
     width = call.shape[-1] if call.shape else None
     if state.width == width:
         return state.range.outer_radius
@@ -352,7 +352,7 @@ def _largest(state: TensorState) -> float:
 
 
 def _broadcast(state: TensorState, call: LayerCall) -> float:
-    """How much a change of `state` can grow when it is repeated to the shape of the output."""
+    """Constant of the broadcasting of `state` to the shape of the output."""
     if state.fold != call.fold or len(state.shape) != len(call.shape):
         return math.inf
     if state.shape == call.shape or call.norm == "linf":
@@ -367,7 +367,7 @@ def _broadcast(state: TensorState, call: LayerCall) -> float:
         return math.inf
     if not any(state.dynamic):
         return math.sqrt(total / entries)
-    # Only axes of size 1 are repeated; those that vary are the same in all inputs.
+    # Only axes of size 1 are repeated; axes of varying size are the same in all inputs.
     repeated = tuple(
         new if old == 1 else 1 for old, new in zip(state.shape, call.shape, strict=True)
     )

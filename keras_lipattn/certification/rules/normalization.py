@@ -23,7 +23,7 @@ from keras_lipattn.certification.reasons import (
 )
 from keras_lipattn.certification.registry import register_operation, register_rule
 from keras_lipattn.certification.rules.activations import convert
-from keras_lipattn.certification.rules.linear import matrix_step, scaling_step
+from keras_lipattn.certification.rules.linear import matrix_map, scaling_map
 from keras_lipattn.certification.tensor_state import TensorState, product
 from keras_lipattn.certification.token_range import TokenRange
 from keras_lipattn.certification.weights import cast_to_compute_dtype
@@ -103,7 +103,7 @@ def _normalize(
         range=TokenRange(SAFETY * math.sqrt(width), None, SAFETY * math.sqrt(width)),
     )
     if not centered:
-        scale = scaling_step(gamma, call, theorem="largest |gamma|")
+        scale = scaling_map(gamma, call, theorem="largest |gamma|")
         return chain(
             divide,
             scale,
@@ -111,11 +111,11 @@ def _normalize(
             exact=call.norm != "linf",
         )
     if width > _WIDEST:
-        scale = scaling_step(gamma, call, theorem="largest |gamma|")
+        scale = scaling_map(gamma, call, theorem="largest |gamma|")
         return chain(divide, scale, theorem="max |gamma| / sqrt(epsilon)")
     matrix = np.diag(gamma) - gamma[None, :] / width
     offset = None if beta is None else np.broadcast_to(beta.reshape(-1), (width,))
-    spread = matrix_step(
+    spread = matrix_map(
         matrix, offset, call.norm, spectral=layer_constants.centered_diagonal_norm(gamma)
     )
     direct = None
@@ -132,12 +132,12 @@ def _normalize(
 
 
 def _smallest_divisor(epsilon: float, state: TensorState, *, centered: bool) -> float:
-    """The least that a token is divided by: of all tokens, or of those near a known input."""
+    """Smallest divisor of a token: of any token, or of those in the enclosure of the input."""
     if state.enclosure is None:
         return math.sqrt(epsilon)
     tokens = np.asarray(state.enclosure.value, np.float64)
     if centered:
-        # Centring never takes a token further than the token itself moves.
+        # Centering is a projection and does not enlarge differences.
         tokens = tokens - tokens.mean(axis=-1, keepdims=True)
     sizes = np.linalg.norm(tokens, axis=-1) / SAFETY - state.enclosure.radius
     smallest = max(float(sizes.min(initial=math.inf)), 0.0)
@@ -148,7 +148,7 @@ def _smallest_divisor(epsilon: float, state: TensorState, *, centered: bool) -> 
 def _over_other_axes(
     gamma, beta, epsilon: float, width: int, call: LayerCall, *, centered: bool
 ) -> LipschitzMap:
-    """Normalization over axes other than the last one: an upper bound in the 2-norm."""
+    """The map of a normalization over axes other than the last one."""
     constant = SAFETY * float(np.abs(gamma).max()) / math.sqrt(epsilon)
     if centered and width == 1:
         constant = 0.0
@@ -169,7 +169,7 @@ def _over_other_axes(
 
 
 def _normalized_range(gamma, beta, width: int | None, call: LayerCall) -> TokenRange | None:
-    """Where `gamma n + beta` is for vectors `n` of `width` entries and mean square 1 at most."""
+    """The range of `gamma n + beta` for vectors `n` of size `width`, mean square at most 1."""
     if width is None:
         return None
     offset = 0.0 if beta is None else float(np.abs(beta).max(initial=0.0))
@@ -293,19 +293,21 @@ def rescaling(layer, call):
 
 def _shifted(scale, offset, call: LayerCall, *, theorem: str) -> LipschitzMap:
     """The map of `scale * x + offset`, entry by entry."""
-    step = scaling_step(scale, call, theorem=theorem)
+    layer_map = scaling_map(scale, call, theorem=theorem)
     width = call.state.width or 0
     along_last = offset.size == 1 or offset.shape[-1] == offset.size == width
-    if isinstance(step, Affine) and along_last and np.isfinite(offset).all():
-        return dataclasses.replace(step, bias=np.broadcast_to(offset.reshape(-1), (width,)))
+    if isinstance(layer_map, Affine) and along_last and np.isfinite(offset).all():
+        return dataclasses.replace(layer_map, bias=np.broadcast_to(offset.reshape(-1), (width,)))
     token_range = None
-    if call.state.range.bounded and width and math.isfinite(step.constant):
+    if call.state.range.bounded and width and math.isfinite(layer_map.constant):
         shift = math.sqrt(width) * float(np.abs(offset).max())
-        token_range = TokenRange(SAFETY * (step.constant * call.state.range.outer_radius + shift))
+        token_range = TokenRange(
+            SAFETY * (layer_map.constant * call.state.range.outer_radius + shift)
+        )
     return LipschitzMap(
-        constant=step.constant,
-        theorem=step.theorem,
-        reason=step.reason,
-        exact=step.exact,
+        constant=layer_map.constant,
+        theorem=layer_map.theorem,
+        reason=layer_map.reason,
+        exact=layer_map.exact,
         range=token_range,
     )

@@ -22,8 +22,8 @@ from keras_lipattn.certification.reasons import (
 )
 from keras_lipattn.certification.registry import register_operation
 from keras_lipattn.certification.rules.activations import convert, slope
-from keras_lipattn.certification.rules.linear import einsum_step, matrix_step, spell_out
-from keras_lipattn.certification.rules.merging import product_step
+from keras_lipattn.certification.rules.linear import einsum_map, matrix_map, spell_out
+from keras_lipattn.certification.rules.merging import product_map
 from keras_lipattn.certification.rules.pooling import entries_range
 from keras_lipattn.certification.rules.products import einsum_product, matrix_product
 from keras_lipattn.certification.tensor_state import product
@@ -74,12 +74,12 @@ def _bound(value) -> float | None:
 
 @register_operation("Square")
 def square(operation, call):
-    return product_step([call.state, call.state], call)
+    return product_map([call.state, call.state], call)
 
 
 @register_operation("FullLike")
 def filled(operation, call):
-    # With a constant value it is fixed and never comes here.
+    # With a constant value the output is fixed and has no row.
     return unbounded("it fills a tensor with values that change with the input")
 
 
@@ -88,7 +88,7 @@ def matmul(operation, call):
     left, right = call.operand(call.argument("x1")), call.operand(call.argument("x2"))
     if right.values is not None:
         if right.values.ndim == 2 and left.rank >= 2:
-            return matrix_step(right.values, None, call.norm)
+            return matrix_map(right.values, None, call.norm)
         return unbounded("it multiplies by an array of matrices, not by one matrix")
     if left.values is not None and left.values.ndim == 2 and right.rank == 3:
         return _mix_tokens(left.values, call)
@@ -96,7 +96,7 @@ def matmul(operation, call):
 
 
 def _mix_tokens(kernel: np.ndarray, call: LayerCall) -> LipschitzMap:
-    """`kernel @ x`, the same mixture of tokens for every channel."""
+    """The map of `kernel @ x`, which mixes tokens alike for every channel."""
     if not np.isfinite(kernel).all():
         return unbounded(NOT_FINITE)
     rows = SAFETY * float(np.abs(kernel).sum(axis=1).max(initial=0.0))
@@ -120,7 +120,7 @@ def dot_operation(operation, call):
             "only the product of the last axis with a constant matrix has a rule",
             cause=Cause.NO_RULE,
         )
-    return matrix_step(right.values, None, call.norm)
+    return matrix_map(right.values, None, call.norm)
 
 
 @register_operation("Einsum")
@@ -140,11 +140,11 @@ def einsum(operation, call):
         return einsum_product(equation, operands, call)
     if not np.isfinite(kernel).all():
         return unbounded(NOT_FINITE)
-    return einsum_step(equation, kernel, None, call)
+    return einsum_map(equation, kernel, None, call)
 
 
 def _rearranged(equation: str, call: LayerCall) -> LipschitzMap:
-    """An equation of one tensor: sums over some axes, and a permutation of the others."""
+    """The map of an einsum of one tensor: a sum over some axes, a permutation of the others."""
     state = call.state
     before, _, after = equation.partition("->")
     inputs, result = spell_out(before, after, state.rank)

@@ -44,19 +44,19 @@ def view(operation, call):
     dtype = call.output_dtype if operation.dtype is None else operation.dtype
     if keras.backend.standardize_dtype(dtype) == call.state.dtype:
         return identity("identity")
-    return unbounded("it reads the bits of its input as another dtype")
+    return unbounded("it reinterprets the bits of its input as another dtype")
 
 
 @register_operation("Cast", "SaturateCast")
 def cast(operation, call):
-    # Between floating dtypes; casts to integers never come here. Real arithmetic: no rounding.
+    # Between floating dtypes, and real arithmetic does not round. Casts to integers have no rule.
     return identity("identity")
 
 
 @register_rule(keras.layers.Masking)
 def masking(layer, call):
     if call.assume_fixed_mask:
-        # A projection that keeps some tokens.
+        # It multiplies each token by 0 or 1.
         return TokenMixing(
             constant=1.0,
             theorem="projection on the tokens of a fixed mask",
@@ -87,7 +87,7 @@ def recurrent(layer, call):
 
 @register_expansion(keras.layers.SpectralNormalization)
 def spectral_normalization(layer, inputs, training=False):
-    # At inference it runs the wrapped layer with the kernel as stored, normalized or not.
+    # At inference it runs the inner layer with the stored kernel.
     if training:
         raise TraceError(in_training("it overwrites its kernel"))
     return layer.layer(inputs)
@@ -95,16 +95,16 @@ def spectral_normalization(layer, inputs, training=False):
 
 @register_expansion(keras.layers.TimeDistributed)
 def time_distributed(layer, inputs, training=None, mask=None):
-    """The same layer on every slice: as a batch with more examples."""
+    """Runs the inner layer on all slices, as a batch with more examples."""
     inner = layer.layer
     if mask is not None and inner._call_has_mask_arg:
-        raise TraceError("it passes slices of a mask to the layer inside")
+        raise TraceError("it passes slices of a mask to its inner layer")
     if inner.compute_dtype != layer.compute_dtype and layer.compute_dtype != layer.variable_dtype:
-        raise TraceError("the layer inside has a dtype of its own")
+        raise TraceError("its inner layer has its own dtype")
     batch, time, *sizes = inputs.shape
     if time is None:
         raise TraceError(Reason("its number of slices is not known", cause=Cause.SIZE))
     options = {"training": training} if inner._call_has_training_arg else {}
-    # Not `__call__`, which would cast the slices to the dtype of the layer inside.
+    # Unlike `__call__`, this does not cast the slices to the dtype of the inner layer.
     outputs = inner.symbolic_call(keras.ops.reshape(inputs, (batch * time, *sizes)), **options)
     return keras.ops.reshape(outputs, (batch, time, *outputs.shape[1:]))

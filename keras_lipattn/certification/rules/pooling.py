@@ -1,4 +1,4 @@
-"""Pooling (docs/theory.md, section 8)."""
+"""Pooling layers and operations (docs/theory.md, section 8)."""
 
 import math
 import types
@@ -20,7 +20,7 @@ from keras_lipattn.certification.token_range import TokenRange
 from keras_lipattn.linalg import SAFETY
 
 _MEAN = "mean over each window"
-_MAX = "windows that contain a position"
+_MAX = "number of windows that contain a position"
 
 
 @register_rule(
@@ -34,7 +34,7 @@ def average_pooling(layer, call):
             "l2", pool_size=pool, strides=strides, input_shape=sizes, padding=layer.padding
         )
     else:
-        # Windows at the border may hold a single position when the length is not known.
+        # If the size is not known, a window at the border may contain a single position.
         least = [k if layer.padding == "valid" else 1 for k in pool]
         constant = SAFETY * math.sqrt(
             math.prod(-(-k // s) / m for k, s, m in zip(pool, strides, least, strict=True))
@@ -60,7 +60,7 @@ def max_pooling(layer, call):
         constant = SAFETY * math.sqrt(
             math.prod(-(-k // s) for k, s in zip(pool, strides, strict=True))
         )
-    return _max_step(constant, math.prod(pool), call, first)
+    return _max_map(constant, math.prod(pool), call, first)
 
 
 @register_rule(
@@ -86,7 +86,7 @@ def adaptive_max_pooling(layer, call):
     if loads is None:
         return unbounded("its windows depend on a size that varies", remedy=FIXED_SIZES)
     constant = SAFETY * math.sqrt(math.prod(int(count.max()) for count, _ in loads))
-    return _max_step(constant, window, call, first)
+    return _max_map(constant, window, call, first)
 
 
 @register_rule(
@@ -98,11 +98,11 @@ def global_average_pooling(layer, call):
     first = layer.data_format == "channels_first"
     fewest = _fewest(call, first)
     if call.mask is not None or call.argument("mask") is not None:
-        # Only the valid tokens count, and there may be a single one.
+        # It averages the valid tokens, and there may be a single one.
         fewest = 1
     constant = layer_constants.global_average_constant("l2", fewest)
     return _linear_pooling(
-        constant, call, first, True, theorem=f"mean over {fewest} tokens or more"
+        constant, call, first, True, theorem=f"mean over at least {fewest} tokens"
     )
 
 
@@ -113,7 +113,7 @@ def global_average_pooling(layer, call):
 )
 def global_max_pooling(layer, call):
     first = layer.data_format == "channels_first"
-    return _max_step(1.0, call.state.tokens, call, first, exact=True)
+    return _max_map(1.0, call.state.tokens, call, first, exact=True)
 
 
 @register_operation("AveragePool", "MaxPool")
@@ -145,7 +145,7 @@ def _linear_pooling(
     return TokenMixing(constant=constant, theorem=theorem, exact=exact, range=call.state.range)
 
 
-def _max_step(
+def _max_map(
     constant: float, window: int | None, call: LayerCall, first: bool, exact: bool = False
 ):
     if call.norm == "token" and not first:
@@ -155,7 +155,7 @@ def _max_step(
                 "neither its window nor its number of channels is known", cause=Cause.SIZE
             )
         constant = SAFETY * math.sqrt(min(sizes))
-        theorem = "at most min(window, channels) tokens meet in one"
+        theorem = "at most min(window, channels) tokens contribute to one"
     elif call.norm == "token":
         return _converted(constant, call)
     else:
@@ -169,7 +169,7 @@ def _max_step(
 
 
 def entries_range(call: LayerCall, factor: float = 1.0) -> TokenRange | None:
-    """Where the output is when its entries are at most `factor` times those of the input."""
+    """The range of an output whose entries are at most `factor` times those of the input."""
     return TokenRange.up_to(factor * call.state.range.largest, call.width)
 
 
@@ -190,7 +190,7 @@ def _window_axes(layer, call: LayerCall):
 
 
 def _fewest(call: LayerCall, first: bool) -> int:
-    """Fewest tokens that a global pooling can meet."""
+    """Smallest number of tokens of a global pooling."""
     window = slice(1, None) if first else slice(None, -1)
     sizes, varies = call.state.shape[window], call.state.dynamic[window]
     return math.prod(

@@ -1,7 +1,7 @@
-"""Products of two tensors of the model: a constant where both are bounded (docs/theory.md, 8).
+"""Products of two tensors of the model, for bounded tensors (docs/theory.md, section 8).
 
 For fixed indices of the axes that both tensors and the result share, the result is a matrix product
-`Z = X Y`, and `|Z - Z'| <= |X| |Y - Y'| + |Y'| |X - X'|`, with Frobenius norms everywhere.
+`Z = X Y`, and `|Z - Z'| <= |X| |Y - Y'| + |Y'| |X - X'|` in Frobenius norms.
 """
 
 import math
@@ -36,10 +36,10 @@ def contraction(
 
     Args:
         first: letters of the axes of the first operand, the batch axis included.
-        second: those of the second operand.
-        result: those of the output; a letter that no operand has is an axis of size 1.
+        second: letters of the second operand.
+        result: letters of the output; a letter of no operand is an axis of size 1.
         operands: two tensors, at least one of which changes.
-        call: the call it happens in.
+        call: the call.
 
     Returns:
         A `LipschitzMap`.
@@ -65,7 +65,7 @@ def contraction(
     )
     if not plain:
         return unbounded("it sums a tensor along an axis before the product")
-    # What is fixed while the Euclidean norm of the rest is taken: see the docstring of the module.
+    # Axes with fixed indices, see the docstring of the module.
     fixed = {
         "l2": set(first) & set(second) & set(result),
         "token": set(result[:-1]),
@@ -77,7 +77,7 @@ def contraction(
         other = bounds[1 - index][call.norm]
         moved = 1.0
         if call.norm != "l2":
-            # From the norm of the certificate to the Euclidean norm of the part that varies.
+            # From the norm of the certificate to the Euclidean norm over the other axes.
             moved = _root(word if call.norm == "linf" else word[:-1], fixed[call.norm], sizes)
         gains.append(0.0 if state.is_fixed else SAFETY * other * moved)
     if not all(math.isfinite(gain) for gain in gains):
@@ -93,7 +93,7 @@ def contraction(
 
 
 def _size(word: str, state: TensorState, fixed, sizes) -> dict[str, float]:
-    """Bounds of the Euclidean norm of the entries that vary, for every norm of a certificate."""
+    """Bounds of the Euclidean norm over the axes that are not fixed, for every norm."""
     largest = 1.0 if state.dtype == "bool" else state.range.largest
     bounds = {}
     for norm, letters in fixed.items():
@@ -105,7 +105,7 @@ def _size(word: str, state: TensorState, fixed, sizes) -> dict[str, float]:
 
 
 def _root(word: str, fixed: set[str], sizes: dict[str, int | None]) -> float:
-    """Root of the number of indices of the axes that are not fixed; the first axis is."""
+    """Square root of the number of indices of the axes after the first one that are not fixed."""
     count = product(tuple(sizes[letter] for letter in word[1:] if letter not in fixed))
     return math.inf if count is None else math.sqrt(count)
 
@@ -119,17 +119,17 @@ def _range(bounds) -> TokenRange | None:
 
 
 def matrix_product(operands: list[TensorState], call: LayerCall) -> LipschitzMap:
-    """The map of `matmul`: axes before the last two are those of a batch, or of size 1."""
+    """The map of `matmul`: axes before the last two are shared, or of size 1."""
     left, right = operands
     if not (left.rank == right.rank == call.rank >= 3 and left.fold == right.fold):
         return unbounded(_BATCH)
     free = iter(_LETTERS)
     batch = next(free)
     words = [batch, batch, batch]
-    for ours, theirs in zip(left.shape[:-2], right.shape[:-2], strict=True):
+    for one, other in zip(left.shape[:-2], right.shape[:-2], strict=True):
         shared = next(free)
-        words[0] += shared if ours != 1 or theirs == 1 else next(free)
-        words[1] += shared if theirs != 1 or ours == 1 else next(free)
+        words[0] += shared if one != 1 or other == 1 else next(free)
+        words[1] += shared if other != 1 or one == 1 else next(free)
         words[2] += shared
     rows, inner, columns = next(free), next(free), next(free)
     first, second, result = words
@@ -161,7 +161,7 @@ def einsum_product(equation: str, operands: list[TensorState], call: LayerCall) 
 def dot(layer, call):
     operands = operands_of(call, "inputs")
     if layer.normalize:
-        return unbounded("it divides by the norms of its inputs, which may come close to 0")
+        return unbounded("it divides by the norms of its inputs, and they may come close to 0")
     axes = layer.axes if isinstance(layer.axes, list | tuple) else (layer.axes, layer.axes)
     axes = [axis % state.rank for axis, state in zip(axes, operands, strict=True)]
     letters = iter(_LETTERS[2:])
@@ -172,6 +172,6 @@ def dot(layer, call):
         words.append("".join(names))
         result += "".join(name for name in names[1:] if name != "b")
     if result == "a":
-        # Numbers get an axis of size 1.
+        # Scalars get an axis of size 1.
         result += next(letters)
     return contraction(words[0], words[1], result, operands, call)

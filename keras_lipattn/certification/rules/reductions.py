@@ -34,7 +34,7 @@ def mean_or_sum(operation, call):
     if most is None:
         if not mean:
             return unbounded("the number of entries it adds is not known", cause=Cause.SIZE)
-        # Not needed for a mean.
+        # A mean does not need the number of entries.
         most = 1
     l2 = 1.0 / math.sqrt(fewest) if mean else math.sqrt(most)
     theorem = "mean of entries" if mean else "sum of entries"
@@ -85,7 +85,7 @@ def sort(operation, call):
                 )
             constant = SAFETY * math.sqrt(min(sizes))
     return LipschitzMap(
-        constant=constant, theorem="sorting moves no entry further", range=token_range
+        constant=constant, theorem="sorting does not increase differences", range=token_range
     )
 
 
@@ -115,19 +115,20 @@ def deviation(operation, call):
         )
     state = call.state
     sizes = [1 if state.dynamic[a - 1] else state.shape[a - 1] or 1 for a in axes]
-    # The deviation from the mean, over the root of the number of entries.
-    step = _euclidean(
+    # The norm of the deviation from the mean, divided by the root of the number of entries.
+    layer_map = _euclidean(
         call, axes, operation.keepdims, 1.0 / math.sqrt(math.prod(sizes)), "standard deviation"
     )
     name = type(operation).__name__
-    if name == "Std" or math.isinf(step.constant):
-        return step
+    if name == "Std" or math.isinf(layer_map.constant):
+        return layer_map
     largest = state.range.largest
     if not math.isfinite(largest):
         return unbounded(
             "a variance has no constant on inputs that are not bounded", cause=Cause.UNBOUNDED
         )
-    # Its gradient is twice the deviation, which is at most the largest entry; a mean has slope 1.
+    # The gradient of a variance is twice that of the standard deviation times its value, which is
+    # at most the largest entry. A mean has constant 1.
     slope_there = max(2.0 * largest, 1.0 if name == "Moments" else 0.0)
     width = call.shape[-1] if call.shape else 1
     token_range = None
@@ -135,12 +136,12 @@ def deviation(operation, call):
         top = max(largest**2, largest if name == "Moments" else 0.0)
         token_range = TokenRange.of_entries(-top, top, width)
     return LipschitzMap(
-        constant=SAFETY * slope_there * step.constant, theorem="variance", range=token_range
+        constant=SAFETY * slope_there * layer_map.constant, theorem="variance", range=token_range
     )
 
 
 def _euclidean(call: LayerCall, axes: set, keepdims: bool, factor: float, theorem: str):
-    """`factor` times a function of slope 1 in the Euclidean norm of the entries of some axes."""
+    """The map of `factor` times a Euclidean norm, or a function of constant 1 in it, over axes."""
     state = call.state
     last = state.rank - 1
     size = product(tuple(state.shape[a - 1] for a in axes))

@@ -21,11 +21,11 @@ _UNKNOWN = Reason("the number of tokens that it joins into one is not known", ca
 
 
 def regroup(call: LayerCall, merged: int | None, theorem: str = "entries move") -> LipschitzMap:
-    """Entries move, and a new token takes them from at most `merged` old ones."""
+    """The map of a rearrangement where each output token has parts of `merged` input tokens."""
     if call.norm == "token" and merged is None:
         return unbounded(_UNKNOWN)
     constant = layer_constants.regroup_constant(call.norm, merged or 1)
-    # A new token has at most `merged` old ones inside it.
+    # The norm of an output token is at most that of `merged` input tokens.
     token_range = None
     if merged is not None and call.state.range.bounded:
         old = call.state.range
@@ -36,7 +36,7 @@ def regroup(call: LayerCall, merged: int | None, theorem: str = "entries move") 
 
 
 def tokens_move(call: LayerCall, theorem: str = "tokens move") -> LipschitzMap:
-    """Whole tokens move or vanish; the last axis stays as it is."""
+    """The map of a rearrangement or selection of whole tokens."""
     return TokenMixing(
         constant=1.0,
         theorem=theorem,
@@ -45,10 +45,8 @@ def tokens_move(call: LayerCall, theorem: str = "tokens move") -> LipschitzMap:
     )
 
 
-def reshape_step(
-    state: TensorState, shape: tuple[int | None, ...], call: LayerCall
-) -> LipschitzMap:
-    """A row-major reshape of `state` to `shape`."""
+def reshape_map(state: TensorState, shape: tuple[int | None, ...], call: LayerCall) -> LipschitzMap:
+    """The map of a row-major reshape of `state` to `shape`."""
     old, new = state.width, shape[-1] if shape else 1
     if old is not None and old == new:
         return tokens_move(call)
@@ -61,7 +59,7 @@ def reshape_step(
     else:
         merged = (new - 2) // old + 2
     if merged is not None and state.tokens:
-        # An example has no more tokens than that.
+        # An output token has parts of at most all tokens of an example.
         merged = min(merged, state.fold * state.tokens)
     return regroup(call, merged)
 
@@ -73,16 +71,16 @@ def flatten(layer, call):
 
 @register_rule(keras.layers.Reshape)
 def reshape(layer, call):
-    return reshape_step(call.state, call.shape, call)
+    return reshape_map(call.state, call.shape, call)
 
 
 @register_operation("Reshape", "Ravel", "Squeeze", "ExpandDims")
 def reshape_operation(operation, call):
-    return reshape_step(call.state, call.shape, call)
+    return reshape_map(call.state, call.shape, call)
 
 
-def permute_step(order: tuple[int, ...], call: LayerCall) -> LipschitzMap:
-    """A permutation of all axes; `order` includes the batch axis."""
+def permute_map(order: tuple[int, ...], call: LayerCall) -> LipschitzMap:
+    """The map of a permutation of the axes; `order` includes the batch axis."""
     if order[0] != 0:
         return unbounded("it moves the batch axis", cause=Cause.BATCH)
     if order[-1] == len(order) - 1:
@@ -93,14 +91,14 @@ def permute_step(order: tuple[int, ...], call: LayerCall) -> LipschitzMap:
 
 @register_rule(keras.layers.Permute)
 def permute(layer, call):
-    return permute_step((0, *layer.dims), call)
+    return permute_map((0, *layer.dims), call)
 
 
 @register_operation("Transpose")
 def transpose(operation, call):
     rank = call.state.rank
     axes = tuple(reversed(range(rank))) if operation.axes is None else operation.axes
-    return permute_step(tuple(axis % rank for axis in axes), call)
+    return permute_map(tuple(axis % rank for axis in axes), call)
 
 
 @register_operation("Swapaxes")
@@ -108,7 +106,7 @@ def swapaxes(operation, call):
     order = list(range(len(call.state.shape) + 1))
     a, b = operation.axis1 % len(order), operation.axis2 % len(order)
     order[a], order[b] = order[b], order[a]
-    return permute_step(tuple(order), call)
+    return permute_map(tuple(order), call)
 
 
 @register_operation("Moveaxis")
@@ -117,7 +115,7 @@ def moveaxis(operation, call):
     labels = np.empty(tuple(range(2, 2 + rank)), bool)
     moved = np.moveaxis(labels, operation.source, operation.destination)
     order = [size - 2 for size in moved.shape]
-    return permute_step(tuple(order), call)
+    return permute_map(tuple(order), call)
 
 
 @register_rule(keras.layers.RepeatVector)
@@ -126,7 +124,7 @@ def repeat_vector(layer, call):
 
 
 def repeated(call: LayerCall, times: int) -> LipschitzMap:
-    """Every token appears `times` times."""
+    """The map of a repetition of every token."""
     constant = SAFETY * math.sqrt(times) if call.norm == "l2" else 1.0
     return TokenMixing(
         constant=constant,
@@ -148,15 +146,16 @@ def up_sampling_3d(layer, call):
     return repeated(call, math.prod(layer.size))
 
 
-def spatial_last(step: LipschitzMap, call: LayerCall) -> LipschitzMap:
-    """The same layer when the last axis is one of the image.
+def spatial_last(layer_map: LipschitzMap, call: LayerCall) -> LipschitzMap:
+    """The map of a repetition with channels first, where the last axis is one of the image.
 
-    Entries that move or repeat within tokens still give each entry of the 2-norm and the max
-    norm as often as before; a token may then repeat some entries.
+    The constants in the 2-norm and the max norm stay the same. A token may repeat some entries.
     """
     if call.norm == "token":
         return unbounded('in the token norm only `data_format="channels_last"` has a rule')
-    return LipschitzMap(constant=step.constant, theorem=step.theorem, exact=step.exact)
+    return LipschitzMap(
+        constant=layer_map.constant, theorem=layer_map.theorem, exact=layer_map.exact
+    )
 
 
 @register_rule(

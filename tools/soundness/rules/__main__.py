@@ -1,9 +1,9 @@
-"""Attacks every rule of `certify`: no number found may exceed a certified one.
+"""Attacks every rule of `certify`: no lower estimate may exceed a certified constant.
 
     python -m tools.soundness.rules --comparisons=10000 --seed=0
 
-prints how many subjects and comparisons there were, every problem with a description that can be
-followed, and the worst ratio of what was found to what is certified. One subject alone:
+prints the numbers of subjects and comparisons, every problem with its subject, and the worst ratio
+of a lower estimate to a certified constant. To attack a single subject:
 
     python -m tools.soundness.rules --seed=0 --index=123
 
@@ -14,9 +14,9 @@ from absl import app, flags
 
 from tools.soundness.rules.run import attack_one, attack_rules
 
-_COMPARISONS = flags.DEFINE_integer("comparisons", 10_000, "How many to make.", lower_bound=1)
+_COMPARISONS = flags.DEFINE_integer("comparisons", 10_000, "Number of comparisons.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the subjects.", lower_bound=0)
-_INDEX = flags.DEFINE_integer("index", None, "Attack this subject only.", lower_bound=0)
+_INDEX = flags.DEFINE_integer("index", None, "Attack only this subject.", lower_bound=0)
 
 
 def main(argv):

@@ -1,4 +1,4 @@
-"""Compares what `certify` says about a subject with what the subject does."""
+"""Compares the certificate of a subject with lower estimates and other measurements."""
 
 import dataclasses
 import warnings
@@ -9,21 +9,22 @@ import tensorflow as tf
 
 import keras_lipattn
 from keras_lipattn.certification.keras_models import augments
+from tools.soundness.rules.interpolation import interpolation_in_float64
 from tools.soundness.rules.norms import Geometry
 from tools.soundness.rules.subjects import BATCH, Illegal, RuleSubject, first_line
 
 NORMS = ("l2", "token", "linf")
 # Steps of the ascent on the norm of the Jacobian.
 STEPS = 5
-# Entries of all Jacobians of one round; larger ones take too long.
+# Largest number of entries of the Jacobians of a round.
 LARGEST = 40_000
-# Steps of the quotients that confirm what a gradient says.
+# Step sizes of difference quotients that confirm a gradient.
 _STEPS_64, _STEPS_32 = (1e-3, 1e-5, 1e-6), (1e-1, 1e-2)
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One certified number and the largest value found for it.
+    """A certified constant and the largest value found for it.
 
     Args:
         norm: `"l2"`, `"token"` or `"linf"`.
@@ -59,9 +60,8 @@ class Outcome:
     """The result of one attack.
 
     Args:
-        comparisons: certified numbers and what was found.
-        faults: sentences about what is wrong besides numbers that are too small: crashes, and
-            examples that depend on each other.
+        comparisons: certified constants with lower estimates.
+        faults: messages about other errors: crashes, and examples that depend on each other.
         refusals: reasons for constants that are not finite, by norm.
     """
 
@@ -90,7 +90,8 @@ def attack(subject: RuleSubject, seed: int = 0) -> Outcome:
         attempt = _Attack(subject, outcome, np.random.default_rng(seed))
         attempt.require_running()
         if _certify(subject, attempt):
-            attempt.run()
+            with interpolation_in_float64():
+                attempt.run()
     return outcome
 
 
@@ -121,13 +122,13 @@ class _Attack:
         self.radius = subject.options.get("input_radius")
         self.head = ""
         self.geometry: Any = None
-        # Whether derivatives are differences.
+        # Whether derivatives are computed by differences.
         self.differs = False
         self.tolerance = subject.tolerance
         self.single = subject.tolerance > 1e-5
         self.dtype = "float32" if self.single else "float64"
         self.shapes = [source.shape for source in subject.sources]
-        # Length of the sequences where it is not that of the sources.
+        # Length of the sequences if it differs from that of the sources.
         self.length: int | None = None
 
     def require_running(self) -> None:
@@ -162,7 +163,7 @@ class _Attack:
     # Values -----------------------------------------------------------------------------------
 
     def inside(self, points: np.ndarray) -> np.ndarray:
-        """The points, with tokens pulled into the ball of the certificate."""
+        """The points, with tokens scaled into the ball of the certificate."""
         if self.radius is None:
             return points
         parts = []
@@ -181,12 +182,12 @@ class _Attack:
         return parts
 
     def call(self, points, examples) -> list[Any]:
-        """Outputs of the model; `points` may be a tensor that is differentiated."""
+        """Outputs of the model; `points` may be a tensor to differentiate by."""
         outputs = self.subject.run(points, examples, length=self.length)
         return [self.revealed(one) for one in outputs]
 
     def revealed(self, output):
-        """The output that the certificate speaks of: before a softmax or sigmoid at the end."""
+        """The certified output: without a softmax or sigmoid at the end."""
         if self.head == "softmax":
             logs = tf.math.log(output)
             return logs - tf.reduce_mean(logs, axis=-1, keepdims=True)
@@ -204,7 +205,7 @@ class _Attack:
     # Independence of examples -------------------------------------------------------------------
 
     def independent(self, points, outputs) -> bool:
-        """Whether examples depend on nothing but themselves: not on others nor on `training`."""
+        """Checks that outputs do not depend on other examples or on `training`."""
         examples = np.arange(BATCH)
         sizes = {array.shape[0] if array.ndim else None for array in outputs}
         if sizes != {BATCH}:
@@ -219,7 +220,7 @@ class _Attack:
             if not _close(old[[0, 2]], new[[0, 2]], self.subject.tolerance):
                 self.fault("one example changes the output of another, with a certificate")
                 return False
-        # Layers for augmentation draw random numbers without `training`: Keras has it so.
+        # In Keras, augmentation layers draw random numbers unless `training` is false.
         if not any(augments(layer) for layer in self.subject.model._flatten_layers()):
             bare = self.subject.run(
                 tf.constant(points[:BATCH], self.dtype), examples, training=None
@@ -234,7 +235,7 @@ class _Attack:
         return True
 
     def agrees(self, points, outputs) -> bool:
-        """Whether another size of the batch gives the same outputs."""
+        """Checks that another batch size gives the same outputs."""
         size = len(points)
         try:
             others = self.outputs(points, np.arange(size))
@@ -272,7 +273,7 @@ class _Attack:
         return (values[:, 0] - values[:, 1]).swapaxes(1, 2) / (2.0 * h)
 
     def derivatives(self, points, examples) -> np.ndarray:
-        """Jacobians by one backward pass: a copy of a point for every output."""
+        """Jacobians by one backward pass, with a copy of a point for every output."""
         outputs = self.geometry.outputs
         copies = tf.constant(np.repeat(points, outputs, axis=0), self.dtype)
         picked = np.tile(np.eye(outputs), (len(points), 1)).astype(self.dtype)
@@ -280,7 +281,7 @@ class _Attack:
             tape.watch(copies)
             arrays = self.call(copies, np.repeat(examples, outputs))
             value = tf.concat([tf.reshape(one, (len(picked), -1)) for one in arrays], axis=1)
-            # Zero times infinity would spoil the sum.
+            # Zero times infinity is NaN.
             total = tf.reduce_sum(tf.where(picked > 0, value, 0.0))
         zero = tf.UnconnectedGradients.ZERO
         rows = np.asarray(tape.gradient(total, copies, unconnected_gradients=zero), np.float64)
@@ -304,7 +305,7 @@ class _Attack:
         for norm, certificate in self.finite.items():
             value = found[norm]
             if Comparison(norm, kind, value, certificate.total, self.tolerance).is_violation:
-                # Where entries tie, gradients of maxima are not those of any direction.
+                # At ties, gradients of maxima are not directional derivatives.
                 value = min(value, self.confirmed(best[norm], norm))
             self.add(norm, kind, value, certificate.total)
         self.quotients(points, examples, best, kind)
@@ -325,7 +326,7 @@ class _Attack:
         return float(np.max(moved / np.maximum(sizes, 1e-300)))
 
     def climb(self, found, best, step) -> None:
-        """A step uphill from the best point of each norm."""
+        """An ascent step from the best point of each norm."""
         if self.differs:
             return
         norms = list(best)
@@ -363,7 +364,7 @@ class _Attack:
                 best[norm] = (point, example, covector, direction)
 
     def quotients(self, points, examples, best, kind) -> None:
-        """Changes of a finite size."""
+        """Difference quotients for changes of finite size."""
         starts, ends, which = [], [], []
         for norm in best:
             point, example, _, direction = best[norm]
@@ -384,7 +385,7 @@ class _Attack:
         for norm, certificate in self.finite.items():
             sizes = self.geometry.sizes(end - begin, norm, "inputs")
             moved = self.geometry.sizes(change, norm, "outputs")
-            # Rounding decides about changes that are tiny beside the values.
+            # Changes much smaller than the values are dominated by rounding.
             rounding = 1e-3 if self.single else 1e-12
             floor = rounding * (1.0 + np.abs(outputs).max(initial=0.0, where=np.isfinite(outputs)))
             usable = np.isfinite(moved) & (sizes > 1e-9)
@@ -393,7 +394,7 @@ class _Attack:
             self.add(norm, label, float(ratios.max(initial=0.0)), certificate.total)
 
     def pairwise_constants(self, jacobians, points, examples) -> None:
-        """The constants of differences of two classes."""
+        """The pairwise constants."""
         for norm, certificate in self.finite.items():
             if (
                 not certificate.pairwise_constants
@@ -420,7 +421,7 @@ class _Attack:
     # Shorter sequences --------------------------------------------------------------------------
 
     def shorter(self) -> None:
-        """Sequences shorter than the certificate is for."""
+        """Sequences shorter than the certified length."""
         subject, full = self.subject, self.shapes
         length = subject.options["sequence_length"]
         if length < 2 or any(shape[0] != length for shape in full):
@@ -433,7 +434,7 @@ class _Attack:
             try:
                 outputs = self.outputs(points[:1], np.arange(1))
             except Exception:
-                # The model takes one length only.
+                # The model takes only one length.
                 return
             shapes = [array.shape[1:] for array in outputs]
             self.geometry = Geometry(self.shapes, shapes, up_to_shift=self.head == "softmax")
@@ -444,7 +445,7 @@ class _Attack:
 
 
 def range_fault(values, center, radius: float, largest: float) -> str:
-    """How the tokens `values` leave a claimed range; empty if they do not.
+    """A message if tokens are outside a certified range, else an empty string.
 
     Args:
         values: actual values of a tensor, `(..., width)`.

@@ -1,4 +1,4 @@
-"""One call of a layer or operation, in each of the ways that Keras allows."""
+"""A call of a layer or operation, in all ways that Keras allows."""
 
 import dataclasses
 import inspect
@@ -67,7 +67,7 @@ class Target:
             bound["training"] = self.style.training
         args = []
         for name in self.parameters[: self.style.positional]:
-            # Layers take nothing but tensors by position.
+            # Layers take only tensors by position.
             if name not in bound or (self.case.is_layer and not _is_tensor(bound[name])):
                 break
             args.append(bound.pop(name))
@@ -92,7 +92,7 @@ class Target:
 
 
 def draw(rng, choices: dict[str, Sequence]) -> dict[str, Any]:
-    """One choice for each argument, without those that are absent."""
+    """A random choice for each argument, without absent ones."""
     drawn = {name: options[rng.integers(len(options))] for name, options in choices.items()}
     return {name: value for name, value in drawn.items() if value is not ABSENT}
 
@@ -118,12 +118,12 @@ def _text(value: Any) -> str:
 
 
 class _Holds:
-    """`call` of layers and models that do nothing but call what they hold."""
+    """The `call` of layers and models that only call an inner target."""
 
     target: Any
 
     def hold(self, target):
-        # Only the layer is tracked by Keras.
+        # Keras tracks only the layer.
         vars(self)["target"] = target
         self.inner = target.layer
 
@@ -133,7 +133,7 @@ class _Holds:
 
 
 class _HoldsMasks(_Holds):
-    """Takes the mask of its first tensor, which Keras fills in by name, and passes it on."""
+    """Takes the mask of its first tensor as an argument and passes it on."""
 
     def call(self, first, second=None, third=None, first_mask=None):
         tensors = [tensor for tensor in (first, second, third) if tensor is not None]
@@ -142,7 +142,7 @@ class _HoldsMasks(_Holds):
 
 
 class Custom(_Holds, layers.Layer):
-    """A custom layer without `build`, the usual pattern of public examples."""
+    """A custom layer without `build`, as in most Keras examples."""
 
     def __init__(self, target):
         super().__init__()
@@ -150,7 +150,7 @@ class Custom(_Holds, layers.Layer):
 
 
 class CustomWithShape(Custom):
-    """A custom layer that knows the shape of its output, as `TimeDistributed` asks."""
+    """A custom layer with `compute_output_shape`, which `TimeDistributed` needs."""
 
     def compute_output_shape(self, input_shape):
         symbol = keras.KerasTensor(input_shape, dtype=self.compute_dtype)
@@ -159,7 +159,7 @@ class CustomWithShape(Custom):
 
 
 class CustomWithBuild(_Holds, layers.Layer):
-    """A custom layer that builds the layer inside."""
+    """A custom layer that builds its inner layer."""
 
     def __init__(self, target):
         super().__init__()
@@ -171,7 +171,7 @@ class CustomWithBuild(_Holds, layers.Layer):
 
 
 class CustomWithMask(_HoldsMasks, layers.Layer):
-    """A custom layer that asks for the mask of its input by name."""
+    """A custom layer that takes the mask of its input as an argument."""
 
     def __init__(self, target):
         super().__init__()
@@ -198,7 +198,7 @@ class SubclassedModel(_Holds, keras.Model):
 
 
 class SubclassedWithMask(_HoldsMasks, keras.Model):
-    """A subclassed model that asks for the mask of its input by name."""
+    """A subclassed model that takes the mask of its input as an argument."""
 
     def __init__(self, target):
         super().__init__()
@@ -206,7 +206,7 @@ class SubclassedWithMask(_HoldsMasks, keras.Model):
 
 
 class SetMask(layers.Layer):
-    """Gives a tensor a mask inside of `call`."""
+    """Sets the mask of a tensor in `call`."""
 
     def call(self, inputs, visible):
         output = inputs * 1.0

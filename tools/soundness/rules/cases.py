@@ -24,7 +24,7 @@ ABSENT = object()
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Made:
-    """An argument made anew for each model, such as an inner layer.
+    """An argument that is created for each model, such as an inner layer.
 
     Args:
         text: Python that makes it, for reports.
@@ -50,7 +50,7 @@ class RuleCase:
         arguments: further call arguments, each with its choices.
         masks: call arguments that take one boolean for each token.
         alike: whether all tensors must be the same one.
-        integers: size of the vocabulary if the tensor is one of integers, else 0.
+        integers: size of the vocabulary if the tensor holds integers, else 0.
         dtype: float32 for operations that TensorFlow does not have in float64.
     """
 
@@ -689,7 +689,7 @@ def _image_layers():
 
 
 def _augmentation_layers():
-    """Layers that change images in training only, by names: some versions of Keras lack some."""
+    """Layers that change images only in training, by name: Keras versions differ in them."""
     image = (4, 4, 3)
     factor = dict(factor=[0.2])
     config: dict[str, dict] = {
@@ -723,10 +723,10 @@ def _augmentation_layers():
 
 
 def _equalization_of_models():
-    """A layer `Equalization` that a Functional model can hold."""
+    """A layer `Equalization` that works in a Functional model."""
 
     class Equalization(layers.Equalization):
-        # That of Keras returns the symbol it gets, which makes a cycle of the graph.
+        # The one of Keras returns its input itself, which makes a cycle in the graph.
         def compute_output_spec(self, inputs, **kwargs):
             return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
 
@@ -734,7 +734,7 @@ def _equalization_of_models():
 
 
 class Halved(LipschitzLayer):
-    """A layer of a user with a method `lipschitz` and no other rule."""
+    """A custom layer with a method `lipschitz` and no rule."""
 
     def call(self, inputs):
         return 0.5 * inputs + 1.0
@@ -865,7 +865,7 @@ def _activation_operations():
 
 _ROW = np.array([[2.0, -1.0, 0.5, 1.0]])
 _COLUMN = np.array([[[2.0], [-1.0], [0.5]]])
-# As many as the batch that is attacked.
+# The batch size of the attack.
 _BATCH = np.array([1.0, -1.0, 3.0]).reshape(3, 1, 1)
 _CONSTANTS = [1.5, -0.5, _ROW, _COLUMN, _ROW[:, None], _BATCH]
 
@@ -1313,7 +1313,7 @@ def _image_operations():
             interpolation=[ABSENT, "nearest", "bicubic"],
             **images,
         ),
-        # TensorFlow has gradients of these in float32 only.
+        # TensorFlow has gradients of these only in float32.
         _operation(
             "Resize",
             ops.image.resize,

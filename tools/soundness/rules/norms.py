@@ -1,10 +1,10 @@
-"""Norms of Jacobians of models with several inputs and outputs, side by side."""
+"""Norms of Jacobians of models with several inputs and outputs."""
 
 import numpy as np
 
 
 class Geometry:
-    """Where the tokens are in vectors that hold several tensors side by side.
+    """The positions of tokens in vectors that concatenate several tensors.
 
     Args:
         inputs: shapes of the certified tensors of one example.
@@ -44,7 +44,7 @@ class Geometry:
         return float(sizes.sum()), direction[:-1]
 
     def attained(self, jacobian: np.ndarray, norm: str):
-        """A lower estimate of the operator norm, exact but in the token norm.
+        """A lower estimate of the operator norm, exact except in the token norm.
 
         Returns:
             The number, and the covector and direction for which it is `u^T J v`.
@@ -64,7 +64,7 @@ class Geometry:
         return self._token(jacobian)
 
     def _token(self, jacobian):
-        """`max_u sum_j |J_j^T u|` over unit `u` in one output token, climbed from two starts."""
+        """`max_u sum_j |J_j^T u|` over unit `u` in one output token, by ascent from two points."""
         rows = _padded(_padded(jacobian).T).T[self._output_tokens]
         blocks = rows[:, :, self._input_tokens]
         tokens, width = self._output_tokens.shape
@@ -103,5 +103,5 @@ def _tokens(shapes) -> np.ndarray:
 
 
 def _padded(rows: np.ndarray) -> np.ndarray:
-    """Rows with a zero at their end, where index -1 points."""
+    """The rows with a zero appended, for the index -1."""
     return np.concatenate([rows, np.zeros((len(rows), 1))], axis=1)

@@ -15,9 +15,9 @@ from tools.soundness.rules import calls
 from tools.soundness.rules.calls import Style, Target, draw
 from tools.soundness.rules.cases import ABSENT, RuleCase, all_cases, schedule
 
-# Examples at which a subject is attacked; the batch that shows whether examples are independent.
+# Number of attacked examples, and size of the batch that tests the independence of examples.
 POINTS, BATCH = 6, 3
-# What a gate multiplies its second input with: the value of the other factor decides its slope.
+# Factor of the second input of a gate, so that the value of the other factor determines the slope.
 STEEP = 100.0
 
 
@@ -199,7 +199,7 @@ class _Builder:
         return subject
 
     def shift(self, subject: RuleSubject) -> None:
-        """Moves what a gate multiplies with to 0 at one example, so that its radius decides."""
+        """Shifts the factor of a gate to 0 at one example, so that its radius matters."""
         linear = keras.Model(subject.model.input, self.probe.output)
         try:
             (value,) = subject.run(subject.points[:1], np.arange(1), model=linear)
@@ -240,7 +240,7 @@ class _Builder:
             self.notes.append(f"mask: {self.mask}")
         tensors = self.tensors(shapes)
         alike = all(tensor is tensors[0] for tensor in tensors)
-        # One tensor in several places: inner models then take one input for all of them.
+        # If one tensor is passed several times, inner models take one input for it.
         once = alike and (case.alike or self.chance(0.7))
         outputs = self.routed(tensors[:1] if once else tensors)
         outputs = self.consumed(outputs, tensors)
@@ -307,7 +307,7 @@ class _Builder:
             self.sources.append(Source(tensor.name, shape, embedding=self.target.layer))
             return [tensor]
         tensors = []
-        # Attention is certified where query, value and key are one tensor.
+        # Query, value and key are one tensor.
         same = case.alike or self.chance(0.8 if "query" in case.tensors else 0.3)
         for position, shape in enumerate(shapes):
             relation = "input" if not tensors else self.pick(["same", "affine", "input"])
@@ -340,10 +340,10 @@ class _Builder:
         return tensor
 
     def bounded(self, x) -> Any:
-        """The tensor, or one of known range made of it."""
+        """The tensor, or a tensor of known range computed from it."""
         kinds = ["none"] * 5 + list(_BOUNDING)
         if self.mask in ("Masking", "set_keras_mask", "Embedding"):
-            # It takes masks of another shape.
+            # Its masks have another shape.
             kinds.remove("softmax")
         kind = self.pick(kinds)
         if kind == "none":
@@ -500,7 +500,7 @@ class _Builder:
         if kind != "none":
             self.notes.append(f"into {kind}")
         if kind == "gate_dense":
-            # Radius and center decide about the entries of a linear map.
+            # The range of a linear map depends on radius and center.
             linear = layers.Dense(2)
             y = linear(y)
             self.probe = linear if self.chance(0.7) else None
@@ -539,7 +539,7 @@ class _Builder:
     # Values -------------------------------------------------------------------------------------
 
     def points(self) -> np.ndarray:
-        """Random and structured values of the sources, side by side."""
+        """Random and structured values of the sources, concatenated."""
         parts = []
         for source in self.sources:
             if source.steep:
@@ -572,7 +572,7 @@ class _Builder:
         return fixed
 
     def zero_tokens(self, points, fixed) -> None:
-        """Zero tokens where a mask is computed from the values."""
+        """Sets some tokens to zero where a mask is computed from the values."""
         if not self.masked:
             return
         source = self.sources[0]
@@ -594,7 +594,7 @@ _BOUNDING: dict[str, Callable] = {
     "UnitNormalization": lambda x: layers.UnitNormalization()(x),
     "clip": lambda x: ops.clip(x, -1.0, 2.0),
     "softmax": lambda x: layers.Softmax()(x),
-    # Tokens far from the origin, where what padding and masks put in is not.
+    # Tokens far from the origin: zeros of padding and masks are outside of their ball.
     "0.1 tanh + 5": lambda x: layers.Rescaling(0.1, 5.0)(layers.Activation("tanh")(x)),
     "Dense(tanh)": lambda x: layers.Dense(x.shape[-1], activation="tanh")(x),
 }
@@ -637,12 +637,12 @@ def structured(rng, shape) -> np.ndarray:
     return value + 1e-5 * max(scale, np.abs(value).max()) * rng.normal(size=shape)
 
 
-# Bookkeeping of the package's layers, and the parameters of the Normalization layer.
+# Weights that are not randomized: bookkeeping of this package, parameters of Normalization.
 _KEPT = ("_vector", "running_bound", "penalty_", "seed_generator", "alpha_logit", "normalization/")
 
 
 def randomise(model: keras.Model, rng) -> None:
-    """Random weights, of every layer at a scale of its own."""
+    """Assigns random weights, with a random scale for every layer."""
     for variable in model.weights:
         path = f"{variable.path}/"
         if "float" not in str(variable.dtype) or any(name in path for name in _KEPT[:-1]):
@@ -655,7 +655,7 @@ def randomise(model: keras.Model, rng) -> None:
         elif len(variable.shape) > 1:
             value = value / np.sqrt(variable.shape[0])
         if rng.random() < 0.01 and "kernel" in variable.path and len(variable.shape) > 1:
-            # A head or unit of another order of magnitude.
+            # One head or unit gets another order of magnitude.
             value[:, 0] *= 1e-100
         variable.assign(value)
 
@@ -669,7 +669,7 @@ def _is_symbolic(value) -> bool:
 
 
 def first_line(error: Exception) -> str:
-    """Type and cause of an error, without the lines of Keras around it."""
+    """Type and cause of an error, without the lines that Keras adds."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     lines = [line for line in lines if not line.startswith("Exception encountered")] or [""]
     return f"{type(error).__name__}: {lines[0][:200]}"
@@ -681,7 +681,7 @@ def _first(value, *args, **kwargs):
 
 @contextlib.contextmanager
 def _embedded(subject: RuleSubject, values: dict[int, Any]):
-    """Embeddings return these values, by the identity of the layer."""
+    """Makes embeddings return these values, by the `id` of the layer."""
     held = [source.embedding for source in subject.sources if source.embedding is not None]
     for layer in held:
         vars(layer)["call"] = functools.partial(_first, values[id(layer)])

@@ -1,8 +1,9 @@
-"""The three norms of a batch of tensors, and the directions that attain them.
+"""The three norms of a batch of tensors, and the vectors that attain them.
 
-`along(y)` is a covector of dual norm 1 with `<along(y), y> = |y|`; `against(w)` is a direction of
-norm 1 with `<w, against(w)>` as large as the norm allows. Alternating between them, as in
-`against(J^T along(J v))`, never makes `|J v|` smaller; in the 2-norm this is power iteration.
+`norming_covector(y)` has dual norm 1 and `<norming_covector(y), y> = |y|`. `steepest_direction(w)`
+has norm 1 and the largest `<w, v>` among such `v`. Alternating between them,
+`v = steepest_direction(J^T norming_covector(J v))`, never decreases `|J v|`; in the 2-norm this is
+power iteration.
 """
 
 import numpy as np
@@ -17,8 +18,8 @@ def norm_of(norm: str, y: np.ndarray) -> np.ndarray:
     return np.linalg.norm(_flat(y), axis=1)
 
 
-def along(norm: str, y: np.ndarray) -> np.ndarray:
-    """Covector of dual norm 1 on which `y` is as large as its norm; 0 where `y` is 0."""
+def norming_covector(norm: str, y: np.ndarray) -> np.ndarray:
+    """Covector of dual norm 1 whose product with `y` is the norm of `y`; 0 where `y` is 0."""
     if norm == "l2":
         return _unit(_flat(y)).reshape(y.shape)
     if norm == "linf":
@@ -30,8 +31,8 @@ def along(norm: str, y: np.ndarray) -> np.ndarray:
     return _picked(_unit(tokens), largest).reshape(y.shape)
 
 
-def against(norm: str, w: np.ndarray) -> np.ndarray:
-    """Direction of norm 1 on which the covector `w` is largest; 0 where `w` is 0."""
+def steepest_direction(norm: str, w: np.ndarray) -> np.ndarray:
+    """Direction of norm 1 that maximizes the product with the covector `w`; 0 where `w` is 0."""
     if norm == "l2":
         return _unit(_flat(w)).reshape(w.shape)
     if norm == "linf":
@@ -39,7 +40,7 @@ def against(norm: str, w: np.ndarray) -> np.ndarray:
     return _unit(_tokens(w)).reshape(w.shape)
 
 
-def within(norm: str, x: np.ndarray, radius: float) -> np.ndarray:
+def project_to_ball(norm: str, x: np.ndarray, radius: float) -> np.ndarray:
     """Each example moved into the ball of this radius around 0."""
     if norm == "linf":
         return np.clip(x, -radius, radius)
@@ -48,8 +49,8 @@ def within(norm: str, x: np.ndarray, radius: float) -> np.ndarray:
     return (parts * np.minimum(1.0, radius / np.maximum(sizes, 1e-300))).reshape(x.shape)
 
 
-def covectors(norm: str, shape: tuple[int, ...], start: int, rng) -> np.ndarray:
-    """Covectors to begin from, the `start`-th: of one entry or token after the other."""
+def initial_covectors(norm: str, shape: tuple[int, ...], start: int, rng) -> np.ndarray:
+    """Covectors for the `start`-th ascent; `"linf"` and `"token"` cycle through entries, tokens."""
     y = rng.normal(size=shape)
     if norm == "linf":
         flat = _flat(y)
@@ -59,7 +60,7 @@ def covectors(norm: str, shape: tuple[int, ...], start: int, rng) -> np.ndarray:
         tokens = _tokens(y)
         index = np.full((shape[0], 1, 1), start % tokens.shape[1])
         return _picked(_unit(tokens), index).reshape(shape)
-    return along(norm, y)
+    return norming_covector(norm, y)
 
 
 def _picked(values, index):
@@ -74,7 +75,7 @@ def _flat(y):
 
 
 def _tokens(y):
-    """`(B, tokens, features)`; one token where there is no axis of tokens."""
+    """`(B, tokens, features)`; a tensor without an axis of tokens counts as one token."""
     return y.reshape(len(y), -1, y.shape[-1] if y.ndim > 1 else 1)
 
 

@@ -1,0 +1,214 @@
+"""Attention layers inside a layer: finding and exchanging them, saving and loading the result."""
+
+import functools
+from typing import Any
+
+import keras
+from keras.src.models.functional import Functional
+from keras.src.ops.node import KerasHistory
+
+from keras_lipattn.certification.keras_models import function_of, sibling_names
+from keras_lipattn.layers import L2MultiHeadAttention
+
+_ATTENTION = (keras.layers.MultiHeadAttention, L2MultiHeadAttention)
+
+
+def attention_slots(root: keras.layers.Layer) -> dict[str, keras.layers.Layer]:
+    """Maps paths to the attention layers inside `root`, dot-product or L2, each of them once.
+
+    Layers made from the same configuration have them in the same order. The names that Keras
+    generates differ.
+    """
+    slots: dict[str, keras.layers.Layer] = {}
+    seen: set[int] = set()
+
+    def visit(parent, prefix):
+        names = sibling_names(parent)
+        for layer in parent._flatten_layers(include_self=False, recursive=False):
+            if id(layer) in seen:
+                continue
+            seen.add(id(layer))
+            path = prefix + names[id(layer)]
+            if isinstance(layer, _ATTENTION):
+                slots[path] = layer
+            else:
+                visit(layer, f"{path}/")
+
+    visit(root, "")
+    return slots
+
+
+def is_plain_graph(layer: Any) -> bool:
+    """Whether the configuration of `layer` contains those of the layers inside it."""
+    return type(layer) in (keras.Model, keras.Sequential, Functional) and (
+        function_of(layer) is not None
+    )
+
+
+def exchange(root: keras.layers.Layer, new_of: dict[int, keras.layers.Layer]) -> None:
+    """Replaces layers wherever `root`, or a layer inside it, stores them.
+
+    Args:
+        root: A layer or model.
+        new_of: Maps `id(old)` to the layer that replaces `old`.
+    """
+    olds: dict[int, Any] = {}
+    for layer in root._flatten_layers():
+        # A Sequential model stores its layers a second time.
+        for holder in (layer, getattr(layer, "_functional", None)):
+            if holder is None:
+                continue
+            found = [inner for inner in holder._layers if id(inner) in new_of]
+            olds |= {id(old): old for old in found}
+            ids = holder._tracker.stored_ids["layers"]
+            ids.difference_update(map(id, found))
+            ids.update(id(new_of[id(old)]) for old in found)
+            if found:
+                _exchange_attributes(holder, new_of)
+                _exchange_node_keys(holder, new_of)
+    for key, old in olds.items():
+        _take_calls(old, new_of[key])
+
+
+def _exchange_attributes(holder: Any, new_of: dict[int, Any]) -> None:
+    for name, value in list(vars(holder).items()):
+        replaced = _exchanged(value, new_of)
+        if replaced is not value:
+            # `setattr`, since TensorFlow tracks attributes too.
+            setattr(holder, name, replaced)
+
+
+def _exchange_node_keys(holder: Any, new_of: dict[int, Any]) -> None:
+    """Updates the keys of the nodes of a graph, which contain the `id` of their operation."""
+    if isinstance(holder, keras.Function):
+        keys = [key.split("_", 1) for key in holder._nodes]
+        news = {str(old): str(id(new)) for old, new in new_of.items()}
+        holder._nodes = {f"{news.get(one, one)}_{rest}" for one, rest in keys}
+
+
+def _exchanged(value: Any, new_of: dict[int, Any]) -> Any:
+    """`value` with layers exchanged. Lists and dictionaries change in place, tuples are copied."""
+    if id(value) in new_of:
+        return new_of[id(value)]
+    if isinstance(value, tuple) or type(value).__name__ == "ListWrapper":
+        items = [_exchanged(item, new_of) for item in value]
+        if all(new is old for new, old in zip(items, value, strict=True)):
+            return value
+        if isinstance(value, list):
+            # TensorFlow cannot save its own list type after an item was replaced.
+            return items
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    items = enumerate(value) if isinstance(value, list) else ()
+    items = value.items() if isinstance(value, dict) else items
+    for place, item in list(items):
+        replaced = _exchanged(item, new_of)
+        if replaced is not item:
+            value[place] = replaced
+    return value
+
+
+def _take_calls(old: Any, new: Any) -> None:
+    """Turns the calls of `old` in graphs into calls of `new`."""
+    for node in old._inbound_nodes:
+        node.operation = new
+        for tensor in node.outputs:
+            _, *place = tensor._keras_history
+            tensor._keras_history = KerasHistory(new, *place)
+    for name in ("_inbound_nodes", "_outbound_nodes"):
+        vars(new)[name] = getattr(old, name)
+
+
+@keras.saving.register_keras_serializable("keras_lipattn", "Converted")
+class Converted:
+    """Mixin that saves and loads a layer or model whose attention was exchanged.
+
+    A layer that creates its attention itself, such as `keras_hub.layers.TransformerEncoder`, would
+    create dot-product attention again when it is loaded. The configuration of a converted layer
+    contains the original configuration and the new attention layers with their positions.
+    """
+
+    _slots: tuple[int, ...]
+
+    def get_config(self) -> dict[str, Any]:
+        """The configuration of the original, with positions and configurations of its attention."""
+        layer: Any = self
+        attention = list(attention_slots(layer).values())
+        converted = type(self)
+        layer.__class__ = converted.__mro__[2]
+        try:
+            original = keras.saving.serialize_keras_object(layer)
+        finally:
+            layer.__class__ = converted
+        # It is compiled after the exchange, so that the optimizer has the new weights.
+        original.pop("compile_config", None)
+        return {
+            "original": original,
+            "attention": [
+                [place, keras.saving.serialize_keras_object(attention[place])]
+                for place in self._slots
+            ],
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Any:
+        """The converted layer, with new weights."""
+        layer: Any = keras.saving.deserialize_keras_object(config["original"])
+        new = {
+            place: keras.saving.deserialize_keras_object(attention)
+            for place, attention in config["attention"]
+        }
+        if len(attention_slots(layer)) <= max(new):
+            _build_inside(layer)
+        old = list(attention_slots(layer).values())
+        if len(old) <= max(new):
+            raise ValueError(
+                f"{type(layer).__name__} {layer.name!r} does not have the attention layers that "
+                f"were converted. Received: {len(old)} layers, converted positions {sorted(new)}"
+            )
+        # Layers inside that the configuration contains are converted already.
+        exchange(
+            layer,
+            {
+                id(old[place]): new[place]
+                for place in new
+                if type(old[place]) is keras.layers.MultiHeadAttention
+            },
+        )
+        return as_converted(layer, tuple(new))
+
+
+def _build_inside(layer: Any) -> None:
+    """Builds the layers inside a layer without `build`, as Keras does in the first call."""
+    shapes = layer.get_build_config() or {}
+    if "shapes_dict" in shapes:
+        layer._build_by_run_for_kwargs(shapes["shapes_dict"])
+    elif "input_shape" in shapes:
+        layer._build_by_run_for_single_pos_arg(shapes["input_shape"])
+
+
+def as_converted(layer: Any, slots: tuple[int, ...]) -> Any:
+    """Changes the class of `layer` to one that derives from it and from `Converted`.
+
+    Args:
+        layer: A layer whose attention was exchanged.
+        slots: Positions of the exchanged layers among its attention layers.
+
+    Returns:
+        The same layer.
+    """
+    if isinstance(layer, Converted):
+        slots = tuple(sorted({*layer._slots, *slots}))
+    else:
+        layer.__class__ = _class_of_converted(type(layer))
+    vars(layer)["_slots"] = slots
+    return layer
+
+
+@functools.cache
+def _class_of_converted(original: type) -> type:
+    names = {"__module__": original.__module__, "__doc__": original.__doc__}
+    converted = type(original.__name__, (Converted, original), names)
+    # Saved under the name of `Converted`, whose `from_config` loads it.
+    for one in (converted, Converted):
+        keras.saving.register_keras_serializable("keras_lipattn", "Converted")(one)
+    return converted

@@ -1,0 +1,185 @@
+"""The margin loss and certified accuracy: their formulas, and what they prove."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+
+import keras_lipattn as kl
+from keras_lipattn.losses import MarginCrossentropy
+from keras_lipattn.metrics import CertifiedAccuracy
+
+RNG = np.random.default_rng(7)
+CLASSES = 5
+
+
+def examples(*shape):
+    logits = RNG.normal(size=(*shape, CLASSES)).astype("float32")
+    # Half of the examples are classified correctly.
+    labels = np.where(
+        RNG.random(shape) < 0.5, logits.argmax(-1), RNG.integers(0, CLASSES, shape)
+    ).astype("int32")
+    return labels, logits
+
+
+def margins(labels, logits):
+    """Lead of the correct class over the best other one, in float64."""
+    logits = logits.astype(np.float64)
+    own = np.eye(CLASSES, dtype=bool)[labels]
+    return logits[own].reshape(labels.shape) - np.where(own, -np.inf, logits).max(-1)
+
+
+@pytest.mark.parametrize("lipschitz", [1.0, 2.5])
+@pytest.mark.parametrize("radius", [0.0, 0.3])
+@pytest.mark.parametrize("temperature", [1.0, 30.0])
+def test_the_loss_is_its_formula(radius, temperature, lipschitz):
+    labels, logits = examples(6)
+    margin = np.sqrt(2.0) * lipschitz * radius
+    scaled = temperature * (logits.astype(np.float64) - margin * np.eye(CLASSES)[labels])
+    expected = np.log(np.exp(scaled).sum(axis=1)) - scaled[np.arange(6), labels]
+    found = float(MarginCrossentropy(radius, temperature, lipschitz)(labels, logits))
+    # float32 logits times 30 under an exponential: a few units of the sixth digit.
+    assert found == pytest.approx(expected.mean() / temperature, rel=1e-5)
+
+
+@pytest.mark.parametrize("radius", [0.0, 0.05, 0.4])
+@pytest.mark.parametrize("lipschitz", [0.5, 2.0])
+def test_an_example_with_a_small_loss_is_certified(radius, lipschitz):
+    labels, logits = examples(1000)
+    temperature = 10.0
+    loss = MarginCrossentropy(radius, temperature, lipschitz, reduction=None)
+    # Below log(2) the softmax of the lowered logit is above 1/2, so it is still the largest.
+    small = np.array(loss(labels, logits)) < 0.999 * np.log(2.0) / temperature
+    assert small.any()
+    metric = CertifiedAccuracy(radius, lipschitz)
+    assert float(metric(labels[small], logits[small])) == 1.0
+
+
+@pytest.mark.parametrize("shape", [(8,), (3, 4)])
+@pytest.mark.parametrize("as_column", [False, True])
+def test_labels_may_be_a_column_and_logits_have_more_axes(shape, as_column):
+    labels, logits = examples(*shape)
+    loss, metric = MarginCrossentropy(0.1, 3.0), CertifiedAccuracy(0.1)
+    expected = float(loss(labels.ravel(), logits.reshape(-1, CLASSES)))
+    given = labels[..., None] if as_column else labels
+    # Float32 means, summed in another order.
+    assert float(loss(given, logits)) == pytest.approx(expected, rel=1e-6)
+    share = np.mean(margins(labels, logits) > np.sqrt(2.0) * 0.1)
+    assert float(metric(given, logits)) == pytest.approx(share, rel=1e-6)
+
+
+@pytest.mark.parametrize("lipschitz", [0.3, 1.0, np.inf])
+@pytest.mark.parametrize("radius", [0.0, 0.2, 1.0])
+def test_certified_accuracy_is_its_definition(radius, lipschitz):
+    labels, logits = examples(500)
+    weights = RNG.random(500).astype("float32")
+    counted = margins(labels, logits) > (np.sqrt(2.0) * lipschitz * radius if radius else 0.0)
+    metric = CertifiedAccuracy(radius, lipschitz)
+    for part in np.split(np.arange(500), [100, 350]):
+        metric.update_state(labels[part], logits[part], sample_weight=weights[part])
+    # A float32 mean over hundreds of weights.
+    expected = np.average(counted, weights=weights.astype(np.float64))
+    assert float(metric.result()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_certified_accuracy_falls_with_the_radius_and_the_constant():
+    labels, logits = examples(500)
+    constants = [float(CertifiedAccuracy(0.2, size)(labels, logits)) for size in (0.1, 1.0, 5.0)]
+    radii = [float(CertifiedAccuracy(size)(labels, logits)) for size in (0.0, 0.1, 0.3, 1.0)]
+    for found in (constants, radii):
+        assert found == sorted(found, reverse=True) and found[0] > found[-1]
+    # A float32 mean.
+    assert radii[0] == pytest.approx(np.mean(logits.argmax(-1) == labels), rel=1e-6)
+
+
+@pytest.mark.parametrize("radius", [0.1, 2.0])
+@pytest.mark.parametrize("scale", [0.5, 4.0])
+def test_the_margin_is_the_smallest_that_proves_the_class(radius, scale):
+    # Logits that are the input times `scale`: the constant is attained.
+    change = radius * np.array([-1.0, 1.0]) / np.sqrt(2.0)
+    for slack, certified in ((1.001, True), (0.999, False)):
+        x = np.array([[np.sqrt(2.0) * radius * slack, 0.0]])
+        assert bool(CertifiedAccuracy(radius, scale)([0], scale * x)) is certified
+        moved = scale * (x + change)
+        assert (moved[0, 0] > moved[0, 1]) == certified
+
+
+@pytest.mark.parametrize("position", range(CLASSES))
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_not_finite_are_never_certified(bad, position):
+    logits = np.zeros((CLASSES, CLASSES), "float32")
+    logits[:, position] = bad
+    logits += 3.0 * np.eye(CLASSES, dtype="float32")
+    for radius in (0.0, 0.1):
+        assert float(CertifiedAccuracy(radius)(np.arange(CLASSES), logits)) == 0.0
+
+
+@pytest.mark.parametrize("label", [-1, CLASSES])
+def test_labels_that_are_no_class_are_never_certified(label):
+    logits = -np.ones((1, CLASSES), "float32")
+    assert float(CertifiedAccuracy(0.0)([label], logits)) == 0.0
+
+
+def test_ties_count_as_errors():
+    assert float(CertifiedAccuracy(0.0)([0, 1], np.ones((2, CLASSES)))) == 0.0
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_both_work_in_fit_and_evaluate_and_survive_saving(jit_compile, tmp_path):
+    x = RNG.normal(size=(40, 6)).astype("float32")
+    labels = RNG.integers(0, CLASSES, 40)
+    weights = RNG.random(40).astype("float32")
+    model = keras.Sequential([keras.Input((6,)), kl.SpectralDense(CLASSES)])
+    model.compile(
+        "adam",
+        MarginCrossentropy(0.05, 5.0, 0.7),
+        metrics=[CertifiedAccuracy(0.0, name="plain"), CertifiedAccuracy(0.05, 0.7)],
+        weighted_metrics=[CertifiedAccuracy(0.05, 0.7, name="weighted")],
+        jit_compile=jit_compile,
+    )
+    history = model.fit(x, labels, sample_weight=weights, epochs=2, batch_size=16, verbose=0)
+    assert history.history["certified_accuracy"][-1] <= history.history["plain"][-1]
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    counted = margins(labels, model.predict(x, verbose=0)) > np.sqrt(2.0) * 0.7 * 0.05
+    for one in (model, again):
+        found = one.evaluate(x, labels, sample_weight=weights, verbose=0, return_dict=True)
+        assert found["certified_accuracy"] == pytest.approx(counted.mean(), rel=1e-6)
+        # A float32 mean over 40 weights.
+        expected = np.average(counted, weights=weights)
+        assert found["weighted"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        MarginCrossentropy(0.3, 30.0, 1.5, reduction="sum", name="mine"),
+        CertifiedAccuracy(0.3, 1.5, name="mine", dtype="float64"),
+        CertifiedAccuracy(0.3, np.inf),
+    ],
+)
+def test_the_configuration_is_json_and_gives_an_equal_one(made):
+    config = json.loads(json.dumps(made.get_config()))
+    again = type(made).from_config(config)
+    assert again.get_config() == made.get_config()
+    labels, logits = examples(20)
+    assert float(again(labels, logits)) == float(made(labels, logits))
+
+
+@pytest.mark.parametrize("made", [MarginCrossentropy, CertifiedAccuracy])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"radius": -0.1},
+        {"radius": float("nan")},
+        {"radius": float("inf")},
+        {"radius": None},
+        {"radius": 0.1, "lipschitz": 0.0},
+        {"radius": 0.1, "lipschitz": float("nan")},
+    ],
+)
+def test_arguments_out_of_range_are_refused(made, arguments):
+    name = list(arguments)[-1]
+    with pytest.raises(ValueError, match=f"`{name}` must be .*Received: {name}="):
+        made(**arguments)
