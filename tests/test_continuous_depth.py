@@ -1,4 +1,4 @@
-"""Continuous depth: the flow of an equation, and constants for what runs."""
+"""Continuous depth approximates the flow of an equation, and its constants are certified."""
 
 # The annotations of TensorFlow and numpy do not cover what is passed and returned here.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportIndexIssue=false, reportOptionalSubscript=false, reportOptionalOperand=false
@@ -117,7 +117,7 @@ def solution(layer, x, mask):
             slope *= mask[..., None]
         return (slope - layer.decay * state).ravel()
 
-    # The slope has kinks at the depths of the branches: each part by itself.
+    # The slope has kinks at the depths of the branches: solve each part separately.
     ends = np.linspace(0.0, layer.time, max(len(branches), 2))
     flat = x.ravel()
     for start, end in itertools.pairwise(ends):
@@ -134,7 +134,7 @@ def test_error_falls_with_the_order_of_the_method(case):
             options = {**case.options, "steps": count, "method": method}
             other = ContinuousDepth(layer.branch, **options, dtype="float64")
             errors.append(np.abs(numpy(other(x, mask=mask)) - exact).max())
-        # The next power of the step is still felt.
+        # The next power of the step size still contributes.
         assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.4), method
         assert errors[-1] < 0.2 * np.abs(exact).max() * 4.0 ** (1 - order)
 
@@ -186,7 +186,7 @@ def test_constant_is_attained_by_a_field_that_stretches_evenly(method):
         assert layer.lipschitz(norm=norm).value == pytest.approx(numpy(layer(x)).max(), rel=1e-8)
 
 
-def test_steps_are_below_the_flow_and_the_inverse_likewise(case):
+def test_constants_of_the_steps_are_below_those_of_the_flow(case):
     layer, _, _ = case.build()
     if isinstance(layer.branch, list):
         pytest.skip("steps read other depths than the integral")
@@ -211,7 +211,7 @@ def test_flow_of_several_depths_integrates_their_constants():
     assert layer.flow_lipschitz().value == pytest.approx(math.exp(exponent), rel=1e-8)
 
 
-def test_no_attack_passes_the_constants(case):
+def test_attacks_stay_below_the_constants(case):
     layer, x, mask = case.build(steps=1)
     functions = {layer: layer.lipschitz, layer.reverse: layer.reverse_lipschitz}
     bounds = {
@@ -241,7 +241,7 @@ def test_decay_above_the_constant_of_the_branch_brings_all_inputs_together():
     for steps in (3, 30):
         layer = ContinuousDepth(branch, time=15.0, steps=steps, decay=1.5, dtype="float64")
         y = numpy(layer(x))
-        # Far below what the unstable explicit step of this size would give, and below its bound.
+        # An explicit step of this size for the decay would be unstable.
         bound = layer.lipschitz().value
         assert bound <= math.exp(-0.5 * 15.0) * (1 + 1e-6)
         assert np.linalg.norm(y[0] - y[1]) <= bound * np.linalg.norm(x[0] - x[1])
@@ -254,7 +254,7 @@ def test_reverse_undoes_the_flow_up_to_the_order(case):
         y = layer(x, mask=mask)
         errors.append(np.abs(numpy(layer.reverse(y, mask=mask)) - x).max())
     assert errors[1] < 1e-3
-    # Where errors of the ways there and back cancel the order is higher.
+    # The order is higher if the errors of `call` and `reverse` cancel.
     assert math.log2(errors[0] / errors[1]) > 3.5
 
 
@@ -288,7 +288,7 @@ def test_equal_depths_are_one():
     assert several.lipschitz().value == pytest.approx(layer.lipschitz().value, rel=1e-12)
 
 
-def test_padded_tokens_are_seen_by_nobody_and_only_decay():
+def test_padded_tokens_only_decay_and_do_not_affect_others():
     for name in ("decay and padding", "perceptron"):
         layer, x, mask = BY_NAME[name].build()
         noisy = np.where(mask[..., None], x, np.nan)
@@ -366,7 +366,7 @@ def test_low_precision_does_not_lose_small_steps(policy):
     expected = numpy(precise(x))
     error = np.abs(numpy(ops.cast(y, "float32")) - expected).max()
     assert error <= tolerance * np.abs(expected).max()
-    # Kernels are certified as they run, rounded.
+    # The certificate is for the kernels rounded to the compute dtype.
     assert layer.lipschitz().value == pytest.approx(precise.lipschitz().value, rel=0.05)
 
 

@@ -1,4 +1,4 @@
-"""Forward and inverse undo each other, and everything said about them is true."""
+"""Layers and their inverses undo each other, and their certificates hold."""
 
 # The annotations of TensorFlow and numpy do not cover what is passed and returned here.
 # pyright: reportCallIssue=false, reportOptionalMemberAccess=false, reportOptionalOperand=false, reportOptionalSubscript=false
@@ -12,8 +12,8 @@ from keras import ops
 
 from keras_lipattn import InvertibleSequential, certify, condensed
 
-# Solutions are left with a residual of 4 roundings, which an inverse magnifies by at most 10 where
-# the coefficient is 0.9; the one after it in the transformer by 2 more.
+# Solutions have a residual of a few rounding errors, which the inverse magnifies by at most 10 for
+# the coefficient 0.9, and the next layer of the transformer by 2 more.
 INVERSE_TOLERANCE = {"float64": 1e-13, "float32": 5e-5}
 
 
@@ -96,14 +96,14 @@ def test_bound_in_the_graph_is_above_the_certificate_and_close(case):
     for part in parts(layer):
         in_graph = float(part._branch.graph_bound(part.norm, part.max_sequence_length))
         certified = part._branch.lipschitz(part.norm, part.max_sequence_length).value
-        # Caps in the graph take norms with an allowance of 1e-6, the certificate exact ones.
+        # Caps in the graph use norms with an allowance of 1e-6, the certificate uses exact norms.
         assert certified <= in_graph * (1.0 + 2e-6)
-        # The host searches the scalings of the heads, and a window knows its degrees; Gram
-        # iteration alone costs one part in a thousand a norm.
+        # The host minimizes over scalings of the heads and counts the tokens in a window. Gram
+        # iteration alone exceeds a norm by one part in a thousand.
         assert in_graph <= 1.3 * certified
 
 
-def test_padded_tokens_pass_through_and_nobody_sees_them():
+def test_padded_tokens_pass_through_and_do_not_affect_others():
     for name in ("padded", "perceptron", "mixed branch", "transformer"):
         layer, x, mask = BY_NAME[name].build()
         noisy = np.where(mask[..., None], x, np.nan)
@@ -172,7 +172,7 @@ def test_inverse_in_a_graph_equals_the_eager_one_and_compiles():
     y = layer(x, mask=mask)
     eager = layer.inverse(y, mask=mask)
     for jit_compile in (False, True):
-        # Converting all Python of the layers to graphs takes longer than the rest of this test.
+        # AutoGraph would take longer than the rest of this test.
         inverse = tf.function(layer.inverse, autograph=False, jit_compile=jit_compile)
         compiled = inverse(y, mask=mask)
         np.testing.assert_allclose(compiled.solution, eager.solution, rtol=0, atol=1e-5)
@@ -200,7 +200,7 @@ def test_condensed_layer_inverts_and_certifies_what_it_runs_with():
         assert layer.lipschitz().value <= 1.5 * 1.9 * (1.0 + 1e-6)
         back = layer.inverse(y).solution
     np.testing.assert_allclose(numpy(back), x, rtol=0, atol=1e-4)
-    # Exact norms in place of Gram iteration's: the second term grows by about 1 in 1000 a layer.
+    # Exact norms replace those of Gram iteration: the second terms grow by about 1 in 1000.
     np.testing.assert_allclose(numpy(y), plain, rtol=0, atol=0.3)
 
 

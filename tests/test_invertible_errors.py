@@ -51,13 +51,13 @@ BAD_BRANCHES = {
 
 
 @pytest.mark.parametrize("name", BAD_BRANCHES)
-def test_branches_without_an_inverse_are_refused(name):
+def test_branches_without_an_inverse_are_rejected(name):
     branch, received = BAD_BRANCHES[name]
     with pytest.raises(ValueError, match=f"Received: .*{re.escape(received)}"):
         InvertibleResidual(branch()).build((None, 5, 4))
 
 
-def test_unknown_or_exceeded_lengths_are_refused(layer):
+def test_unknown_or_exceeded_lengths_are_rejected(layer):
     with pytest.raises(ValueError, match=r"max_sequence_length.*Received: input_shape"):
         InvertibleResidual(attention("float32")).build((None, None, 4))
     with pytest.raises(ValueError, match="Received: an input of 9 tokens"):
@@ -105,14 +105,14 @@ def test_bad_options_of_the_log_determinant_are_named(layer, options, received):
         layer[0].log_det_jacobian(layer[1], **options)
 
 
-def test_failure_is_never_silent(layer):
+def test_failures_raise_or_give_nan(layer):
     block, x, _ = layer
     y = block(x)
     with pytest.raises(InversionError, match=r"2 of 2 .*Received: .*max_steps=1,.*residual"):
         block.inverse(y, max_steps=1)
     with pytest.raises(InversionError, match=r"1 of 2 examples: look for NaN"):
         block.inverse(np.where(np.arange(2)[:, None, None] == 1, np.nan, y))
-    # A graph cannot raise: there the solution is NaN, and so are derivatives through it.
+    # A graph cannot raise: its solution is NaN instead.
     found = tf.function(block.inverse, autograph=False)(y, max_steps=1)
     assert not found.converged.numpy().any()
     assert np.isnan(found.solution.numpy()).all()
@@ -122,7 +122,7 @@ def test_failure_is_never_silent(layer):
     assert np.isnan(half.solution[1].numpy()).all()
 
 
-def test_weights_which_are_not_numbers_have_no_certificate():
+def test_nan_weights_have_no_certificate():
     block, x, _ = BY_NAME["attention"].build("float32")
     block.branch.query_kernel.assign(np.full(block.branch.query_kernel.shape, np.nan))
     for bound in (block.lipschitz(), block.inverse_lipschitz()):
@@ -131,7 +131,7 @@ def test_weights_which_are_not_numbers_have_no_certificate():
     assert np.isnan(np.asarray(block(x))).all()
 
 
-def test_inverse_has_no_certificate_in_a_norm_in_which_nothing_contracts():
+def test_inverse_has_no_certificate_in_a_norm_without_contraction():
     block, _, _ = BY_NAME["attention"].build()
     bound = block.inverse_lipschitz(norm="linf")
     assert bound.value == np.inf or bound.value > 1.0
@@ -139,7 +139,7 @@ def test_inverse_has_no_certificate_in_a_norm_in_which_nothing_contracts():
         assert "contract in the norm 'l2'" in bound.reason
 
 
-def test_sequences_refuse_what_they_cannot_invert():
+def test_sequences_reject_layers_without_an_inverse():
     with pytest.raises(ValueError, match=r"Received: layers=\[\]"):
         InvertibleSequential([])
     with pytest.raises(ValueError, match=r"Received: layer .* of class Residual"):

@@ -18,7 +18,7 @@ def test_gradient_through_the_inverse_is_the_difference_quotient(name):
     layer, x, mask = BY_NAME[name].build()
     rng = np.random.default_rng(0)
     for variable in layer.trainable_variables:
-        # Apart from each other, singular values have smooth norms.
+        # Norms are smooth where the largest singular values are distinct.
         variable.assign_add(0.3 * rng.normal(size=variable.shape))
     y = tf.constant(np.asarray(layer(x, mask=mask)))
     weights = rng.normal(size=x.shape)

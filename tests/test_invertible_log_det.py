@@ -17,13 +17,13 @@ DRAWS = 1000
 ESTIMATORS = {
     "roulette": dict(method="roulette", num_terms=2),
     "roulette of two probes": dict(method="roulette", num_terms=1, num_probes=2),
-    # The part of the series that is left out is below the spread of the mean.
+    # The omitted terms are smaller than the standard error of the mean.
     "probes": dict(method="series", num_terms=60, num_probes=1),
 }
 
 
 def hard_layer():
-    """A layer whose Jacobian uses most of its constant, so that all terms of the series count."""
+    """A layer whose Jacobian is close to its constant, so that all terms of the series matter."""
     layer, x, _ = BY_NAME["perceptron"].build()
     hard = InvertibleResidual(layer.branch, coefficient=0.8, seed=11, dtype="float64")
     x = 0.3 * x[:1, :2]
@@ -41,7 +41,7 @@ def test_series_is_within_its_certified_truncation_error(name):
         assert (error <= ops.convert_to_numpy(series.truncation_error)).all()
 
 
-def test_series_takes_as_many_terms_as_its_tolerance_wants():
+def test_series_takes_the_fewest_terms_for_its_tolerance():
     layer, x = hard_layer()
     exact = layer.log_det_jacobian(x)
     assert (ops.convert_to_numpy(exact.truncation_error) == 0.0).all()
@@ -98,7 +98,7 @@ def test_gradient_of_the_exact_and_of_the_series_agree():
             point = tf.constant(x)
             tape.watch(point)
             value = layer.log_det_jacobian(point, **options).value
-        # The last bias moves nothing.
+        # The last bias does not change the Jacobian.
         sources = [point, *(v.value for v in layer.trainable_variables[:-1])]
         results.append(tape.gradient(value, sources))
     for exact, series in zip(*results, strict=True):
@@ -120,7 +120,7 @@ def test_backward_pass_does_not_grow_with_the_number_of_terms():
 
         graph = tf.function(gradient, autograph=False).get_concrete_function(tf.constant(x)).graph
         kinds = [operation.type for operation in graph.get_operations()]
-        # What a recorded loop keeps of each turn, it keeps in lists.
+        # A recorded loop stores the values of each iteration in tensor lists.
         return len(kinds), sum("TensorList" in kind for kind in kinds)
 
     few, many = operations(2), operations(50)

@@ -54,6 +54,7 @@ def test_every_contraction_is_solved_in_twice_the_guaranteed_steps(name, step, a
             contraction=0.9,
             norm=norm,
             tolerance=tolerance,
+            stall_tolerance=tolerance,
             max_steps=2 * guaranteed + 2,
             acceleration=acceleration,
         )
@@ -82,6 +83,7 @@ def test_examples_of_a_batch_are_independent(acceleration):
             contraction=0.9,
             norm=example_norm("l2"),
             tolerance=1e-12,
+            stall_tolerance=1e-12,
             max_steps=300,
             acceleration=acceleration,
         )

@@ -129,15 +129,18 @@ def test_kept_lower_bounds_are_below_the_certificates():
             assert row["certified"] <= 2.0 * row["found"]
 
 
-def test_kept_inverses_meet_their_promise():
+def test_kept_inverses_are_accurate():
     results = kept("invertible")
     stacks = {(row["stack"], row["coefficient"]): row for row in results["stacks"]}
     for row in stacks.values():
         for acceleration in ("plain", "anderson"):
             assert row[acceleration]["converged"]
-            assert row[acceleration]["error"] <= 1e-5
-    slow = stacks["perceptrons that use their constant", 0.9]
-    assert 2 * slow["anderson"]["steps"] <= slow["plain"]["steps"]
+            # For c = 0.99, each inverse may magnify rounding errors by 100 instead of by 10.
+            limit = 1e-4 if row["coefficient"] > 0.9 else 1e-5
+            assert row[acceleration]["error"] <= limit
+    for coefficient in (0.9, 0.99):
+        slow = stacks["perceptrons that use their constant", coefficient]
+        assert 2 * slow["anderson"]["steps"] <= slow["plain"]["steps"]
     for method in results["log_det"]["methods"]:
         if method["truncation_error"] == 0.0:
             assert abs(method["standard_errors"]) <= 3.0

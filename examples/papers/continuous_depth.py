@@ -4,8 +4,8 @@
    flow of `dx/dt = f(x)` found by an adaptive solver (DOP853 of SciPy): error and fitted order. The
    branch f is L2 attention, attention and a perceptron, or attention whose weights
    change with depth.
-2. How far two inputs part under the flow, against what is certified: at random inputs, and where a
-   token stands between two groups, at which the derivative of attention is largest.
+2. Distance of two inputs under the flow, against the certificate: at random inputs, and at a token
+   between two groups, where the derivative of attention is largest.
 
     python examples/papers/continuous_depth.py
 
@@ -77,7 +77,7 @@ def reference(branch, x, time, decay=0.0):
         ).ravel()
 
     flat = x.ravel()
-    # Weights have kinks where a branch stands: each part by itself.
+    # Weights have kinks at the depths of the branches: solve each part separately.
     for start, end in itertools.pairwise(np.linspace(0.0, time, max(2, len(branches)))):
         found = solve_ivp(field, (start, end), flat, "DOP853", rtol=1e-12, atol=1e-13)
         flat = found.y[:, -1]
@@ -107,9 +107,9 @@ def convergence(name, depths):
 
 
 def order(depths, errors):
-    """Fitted over the last three doublings that are above rounding errors."""
-    sure = [(k, error) for k, error in zip(depths, errors, strict=True) if error > 1e-12][-4:]
-    k, error = np.log(np.array(sure)).T
+    """Order fitted over the last three doublings with errors above rounding errors."""
+    points = [(k, error) for k, error in zip(depths, errors, strict=True) if error > 1e-12][-4:]
+    k, error = np.log(np.array(points)).T
     return float(-np.polyfit(k, error, 1)[0])
 
 
@@ -143,9 +143,9 @@ def stretch(layer, x):
 
 
 def parting(steps_a_unit):
-    """How far inputs part: certified, and found at two inputs.
+    """Growth of distances: certified, and found at two inputs.
 
-    The decay 1 holds the two groups in place, which attention alone would drive apart.
+    The decay 1 keeps the two groups in place, which attention alone would drive apart.
     """
     rows = []
     x = critical_input(CRITICAL_TOKENS)
@@ -169,7 +169,7 @@ def parting(steps_a_unit):
 
 
 def compute(full):
-    """Depths up to 32 (512 in the full setting)."""
+    """Run depths up to 32, or 512 in the full setting."""
     depths = [2**power for power in range(1, 10 if full else 6)]
     return {
         "depths": depths,
@@ -179,15 +179,15 @@ def compute(full):
 
 
 def draw(results, folder):
-    """The plots and the tables."""
+    """Draw the plots and write the tables."""
     fig, (left, right) = report.figure(2)
     lines = dict(zip(BRANCHES, ("-", "--", ":"), strict=True))
     for row in results["convergence"]:
-        for method, (name, colour) in STYLES.items():
+        for method, (name, color) in STYLES.items():
             left.loglog(
                 results["depths"],
                 row["methods"][method]["error"],
-                color=colour,
+                color=color,
                 linestyle=lines[row["branch"]],
                 label=name if row["branch"] == "attention" else None,
             )

@@ -33,7 +33,9 @@ class FixedPoint(NamedTuple):
     converged: Any
 
 
-def solve_fixed_point(step, start, *, contraction, norm, tolerance, max_steps, acceleration):
+def solve_fixed_point(
+    step, start, *, contraction, norm, tolerance, stall_tolerance, max_steps, acceleration
+):
     """Solve `x = step(x)` for a map that shrinks distances at least by the factor `contraction`.
 
     The plain iteration is `x <- step(x)`. With Anderson acceleration, the next point is
@@ -49,6 +51,8 @@ def solve_fixed_point(step, start, *, contraction, norm, tolerance, max_steps, a
         norm: Function from `(B, ...)` to norms `(B,)`.
         tolerance: An example has converged when its residual is at most `tolerance` times the
             larger of the norms of the start and of the iterate.
+        stall_tolerance: Tolerance in place of `tolerance` for a plain step that does not reduce the
+            residual, which only rounding errors can cause.
         max_steps: Largest number of evaluations of `step`.
         acceleration: `"plain"` or `"anderson"`.
 
@@ -73,7 +77,8 @@ def solve_fixed_point(step, start, *, contraction, norm, tolerance, max_steps, a
         image = ops.stop_gradient(step(ops.reshape(candidate, shape)))
         new_residual = flat(image) - candidate
         new_size = norm(ops.reshape(new_residual, shape))
-        small = tolerance * ops.maximum(start_size, norm(ops.reshape(candidate, shape)))
+        scale = ops.maximum(start_size, norm(ops.reshape(candidate, shape)))
+        limit = ops.where(new_size < size, tolerance * scale, stall_tolerance * scale)
         # The guarantee of a plain step may fail by a rounding error: there is no better point.
         accepted = ops.logical_or(plain, new_size <= contraction * size)
         accepted = ops.logical_and(accepted, ops.logical_not(done))
@@ -85,7 +90,7 @@ def solve_fixed_point(step, start, *, contraction, norm, tolerance, max_steps, a
         residual = ops.where(accepted[:, None], new_residual, residual)
         size = ops.where(accepted, new_size, size)
         steps = ops.where(done, steps, steps + 1)
-        converged = ops.logical_or(converged, ops.logical_and(accepted, new_size <= small))
+        converged = ops.logical_or(converged, ops.logical_and(accepted, new_size <= limit))
         # An iterate with NaN or infinite entries never recovers.
         broken = ops.logical_and(plain, ops.logical_not(ops.isfinite(new_size)))
         done = ops.logical_or(done, ops.logical_or(converged, broken))

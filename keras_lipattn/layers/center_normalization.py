@@ -32,6 +32,13 @@ class CenterNormalization(keras.layers.Layer):
     Raises:
         ValueError: If the last axis is not static or has fewer than two entries.
 
+    Example:
+
+    >>> layer = CenterNormalization()
+    >>> layer.build((None, 64))
+    >>> round(layer.lipschitz().value, 4)
+    1.0159
+
     Reference:
         Qi, Wang, Chen, Shi, Zhang, "LipsFormer: Introducing Lipschitz Continuity to Vision
         Transformers", ICLR 2023, Section 4.1.

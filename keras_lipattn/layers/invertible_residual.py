@@ -30,8 +30,6 @@ from keras_lipattn.layers._precision import CAP_MARGIN
 from keras_lipattn.layers.inversion import Inversion, LogDeterminant
 from keras_lipattn.linalg.exact import SAFETY
 
-# Default tolerance of the residual, in rounding errors relative to the norm of the example.
-TOLERANCE_IN_ROUNDINGS = 4.0
 # Smaller bounds are replaced by this one, so that a branch of zeros has finite derivatives.
 MIN_BOUND = 1e-6
 # Default number of terms that the random series always computes.
@@ -165,12 +163,11 @@ class InvertibleResidual(keras.layers.Layer):
             mask: Boolean `(B, ...)`, false where a token is padding; the Keras mask of `outputs`
                 by default.
             acceleration: `"plain"`, or `"anderson"` to extrapolate from the last five steps. That
-                makes a step slower. It pays off where the plain iteration needs hundreds of steps
-                or stalls at rounding errors, which can happen for coefficients from 0.95 on.
-            tolerance: Largest residual relative to the norm of the example; 4 rounding errors of
-                the dtype by default.
-            max_steps: Largest number of evaluations of the branch; by default enough for every
-                branch, in real arithmetic.
+                makes a step slower and pays off where the plain iteration needs hundreds of steps.
+            tolerance: Largest residual relative to the norm of the example. By default 4 rounding
+                errors of the dtype, or up to `sqrt(2 / (1 - coefficient))` times that if rounding
+                errors stop the iteration there.
+            max_steps: Largest number of evaluations of the branch; enough for every one by default.
 
         Returns:
             An `Inversion`. Its `solution` has first derivatives, by the implicit function theorem.
@@ -179,16 +176,18 @@ class InvertibleResidual(keras.layers.Layer):
         Raises:
             InversionError: If an example does not reach the tolerance. In a graph, its solution is
                 NaN and its `converged` is false instead.
-            ValueError: If an argument is out of range, or `outputs` are longer than
-                `max_sequence_length`.
+            ValueError: If an argument is out of range or `outputs` are too long.
         """
         if acceleration not in MEMORY:
             raise ValueError(
                 f"`acceleration` must be one of {sorted(MEMORY)}. "
                 f"Received: acceleration={acceleration!r}"
             )
+        stall_tolerance = tolerance
         if tolerance is None:
-            tolerance = TOLERANCE_IN_ROUNDINGS * float(np.finfo(self.compute_dtype).eps)
+            tolerance = 4.0 * float(np.finfo(self.compute_dtype).eps)
+            # Independent rounding errors leave the iteration a residual larger by this factor.
+            stall_tolerance = math.sqrt(2.0 / (1.0 - self.coefficient)) * tolerance
         if not tolerance > 0.0:
             raise ValueError(f"`tolerance` must be positive. Received: tolerance={tolerance}")
         if max_steps is None:
@@ -209,6 +208,7 @@ class InvertibleResidual(keras.layers.Layer):
                 contraction=self.coefficient,
                 norm=example_norm(self.norm, dual=dual),
                 tolerance=tolerance,
+                stall_tolerance=stall_tolerance,
                 max_steps=max_steps,
                 acceleration=acceleration,
             )
@@ -422,8 +422,8 @@ class InvertibleResidual(keras.layers.Layer):
             )
 
     def _check_length(self, shape):
-        tokens = _tokens(shape)
-        if None not in (tokens, self.max_sequence_length) and tokens > self.max_sequence_length:
+        tokens, most = _tokens(shape), self.max_sequence_length
+        if tokens is not None and most is not None and tokens > most:
             raise ValueError(
                 f"The layer is invertible for at most {self.max_sequence_length} tokens "
                 "(`max_sequence_length`, or the length it was built with). "

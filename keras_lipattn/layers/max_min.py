@@ -19,7 +19,8 @@ class MaxMin(keras.layers.Layer):
 
     Example:
 
-    >>> keras.ops.convert_to_numpy(MaxMin()(np.array([[1.0, 2.0, 3.0, 0.0]]))).tolist()
+    >>> x = keras.ops.convert_to_tensor([[1.0, 2.0, 3.0, 0.0]])
+    >>> keras.ops.convert_to_numpy(MaxMin()(x)).tolist()
     [[3.0, 2.0, 1.0, 0.0]]
 
     Reference:

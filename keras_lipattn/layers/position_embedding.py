@@ -19,6 +19,12 @@ class PositionEmbedding(keras.layers.Layer):
     Raises:
         ValueError: If the number of positions is unknown, or the static length of the input exceeds
             it.
+
+    Example:
+
+    >>> tokens = keras.Input((10, 64))
+    >>> PositionEmbedding()(tokens).shape
+    (None, 10, 64)
     """
 
     def __init__(self, max_length=None, initializer="glorot_uniform", **kwargs):

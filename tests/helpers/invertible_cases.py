@@ -1,4 +1,4 @@
-"""The generator of invertible layers: every property of a bijection runs over these cases."""
+"""Invertible layers on which the properties of a bijection are tested."""
 
 # The annotations of TensorFlow and numpy do not cover what is passed and returned here.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
@@ -25,7 +25,7 @@ BATCH = 2
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """An invertible layer, as a function of the dtype, and the shape of one example."""
+    """An invertible layer as a function of the dtype, and the shape of one example."""
 
     name: str
     layer: typing.Callable[[str], typing.Any]
@@ -57,7 +57,7 @@ def dense(dtype, units=4, spectral_norm=None, **options):
 
 
 def perceptron(dtype):
-    """Weights tied as in the gradient of a convex function: nearly all of the constant is used."""
+    """Weights tied as in the gradient of a convex function; its Jacobian is close to its bound."""
     branch = keras.Sequential([dense(dtype, 16, activation="elu"), dense(dtype, 4)])
     branch.build((None, None, 4))
     first, second = branch.layers
@@ -137,7 +137,8 @@ BY_NAME = {case.name: case for case in CASES}
 def flat_jacobian(function, x, mask=None):
     """Jacobian of `function(x, mask=mask)` at every example, `(B, n, n)`.
 
-    All rows at once, as one derivative of as many copies of the batch: loops cannot be vectorised.
+    All rows come from one derivative of as many copies of the batch, since loops cannot be
+    vectorized.
     """
     batch, size = len(x), int(np.prod(x.shape[1:]))
     copies = tf.constant(np.repeat(x, size, axis=0))
