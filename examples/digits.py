@@ -3,7 +3,7 @@
     python examples/digits.py [--dataset=digits|mnist|fashion_mnist] [--penalty=0] [--epochs=N]
 
 A monitor watches the certified Lipschitz bound of every layer while the model trains, and penalizes
-those of attention above their target. What comes out is in --out_dir:
+those of attention above their target. The results are in --out_dir:
 
     saved_model/1/    for TensorFlow Serving, with the certificate in assets.extra/; the next
                       run writes saved_model/2/
@@ -178,7 +178,7 @@ def _train(
             keras.callbacks.CSVLogger(os.fspath(out_dir / "history.csv")),
             _Progress(),
         ],
-        # A bar where somebody watches it move, else a line an epoch.
+        # A progress bar on a terminal, else one line per epoch.
         verbose=1 if sys.stdout.isatty() else 2,
     )
     return monitor

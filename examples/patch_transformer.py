@@ -88,7 +88,7 @@ def patch_transformer(
 
 
 def _attention_block(x, axis: int, name: str, architecture: Architecture):
-    branch = CenterNormalization(scale=False, name=f"{name}_attention_centre")(x)
+    branch = CenterNormalization(scale=False, name=f"{name}_attention_center")(x)
     branch = L2MultiHeadAttention(
         architecture.heads,
         architecture.width // architecture.heads,
@@ -101,7 +101,7 @@ def _attention_block(x, axis: int, name: str, architecture: Architecture):
 
 
 def _mlp_block(x, name: str, architecture: Architecture):
-    branch = CenterNormalization(scale=False, name=f"{name}_mlp_centre")(x)
+    branch = CenterNormalization(scale=False, name=f"{name}_mlp_center")(x)
     branch = _dense(2 * architecture.width, f"{name}_mlp_in")(branch)
     branch = MaxMin(name=f"{name}_mlp_sort")(branch)
     branch = _dense(architecture.width, f"{name}_mlp_out")(branch)

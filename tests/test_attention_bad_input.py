@@ -252,7 +252,7 @@ def test_broken_weights_have_no_constant_and_are_not_hidden(cap, value):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_broken_neighbours_have_no_constant_either(value, x):
+def test_broken_neighbors_have_no_constant_either(value, x):
     for layer in (SpectralDense(3), SpectralDense(3, spectral_norm=None), CenterNormalization()):
         layer(x)
         for weight in layer.trainable_variables:
@@ -277,7 +277,7 @@ def test_weights_too_large_for_the_dtype_have_no_constant():
 # Other things Keras offers ------------------------------------------------------
 
 
-def test_quantisation_leaves_the_layers_as_they_are(x):
+def test_quantization_leaves_the_layers_as_they_are(x):
     inputs = keras.Input((LENGTH, FEATURES))
     attention, dense = L2MultiHeadAttention(2, 3), SpectralDense(3)
     model = keras.Model(inputs, dense(attention(inputs)))
@@ -286,7 +286,7 @@ def test_quantisation_leaves_the_layers_as_they_are(x):
         with pytest.raises(NotImplementedError, match="quantize"):
             layer.quantize("int8")
     with warnings.catch_warnings():
-        # Keras says that it passes by layers which cannot be quantised.
+        # Keras says that it passes by layers which cannot be quantized.
         warnings.simplefilter("ignore")
         model.quantize("int8")
     np.testing.assert_array_equal(model(x), before)

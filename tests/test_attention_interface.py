@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers.layer_cases import CAPS, FEATURES, HEADS, KEY_DIM, LENGTH, OPTIONS, Case, randomise
+from helpers.layer_cases import CAPS, FEATURES, HEADS, KEY_DIM, LENGTH, OPTIONS, Case, randomize
 
 from keras_lipattn import L2MultiHeadAttention, SpectralDense
 
@@ -370,7 +370,7 @@ def test_regularizers_and_constraints_act():
     )
     x = np.random.default_rng(0).normal(size=(2, LENGTH, FEATURES)).astype("float32")
     model = _functional(layer)
-    randomise(layer)
+    randomize(layer)
     output = model(x)
     kernels = [layer.query_kernel, layer.value_kernel, layer.output_kernel]
     expected = [0.5 * np.square(k).sum() for k in kernels]

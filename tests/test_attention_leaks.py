@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers.layer_cases import BATCH, FEATURES, LENGTH, Case, randomise
+from helpers.layer_cases import BATCH, FEATURES, LENGTH, Case, randomize
 
 from keras_lipattn import L2MultiHeadAttention, condensed
 from keras_lipattn.layers import _distance_attention
@@ -192,7 +192,7 @@ def test_padding_a_batch_further_changes_nothing_in_a_model():
     y = keras.layers.Embedding(9, FEATURES, mask_zero=True)(inputs)
     layer = L2MultiHeadAttention(2, 3, lipschitz_bound=0.3, max_sequence_length=16)
     model = keras.Model(inputs, layer(y))
-    randomise(layer)
+    randomize(layer)
     short = model(tokens)
     graph = tf.function(model, input_signature=[tf.TensorSpec((None, None), "int32")])
     for extra in (1, 13):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from helpers import bounds_cases, jacobians
-from helpers.layer_cases import CALLS, CAPS, FEATURES, LENGTH, Case, cases, randomise
+from helpers.layer_cases import CALLS, CAPS, FEATURES, LENGTH, Case, cases, randomize
 
 from keras_lipattn import L2MultiHeadAttention, condensed
 from keras_lipattn.bounds import s_star
@@ -122,10 +122,10 @@ def test_the_constant_of_the_token_norm_is_attained(tokens, causal):
     layer = L2MultiHeadAttention(1, 1, use_bias=False, kernel_initializer="ones", dtype="float64")
     layer.build((1, tokens, 1))
     bound = layer.lipschitz(norm="token", mask="causal" if causal else "full").value
-    # The last token in the centre, the others half on each side: Theorem 4 of docs/theory.md.
-    centre = tokens - 1
+    # The last token in the center, the others half on each side: Theorem 4 of docs/theory.md.
+    center = tokens - 1
     x = np.zeros((tokens, 1))
-    x[:centre:2], x[1:centre:2] = 1.0, -1.0
+    x[:center:2], x[1:center:2] = 1.0, -1.0
     x *= np.sqrt(s_star(tokens - 1) + 1.5)
     jac = jacobians.jacobian(lambda x: layer(x, use_causal_mask=causal), x)
     attained = jacobians.norms(jac)["token"]
@@ -226,7 +226,7 @@ def test_random_layers_of_every_size_are_bounded():
             int(heads), int(key), int(value), output_shape=int(out), dtype="float64"
         )
         layer.build((1, int(tokens), int(width)))
-        randomise(layer, scale=rng.choice([0.3, 1.0, 3.0]), seed=int(rng.integers(1000)))
+        randomize(layer, scale=rng.choice([0.3, 1.0, 3.0]), seed=int(rng.integers(1000)))
         causal = bool(rng.integers(2))
 
         def run(x, layer=layer, causal=causal):

@@ -193,7 +193,7 @@ def test_plain_distance_attention_weighs_by_distance():
     np.testing.assert_allclose(output, expected, atol=1e-5)
 
 
-def test_projections_of_the_spectral_peer_are_normalised_in_training():
+def test_projections_of_the_spectral_peer_are_normalized_in_training():
     layer = SpectralNormalizedAttention(2, 3)
     x = keras.random.normal((2, 5, 6), seed=2)
     # Power iteration, one step a call.

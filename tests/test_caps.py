@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from helpers import bounds_cases
-from helpers.layer_cases import CAPS, FEATURES, LENGTH, Case, randomise, running_matrices
+from helpers.layer_cases import CAPS, FEATURES, LENGTH, Case, randomize, running_matrices
 
 import keras_lipattn as kl
 from keras_lipattn.bounds import certified_layer_bound
@@ -345,7 +345,7 @@ def test_a_cap_is_the_same_for_every_mask_of_padding_and_every_length():
         2, 3, lipschitz_bound=0.5, max_sequence_length=12, dtype="float64"
     )
     layer.build((None, None, FEATURES))
-    randomise(layer, scale=2.0)
+    randomize(layer, scale=2.0)
     # The map of one token is linear: its size shows the factor.
     x = np.random.default_rng(0).normal(size=(1, 12, FEATURES))
     single = layer(x[:, :1]) - layer.output_bias

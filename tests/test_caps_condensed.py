@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers.layer_cases import CAPS, FEATURES, LENGTH, Case, randomise
+from helpers.layer_cases import CAPS, FEATURES, LENGTH, Case, randomize
 
 from keras_lipattn import L2MultiHeadAttention, SpectralDense, condensed
 
@@ -53,7 +53,7 @@ def test_graphs_hold_no_norms(cap, call):
         inside = _operations(graph)
         captured = {id(v) for v in graph.variables}
     assert not FORBIDDEN & set(inside)
-    # Two projections of the tokens and of their centre, the distances, the values.
+    # Two projections of the tokens and of their center, the distances, the values.
     assert sum("MatMul" in op for op in inside) <= 6
     # Outside the norms are found in loops.
     assert cap is None or {"While", "StatelessWhile"} & set(outside)
@@ -137,7 +137,7 @@ def test_an_error_inside_leaves_the_context(x):
         with condensed(model):
             raise RuntimeError("inside")
     np.testing.assert_array_equal(model(x), before)
-    randomise(model.layers[1], seed=9)
+    randomize(model.layers[1], seed=9)
     assert not np.allclose(model(x), before)
 
 

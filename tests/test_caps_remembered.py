@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers.layer_cases import CAPS, FEATURES, LENGTH, Case, randomise, running_matrices
+from helpers.layer_cases import CAPS, FEATURES, LENGTH, Case, randomize, running_matrices
 
 from keras_lipattn import SpectralDense
 from keras_lipattn.layers import _norms
@@ -96,7 +96,7 @@ def test_a_graph_remembers_what_it_computed(x, jit_compile):
     layer = Case(cap="both", dtype="float32").layer()
     graph = tf.function(layer, jit_compile=jit_compile)
     for seed in (8, 9):
-        randomise(layer, seed=seed)
+        randomize(layer, seed=seed)
         first = graph(x)
         for snapshot, kernel in zip(layer._cache._snapshots, layer._graph_kernels(), strict=True):
             np.testing.assert_array_equal(snapshot, kernel)
@@ -140,7 +140,7 @@ def test_the_memory_is_checked_inside_graphs(x):
     layer.condense()
     exact = graph(x)
     for seed in (8, 9):
-        randomise(layer, seed=seed)
+        randomize(layer, seed=seed)
         after = graph(x)
         np.testing.assert_allclose(after, layer(x), rtol=0, atol=1e-12)
         assert not np.allclose(after, exact)

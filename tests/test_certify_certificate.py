@@ -14,7 +14,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from helpers.certify_cases import randomise
+from helpers.certify_cases import randomize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import layers
@@ -34,7 +34,7 @@ def classifier(classes=4, activation=None, scale=None, seed=1):
     if scale is not None:
         logits = layers.Activation(activation)(layers.Rescaling(scale)(logits))
     model = keras.Model(x, logits, name="classifier")
-    randomise(model, seed)
+    randomize(model, seed)
     return model
 
 
@@ -312,7 +312,7 @@ def test_a_vacuous_certificate_says_what_to_change():
     for _ in range(3):
         y = pre_norm_block(y)
     model = keras.Model(x, y)
-    randomise(model, 0)
+    randomize(model, 0)
     certificate = certify(model)
     assert certificate.is_finite and certificate.vacuous
     costs: dict[str, float] = {}

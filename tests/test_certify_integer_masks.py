@@ -5,7 +5,7 @@ import math
 import keras
 import numpy as np
 import pytest
-from helpers.certify_cases import default_dtype, jacobian_norm, jacobians, randomise
+from helpers.certify_cases import default_dtype, jacobian_norm, jacobians, randomize
 from keras import layers, ops
 
 from keras_lipattn import certify
@@ -73,7 +73,7 @@ def _model(build):
         x = keras.Input((TOKENS, WIDTH), dtype="float64")
         ids = keras.Input((TOKENS,), dtype="int32")
         model = keras.Model([x, ids], build(x, ids))
-    randomise(model)
+    randomize(model)
     return model
 
 

@@ -589,7 +589,7 @@ def test_operation_on_the_batch_axis_is_refused_or_counted(idiom, custom):
 
 
 def test_examples_mixed_through_a_tiled_batch_are_not_certified():
-    """What comes out for one example then depends on another one."""
+    """The output of one example then depends on another one."""
     model = model_of(lambda x: ops.reshape(ops.tile(x, (2, 1, 1)), (-1, 2, *SHAPE)))
     batch = np.random.default_rng(0).normal(size=(2, *SHAPE))
     moved = batch.copy()

@@ -146,7 +146,7 @@ def test_patches_must_tile_the_image():
         patch_transformer((8, 8, 1), 10, Architecture(patch=3))
 
 
-def test_patches_hold_neighbouring_pixels():
+def test_patches_hold_neighboring_pixels():
     model = patch_transformer((4, 6, 1), 10, Architecture(patch=2))
     patches = keras.Model(model.input, model.get_layer("patches").output)
     image = np.arange(24.0).reshape(1, 4, 6, 1)

@@ -6,7 +6,7 @@
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers.layer_cases import FEATURES, LENGTH, Case, randomise
+from helpers.layer_cases import FEATURES, LENGTH, Case, randomize
 
 from keras_lipattn import CenterNormalization, SpectralDense, condensed
 
@@ -20,8 +20,8 @@ def _layers(dtype):
     for cap in (None, "both"):
         yield Case("value dim", cap=cap, dtype=dtype).layer()
         yield Case("relative", cap=cap, dtype=dtype).layer()
-    neighbours = (SpectralDense(5, dtype=dtype), SpectralDense(5, spectral_norm=None, dtype=dtype))
-    for layer in (*neighbours, CenterNormalization(dtype=dtype)):
+    neighbors = (SpectralDense(5, dtype=dtype), SpectralDense(5, spectral_norm=None, dtype=dtype))
+    for layer in (*neighbors, CenterNormalization(dtype=dtype)):
         layer.build((None, LENGTH, FEATURES))
         yield layer
 
@@ -32,7 +32,7 @@ def test_it_is_not_below_the_certified_bound(norm, dtype):
     for layer in _layers(dtype):
         # Exact norms for the caps, so that both speak of the same weights.
         for scale, mask in ((1e-3, "full"), (1.0, "causal"), (30.0, "any")):
-            randomise(layer, scale=scale)
+            randomize(layer, scale=scale)
             if hasattr(layer, "condense"):
                 layer.condense()
             exact = layer.lipschitz(norm=norm, mask=mask).value
@@ -48,7 +48,7 @@ def test_it_is_not_below_the_certified_bound(norm, dtype):
 @pytest.mark.parametrize("norm", NORMS)
 def test_it_is_close_and_differentiable(norm):
     for layer in _layers("float64"):
-        randomise(layer)
+        randomize(layer)
         with tf.GradientTape() as tape:
             bound = layer.graph_bound(norm=norm)
         # One scaling of the heads, and for CenterNormalization the largest entry of gamma.

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers.layer_cases import CAPS, FEATURES, LENGTH, Case, randomise
+from helpers.layer_cases import CAPS, FEATURES, LENGTH, Case, randomize
 
 from keras_lipattn import L2MultiHeadAttention, SpectralDense
 from keras_lipattn.layers import Tracking
@@ -40,7 +40,7 @@ def _layers(dtype="float64"):
     for norm in (None, 0.5):
         dense = SpectralDense(3, spectral_norm=norm, dtype=dtype)
         dense.build((2, LENGTH, FEATURES))
-        randomise(dense)
+        randomize(dense)
         yield dense
 
 
@@ -153,7 +153,7 @@ def test_vectors_recover_from_kernels_of_zeros_and_nan(x):
 
 def test_warming_up_needs_no_training_step(x):
     for layer in _layers():
-        randomise(layer, seed=5)
+        randomize(layer, seed=5)
         layer.warm_up()
         layer.tracking = Tracking()
         layer(x, training=True)

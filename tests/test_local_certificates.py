@@ -14,7 +14,7 @@ from helpers.certify_cases import (
     layer_cases,
     model_of,
     points_of,
-    randomise,
+    randomize,
     snapshot,
 )
 from keras import layers
@@ -134,7 +134,7 @@ def attention_model(tokens=5, features=4, dtype="float64", seed=0, build=None, *
         x = call(second, layers.Dense(features, activation="gelu")(x))
         x = layers.GlobalAveragePooling1D()(x)
         model = keras.Model(inputs, layers.Dense(3)(x))
-    randomise(model, seed)
+    randomize(model, seed)
     return model
 
 
@@ -224,7 +224,7 @@ def test_kernels_in_low_precision_are_those_that_run():
     with default_dtype("mixed_bfloat16"):
         inputs = keras.Input((4,))
         model = keras.Model(inputs, layers.Dense(3, activation="tanh")(inputs))
-    randomise(model)
+    randomize(model)
     x = np.random.default_rng(4).normal(size=4)
     kernel, bias = (
         array_of(keras.ops.cast(w.value, "bfloat16")).astype(np.float64)
@@ -242,7 +242,7 @@ def test_padding_from_token_ids_is_followed():
         first, second = kl.L2MultiHeadAttention(2, 2), kl.L2MultiHeadAttention(2, 2)
         y = second(layers.Dense(4)(first(x)))
         model = keras.Model(ids, layers.Dense(3)(layers.GlobalAveragePooling1D()(y)))
-    randomise(model)
+    randomize(model)
     padded = np.array([3, 1, 4, 5, 0, 0])
     certificate, (near,) = values_near(model, padded, 0.05)
     assert near is not None and not certificate.threat_model.lost
@@ -283,7 +283,7 @@ def test_normalizations_use_the_size_of_their_tokens():
     for layer, constant in (
         (layers.UnitNormalization(), 1.0 / (5.0 - 0.5)),
         (layers.RMSNormalization(epsilon=1e-6), math.sqrt(2.0) / (5.0 - 0.5)),
-        # Centred, the smaller token is (-1/2, 1/2); nothing is left when it may move by that.
+        # centered, the smaller token is (-1/2, 1/2); nothing is left when it may move by that.
         (layers.LayerNormalization(epsilon=1e-2), math.sqrt(2.0) / (math.sqrt(0.5) - 0.5)),
     ):
         inputs = keras.Input((2, 2))
@@ -330,7 +330,7 @@ def test_subclassed_models_and_layers_without_a_rule_are_followed():
     with default_dtype("float64"):
         model = Model()
         model(np.zeros((1, 3, 4)))
-    randomise(model)
+    randomize(model)
     x = np.random.default_rng(6).normal(size=(3, 4))
     local, (near,) = values_near(model, x, 0.01)
     assert near is not None and local.total < 0.5 * certify(model).total

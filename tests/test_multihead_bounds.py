@@ -356,7 +356,7 @@ def test_extreme_kernels_neither_overflow_nor_vanish(norm):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_the_rounding_of_a_cancelling_product_is_covered(norm):
+def test_the_rounding_of_a_canceling_product_is_covered(norm):
     # W_V is orthogonal to B up to rounding: the float32 product is all error.
     rng = np.random.default_rng(23)
     query = rng.normal(size=(1, 40, 1))

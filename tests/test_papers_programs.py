@@ -199,7 +199,7 @@ def test_density_of_series_counts_their_steps_only(monkeypatch):
     whole = np.asarray(flow.log_density(tf.constant(x), tf.constant(mask), method="exact"))
     z, found = flow.sample(mask, 0)
     np.testing.assert_allclose(flow.transform(found.solution, mask=mask), z, atol=1e-5)
-    # What stands in padded places is nobody's business: the tolerance is that of float32 sums.
+    # Entries of padded places do not matter: the tolerance is that of float32 sums.
     other = np.where(mask[..., None], series, 5.0).astype("float32")
     again = np.asarray(flow.log_density(tf.constant(other), tf.constant(mask), method="exact"))
     np.testing.assert_allclose(again, whole, rtol=1e-5)

@@ -212,7 +212,7 @@ def test_constants_grow_with_the_length_and_with_every_bias(norm, window):
     assert layer.lipschitz(norm=norm).value > before
 
 
-def test_a_loud_neighbour_costs_a_logarithm():
+def test_a_loud_neighbor_costs_a_logarithm():
     quiet = -30.0
     values = []
     for bias in (0.0, 10.0, 20.0, 40.0, 80.0):

@@ -21,7 +21,7 @@ UNFIT = re.compile(
 
 
 def masked():
-    """Padding, a window, dropout, a centre."""
+    """Padding, a window, dropout, a center."""
     inputs = keras.Input((monitor_models.TOKENS, monitor_models.FEATURES))
     x = keras.layers.Masking()(inputs)
     x = monitor_models.attention(sliding_window=2, dropout=0.1, lipschitz_bound=0.5)(x)

@@ -97,14 +97,14 @@ def test_the_kernel_computes_the_formula(name, dtype, spread):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("centre", [0.0, 5.0])
-def test_rows_are_accurate_where_squares_cancel(dtype, centre):
+@pytest.mark.parametrize("center", [0.0, 5.0])
+def test_rows_are_accurate_where_squares_cancel(dtype, center):
     """Rows of weights, read off with unit vectors far below the tokens as further features.
 
     Keys `5 + 0.3 N(0, 1)` gave rows wrong by 0.29 in total variation with a bias of one bfloat16.
     """
     count = 32
-    near = _rounded(centre + 0.3 * _rng.normal(size=(1, 1, count, 16)), dtype)
+    near = _rounded(center + 0.3 * _rng.normal(size=(1, 1, count, 16)), dtype)
     # Squares of 2**-24 and less move no score; the kernel's values are the features it scores.
     y = np.concatenate([near, np.broadcast_to(2.0**-12 * np.eye(count), (1, 1, count, count))], -1)
     scores = -np.square(near[0, 0, :, None] - near[0, 0, None]).sum(axis=-1)
@@ -196,7 +196,7 @@ def test_estimates_go_around_the_kernel(through_the_kernel):
     np.testing.assert_allclose(found.value, expected.value, rtol=1e-6)
 
 
-def test_flash_attention_is_honoured():
+def test_flash_attention_is_honored():
     for length in (16, 4096):
         y = ops.zeros((1, 1, length, 8))
         assert not use_fused_kernel(y, "float32", False)

@@ -1,4 +1,4 @@
-"""Attention and its neighbours on this backend: values, masks, caps, derivatives, files."""
+"""Attention and its neighbors on this backend: values, masks, caps, derivatives, files."""
 
 import importlib.util
 import pkgutil

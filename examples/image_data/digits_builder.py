@@ -5,7 +5,7 @@ import tensorflow_datasets as tfds
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-# Grey levels are 0 to 16.
+# Gray levels are 0 to 16.
 WHITE = 16
 _TEST_IMAGES = 360
 _SPLIT_SEED = 0
@@ -21,7 +21,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         return self.dataset_info_from_configs(
             description=(
                 "The test part of the Optical Recognition of Handwritten Digits data, as shipped "
-                "with scikit-learn: 8 by 8 pixels with grey levels from 0 to 16."
+                "with scikit-learn: 8 by 8 pixels with gray levels from 0 to 16."
             ),
             features=tfds.features.FeaturesDict(
                 {

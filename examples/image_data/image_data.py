@@ -60,12 +60,12 @@ def load_images(dataset: str, data_dir: str | os.PathLike) -> ImageData:
         builder = tfds.builder(dataset, data_dir=os.fspath(data_dir))
         builder.download_and_prepare()
         arrays = _from_builder(builder)
-    images, classes = _normalised(*arrays["train"], white)
+    images, classes = _normalized(*arrays["train"], white)
     kept = len(images) - round(_VALIDATION_SHARE * len(images))
     return ImageData(
         train=(images[:kept], classes[:kept]),
         validation=(images[kept:], classes[kept:]),
-        test=_normalised(*arrays["test"], white),
+        test=_normalized(*arrays["test"], white),
     )
 
 
@@ -79,6 +79,6 @@ def _from_builder(builder: tfds.core.DatasetBuilder) -> dict[str, tuple[np.ndarr
     }
 
 
-def _normalised(images: np.ndarray, classes: np.ndarray, white: int):
+def _normalized(images: np.ndarray, classes: np.ndarray, white: int):
     images = images.reshape(*images.shape[:3], 1).astype(np.float32) / white
     return images, classes.astype(np.int64)

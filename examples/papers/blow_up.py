@@ -136,8 +136,8 @@ def draw(results, folder):
     """The plot and the table."""
     t = results["distance"]
     fig, (axis,) = report.figure()
-    for name, (colour, line) in STYLES.items():
-        axis.loglog(t, results["curves"][name]["norm"], color=colour, linestyle=line, label=name)
+    for name, (color, line) in STYLES.items():
+        axis.loglog(t, results["curves"][name]["norm"], color=color, linestyle=line, label=name)
     for index, curve in enumerate(results["curves"].values()):
         label = None if index else "L2MultiHeadAttention, same four paths"
         axis.loglog(t, curve["l2_norm"], color="tab:blue", linewidth=1, label=label)

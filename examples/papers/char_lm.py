@@ -35,7 +35,7 @@ from char_training import (
     train,
 )
 
-COLOURS = dict(
+COLORS = dict(
     zip(
         VARIANTS,
         ("0.55", "black", "tab:green", "tab:cyan", "tab:blue", "tab:orange", "tab:red"),
@@ -214,9 +214,9 @@ def _draw_curves(axis, results):
         points = np.arange(1, curves.shape[1] + 1)
         steps = points * results["setting"]["plan"][1] / curves.shape[1]
         mean = curves.mean(axis=0)
-        axis.plot(steps, mean, color=COLOURS[variant], linewidth=1.3, label=variant)
+        axis.plot(steps, mean, color=COLORS[variant], linewidth=1.3, label=variant)
         axis.fill_between(
-            steps, curves.min(axis=0), curves.max(axis=0), color=COLOURS[variant], alpha=0.2
+            steps, curves.min(axis=0), curves.max(axis=0), color=COLORS[variant], alpha=0.2
         )
     axis.set(xlabel="step", ylabel="training nats per character", title="Learning curves")
     axis.legend(frameon=False, fontsize=8)
@@ -225,7 +225,7 @@ def _draw_curves(axis, results):
 def _draw_bars(axis, results):
     for index, variant in enumerate(VARIANTS):
         nats = _nats(results, variant)
-        axis.bar(index, nats.mean(), color=COLOURS[variant], alpha=0.6, width=0.7)
+        axis.bar(index, nats.mean(), color=COLORS[variant], alpha=0.6, width=0.7)
         axis.plot([index] * len(nats), nats, "k_", markersize=14)
         axis.annotate(
             f"{nats.mean():.3f}",
@@ -255,7 +255,7 @@ def _draw_depths(axis, results):
                 [row["depth"] for row in rows],
                 [row["nats"] for row in rows],
                 style,
-                color=COLOURS[variant],
+                color=COLORS[variant],
                 marker="o",
                 markersize=4,
                 label=f"{variant}, rate {rate:g}",

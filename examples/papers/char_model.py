@@ -197,7 +197,7 @@ def build(variant: str, size: Size, symbols: int) -> keras.Model:
 
 
 def _attend(variant, size, index, x):
-    """A token and what it hears, `x + attention(x)` or the contractive form."""
+    """A residual connection around attention, `x + attention(x)`, or the contractive form."""
     name = f"attention_{index}"
     untied, tied = size.width // size.heads, 4 * size.width // (3 * size.heads)
     if variant == "dot_product":

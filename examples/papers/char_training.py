@@ -161,10 +161,10 @@ class Kept:
             result["seconds"] = time.monotonic() - start
             self._runs[name] = result
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # Written beside and moved: an interruption leaves the old file or the new one.
-            beside = self.path.with_suffix(".part")
-            beside.write_text(json.dumps({"settings": self._settings, "runs": self._runs}))
-            beside.replace(self.path)
+            # Written to another file and renamed: an interruption leaves the old file or the new one.
+            partial = self.path.with_suffix(".part")
+            partial.write_text(json.dumps({"settings": self._settings, "runs": self._runs}))
+            partial.replace(self.path)
         return self._runs[name]
 
 

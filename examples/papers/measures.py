@@ -177,8 +177,8 @@ def without_a_ball(n, pairs, rng):
             best = 0.0
             for _ in range(pairs):
                 # Tokens in a few groups: where most of the change comes from few of them.
-                centres = scale * rng.normal(size=(4, FEATURES))
-                x = centres[rng.integers(4, size=n)] + 0.3 * rng.normal(size=(n, FEATURES))
+                centers = scale * rng.normal(size=(4, FEATURES))
+                x = centers[rng.integers(4, size=n)] + 0.3 * rng.normal(size=(n, FEATURES))
                 y = x.copy()
                 moved = rng.integers(1, n + 1)
                 y[:moved] += 10.0 ** rng.uniform(-3, 0) * rng.normal(size=(moved, FEATURES))
@@ -222,21 +222,21 @@ def compute(full):
 def draw(results, folder):
     """The plots and the tables."""
     fig, (left, right) = report.figure(2)
-    for kind, colour in KINDS.items():
+    for kind, color in KINDS.items():
         rows = [row for row in results["balls"] if row["kind"] == kind]
         radii = [row["radius"] for row in rows]
         constants = [row["constant"] for row in rows]
-        left.semilogy(radii, constants, "--", color=colour, label=f"{kind}, Theorem 7.5")
+        left.semilogy(radii, constants, "--", color=color, label=f"{kind}, Theorem 7.5")
         found = [row["found"] for row in rows]
-        left.semilogy(radii, found, "o-", color=colour, label=f"{kind}, found")
+        left.semilogy(radii, found, "o-", color=color, label=f"{kind}, found")
     left.set(xlabel="radius of the ball", ylabel="expansion of Wasserstein-1", ylim=(0.5, 1e9))
     left.set_title(f"{results['tokens']} weighted tokens in a ball")
     left.legend(frameon=False, fontsize=8)
     free = results["without_a_ball"]
     scales = [row["scale"] for row in free["rows"]]
-    for kind, colour in KINDS.items():
+    for kind, color in KINDS.items():
         right.loglog(
-            scales, [row[kind] for row in free["rows"]], "o-", color=colour, label=f"{kind}, found"
+            scales, [row[kind] for row in free["rows"]], "o-", color=color, label=f"{kind}, found"
         )
     right.axhline(
         free["critical"], color="tab:blue", linestyle=":", label="L2, found at its critical input"

@@ -1,7 +1,7 @@
 """Self-attention with trained weights: certificates of its layers, and what real texts show.
 
 Each attention layer of MiniLM and of rxnmapper is rebuilt as `keras.layers.LayerNormalization` and
-`keras.layers.MultiHeadAttention` with its weights; the normalisation before it bounds its tokens.
+`keras.layers.MultiHeadAttention` with its weights; the normalization before it bounds its tokens.
 Measured for each, in the 2-norm:
 
     earlier       the bound quoted in Castin et al., summed over heads, on the ball that holds the
@@ -87,18 +87,18 @@ def rebuilt(block, tokens=None):
 
 
 def ellipsoid(block):
-    """Centre `(D,)` and axes `(r, D)` of what attention gets, by hand."""
+    """Center `(D,)` and axes `(r, D)` of what attention gets, by hand."""
     width = len(block.gamma)
     axes = math.sqrt(width) * (np.eye(width) - 1.0 / width) * block.gamma
-    centre = block.beta
+    center = block.beta
     if block.before is not None:
-        axes, centre = axes @ block.before, centre @ block.before + block.shift
-    return centre, axes
+        axes, center = axes @ block.before, center @ block.before + block.shift
+    return center, axes
 
 
 def bounds_on_balls(block, tokens):
     """The earlier bound and that of Theorem 7.1, on the smallest ball around the ellipsoid."""
-    centre, axes = ellipsoid(block)
+    center, axes = ellipsoid(block)
     query, key, value, output = (
         np.moveaxis(kernel, 1, 0)
         for kernel in (*block.kernels[:3], block.kernels[3].swapaxes(0, 1))
@@ -116,11 +116,11 @@ def bounds_on_balls(block, tokens):
                 joint[:, size:],
                 radius=radius,
                 tokens=tokens,
-                center=centre @ basis,
+                center=center @ basis,
                 query_bias=bias,
             ).l2
         )
-    square = (radius + np.linalg.norm(centre)) ** 2 + 1.0
+    square = (radius + np.linalg.norm(center)) ** 2 + 1.0
     earlier = 0.0
     for q, k, bias, size in zip(query, key, block.biases[0], operator_norm(maps), strict=True):
         biased = np.concatenate([q, bias[None]])
@@ -188,13 +188,13 @@ def draw(results, folder):
     rows = results["rows"]
     fig, (axis,) = report.figure()
     places = np.arange(len(rows))
-    for key, label, marker, colour in (
+    for key, label, marker, color in (
         ("earlier", "earlier bound, ball", "v", "tab:red"),
         ("ball", "Theorem 7.1, ball", "s", "tab:orange"),
         ("certified", "certified: Theorem 7.4, ellipsoid", "o", "tab:blue"),
         ("lower", "measured at real texts", "^", "0.3"),
     ):
-        axis.semilogy(places, [row[key] for row in rows], marker, color=colour, label=label)
+        axis.semilogy(places, [row[key] for row in rows], marker, color=color, label=label)
     axis.set_xticks(places, [f"{row['model']}\n{row['layer']}" for row in rows], fontsize=7)
     axis.set(ylabel="Lipschitz constant, 2-norm", xlabel="layer")
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(0.0, 0.42))

@@ -1,4 +1,4 @@
-"""How tight the bounds are: published, ours, and the largest Jacobian found by optimisation.
+"""How tight the bounds are: published, ours, and the largest Jacobian found by optimization.
 
 For one L2 attention head with identity weights, N from 2 to 1024 tokens, full and causal masks:
 
@@ -7,7 +7,7 @@ For one L2 attention head with identity weights, N from 2 to 1024 tokens, full a
     token norm   largest sum over keys of the norms of the blocks of a row, d = 2
     max norm     largest absolute row sum of the Jacobian, d = 1 (the setting of the paper), d = 4
 
-The lower bounds are the best of structured witnesses (two groups around a centre, a hub with a
+The lower bounds are the best of structured witnesses (two groups around a center, a hub with a
 star) and of L-BFGS from them and from random inputs, with analytic Jacobian-vector products: no
 Jacobian is ever formed.
 
@@ -99,11 +99,11 @@ def row_sum(y, u, norm):
         own = 1.0 / (1.0 + tf.reduce_sum(keys))
         weights = keys * own
         mean = tf.linalg.matvec(others, weights, transpose_a=True)
-        centred = tf.linalg.matvec(others - mean, unit)
+        centered = tf.linalg.matvec(others - mean, unit)
         # The covariance includes the own token, which sits at -mean.
-        spread = tf.linalg.matvec(others - mean, weights * centred, transpose_a=True)
+        spread = tf.linalg.matvec(others - mean, weights * centered, transpose_a=True)
         spread += own * mean * tf.reduce_sum(mean * unit)
-        blocks = unit - 2.0 * centred[:, None] * others
+        blocks = unit - 2.0 * centered[:, None] * others
         value = size(own * unit + 2.0 * spread) + tf.reduce_sum(weights * size(blocks))
     return (
         value,
@@ -142,7 +142,7 @@ def cloud(n, d, rng):
 def starts(n, d, restarts, rng):
     """Inputs to begin from, witnesses first."""
     yield two_groups(n, d, n - 1 - (n % 2 == 0))
-    # For even `n` the groups are of different size, and the ascent moves the centre.
+    # For even `n` the groups are of different size, and the ascent moves the center.
     yield two_groups(n, d, n - 1) + 0.05 * rng.normal(size=(n, d))
     for _ in range(restarts):
         yield cloud(n, d, rng)

@@ -19,7 +19,7 @@ from keras_lipattn.linalg import SAFETY
 
 SCHEMA = 1
 # Above this total a margin of 1 between logits certifies a radius below 1e-3 / sqrt(2), less
-# than a fifth of one grey level of an image in [0, 1].
+# than a fifth of one gray level of an image in [0, 1].
 VACUOUS_ABOVE = 1e3
 _MOST_PROPOSALS = 3
 
@@ -174,7 +174,7 @@ class Certificate:
         """A text if the total is too large to be useful, else empty.
 
         A certificate is called vacuous when its total is above 1000: two logits that differ by 1
-        are then certified for a radius below 0.0008 only, less than a fifth of one grey level
+        are then certified for a radius below 0.0008 only, less than a fifth of one gray level
         of an image in [0, 1].
         """
         if not self.is_finite:

@@ -59,18 +59,19 @@ class L2MultiHeadAttention(SelfAttention):
 
     Queries and keys are tied and the factor `W_Q W_Q^T / sqrt(key_dim)` stands between attention
     and values: without either no finite Lipschitz constant exists. `lipschitz()` returns the
-    certified constant. Nothing but the output has a bias: one of the query moves every token alike
-    and changes nothing, one of the value is absorbed.
+    certified constant. Only the output has a bias: a query bias would cancel in the distances, and
+    a value bias would be absorbed by the output bias.
 
     **Masks.** The diagonal is always visible: whatever the masks say, a token attends to itself, or
     no bound exists. A token is padded when any of `query_mask`, `value_mask`, `key_mask` or the
-    Keras mask of the input says so: nobody sees it (not even a NaN in it) and its output row is
+    Keras mask of the input says so: no token sees it (not even a NaN in it) and its output row is
     zero. The certificate is for a fixed mask.
 
-    **Relative positions.** A token hears none louder than itself: with `W_Q` for queries and keys
-    the own distance is 0. `max_relative_position` adds learned biases `b_h[i - j]` to the scores,
-    which let a head prefer the token before, say. They cost the bounds little more than the
-    logarithm of what the other keys weigh, and nothing in the length where biases far away fall.
+    **Relative positions.** With tied queries and keys a token's own score is the largest in its row.
+    `max_relative_position` adds learned biases `b_h[i - j]` to the scores, with which a head can
+    prefer the token before, for example. They increase the bound by little more than the logarithm
+    of the total weight of the other keys, and it stays independent of the length where biases fall
+    with the distance.
 
     Args:
         num_heads: Number of attention heads.

@@ -481,7 +481,7 @@ class LipschitzLayer(keras.layers.Layer):
         return "float64" if self.compute_dtype == "float64" else "float32"
 
     def _graph_kernels(self):
-        """The kernels as they run: cast to the compute dtype, then to the norm dtype."""
+        """The kernels, cast to the compute dtype, then to the norm dtype."""
         return [
             ops.cast(ops.cast(kernel, self.compute_dtype), self._norm_dtype)
             for kernel in self._kernels

@@ -38,7 +38,7 @@ class Folded(NamedTuple):
 
 @keras.saving.register_keras_serializable(package="keras_lipattn")
 class ScaledCosineAttention(SelfAttention):
-    """Multi-head self-attention by cosines: keys apart from queries, and Lipschitz all the same.
+    """Multi-head self-attention by cosines: separate queries and keys, and a Lipschitz constant.
 
     With tokens `X` of shape `(T, D)`, head `h` projects queries, keys and values, each with a
     kernel and a bias of its own, and divides every one of them by its length:
@@ -53,12 +53,12 @@ class ScaledCosineAttention(SelfAttention):
     of space, where dot-product attention is so on bounded sets only. `lipschitz()` returns the
     certified constant (Theorem 7.3). It is proportional to `1 / sqrt(epsilon)`, and about to
     `temperature`: an `epsilon` far below the squared lengths makes it large, one far above them
-    turns attention into an average. Multiply `epsilon` and all squared kernels of the projections
-    by one number, and nothing changes.
+    turns attention into an average. Multiplying `epsilon` and all squared kernels of the projections by
+    one number changes nothing.
 
     **Masks.** The diagonal is always visible: whatever the masks say, a token attends to itself. A
     token is padded when any of `query_mask`, `value_mask`, `key_mask` or the Keras mask of the
-    input says so: nobody sees it (not even a NaN in it) and its output row is zero. The
+    input says so: no token sees it (not even a NaN in it) and its output row is zero. The
     certificate is for a fixed mask.
 
     Args:

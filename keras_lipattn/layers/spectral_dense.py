@@ -64,7 +64,7 @@ class SpectralDense(LipschitzLayer):
 
     Reference:
         Gouk, Frank, Pfahringer, Cree, "Regularisation of neural networks by enforcing Lipschitz
-        continuity", 2021 (the projection, here as a reparametrisation).
+        continuity", 2021 (the projection, here as a reparametrization).
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class SpectralDense(LipschitzLayer):
             sequence_length: Ignored: tokens do not meet in this layer.
             norm: `"l2"` (2-norm of all entries), `"token"` (largest 2-norm of a token) or `"linf"`
                 (largest absolute entry).
-            mask: Ignored, likewise.
+            mask: Ignored for the same reason.
 
         Returns:
             A `LipschitzBound` of kind `"certified"`; `inf` with the reason when the kernel is not

@@ -834,11 +834,11 @@ def model_of(case: LayerCase, *, dtype: str | None = None, seed: int = 0) -> ker
     with default_dtype(dtype or case.dtype):
         inputs = keras.Input(case.shape, dtype=keras.config.dtype_policy().compute_dtype)
         model = keras.Model(inputs, case.build(inputs))
-    randomise(model, seed)
+    randomize(model, seed)
     return model
 
 
-def randomise(model: keras.Model, seed: int = 0) -> None:
+def randomize(model: keras.Model, seed: int = 0) -> None:
     """Random weights for kernels, scales, biases and moving averages."""
     rng = np.random.default_rng(seed)
     for variable in model.weights:
@@ -852,7 +852,7 @@ def randomise(model: keras.Model, seed: int = 0) -> None:
         variable.assign(value)
 
 
-# Bookkeeping of layers of ours, and the parameters of the Normalization layer.
+# Bookkeeping of this package's layers, and the parameters of the Normalization layer.
 _KEPT = ("_vector", "running_bound", "penalty_", "seed_generator", "alpha_logit")
 
 

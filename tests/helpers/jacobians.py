@@ -1,4 +1,4 @@
-"""Jacobians of layers as they run, through their own gradients, and ascent on their norms."""
+"""Jacobians of layers by automatic differentiation, and ascent on their norms."""
 
 import numpy as np
 import tensorflow as tf

@@ -162,7 +162,7 @@ class Case:
         """The layer, built, with random weights of size `scale`, the bias included."""
         layer = self.kind(**{**self.constructor, **changes})
         layer.build((BATCH, *self.sides, FEATURES))
-        randomise(layer, scale=scale, seed=seed)
+        randomize(layer, scale=scale, seed=seed)
         return layer
 
     def inputs(self, *, offset=0.0, scale=1.0, seed=2):
@@ -240,15 +240,15 @@ class Case:
         return np.tril(pairs) if given.get("use_causal_mask") else pairs
 
 
-def randomise(layer, *, scale=0.8, seed=1):
-    """Gives every trainable weight of a layer of ours random numbers of size `scale`."""
+def randomize(layer, *, scale=0.8, seed=1):
+    """Gives every trainable weight of a layer random numbers of size `scale`."""
     rng = np.random.default_rng(seed)
     for weight in layer.trainable_variables:
         weight.assign(rng.normal(size=weight.shape) * scale)
 
 
 def kernels(layer):
-    """The three kernels and the bias of an attention layer in float64, as they run."""
+    """The three kernels and the bias of an attention layer in float64, rounded to the compute dtype."""
     cast = [
         keras.ops.convert_to_numpy(keras.ops.cast(weight.value, layer.compute_dtype))
         for weight in layer.trainable_variables

@@ -15,7 +15,7 @@ from helpers.loop_attention import sees
 
 
 def weights(layer):
-    """Kernels, and biases or `None`, in float64 as they run."""
+    """Kernels, and biases or `None`, in float64, rounded to the compute dtype."""
     names = ("query", "key", "value", "output")
 
     def numpy(variable):

@@ -23,7 +23,7 @@ def layer_step(layer, inputs, *, training):
         training: Whether to train.
 
     Returns:
-        A pair: a function without arguments, and MiB beside arguments and results, `None` where
+        A pair: a function without arguments, and MiB in addition to arguments and results, `None` where
         the device does not tell.
     """
     if keras.backend.backend() == "jax":

@@ -37,7 +37,7 @@ def compare(batch, length):
         speed.details[f"{name} tokens/s"] = batch * DECODED / times.milliseconds(name) * 1e3
     bytes_ours, bytes_peer = cache_bytes(ours, batch, length), cache_bytes(peer, batch, length)
     cache = Row(
-        f"batch {batch}, {length} tokens, cache of ours over standard",
+        f"batch {batch}, {length} tokens, our cache over the standard cache",
         bytes_ours / bytes_peer,
         "x",
         at_most=0.5,

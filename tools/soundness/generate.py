@@ -40,7 +40,7 @@ def random_subject(seed: int, index: int) -> Subject:
     plan = int(rng.integers(2**32))
     keras.utils.set_random_seed(plan)
     model = _build(shape, plan, dtype, radius)
-    _randomise(model, rng)
+    _randomize(model, rng)
     if rng.random() < 0.15 and model.trainable_weights:
         _train(model, rng)
     twin = model
@@ -226,7 +226,7 @@ def _permute(rng, x):
     return layers.Permute((2, 1))(x)
 
 
-def _randomise(model, rng):
+def _randomize(model, rng):
     """Assigns random weights, with a random scale for every layer."""
     for variable in model.trainable_weights:
         value = rng.normal(size=variable.shape) * 10.0 ** rng.uniform(-0.7, 0.4)

@@ -20,7 +20,7 @@ from tools.soundness.rules.subjects import (
     RuleSubject,
     Source,
     first_line,
-    randomise,
+    randomize,
     structured,
 )
 
@@ -84,7 +84,7 @@ class _Builder:
             model = getattr(self, family)()
         except Exception as error:
             raise Illegal(f"{'; '.join(self.notes)}: {first_line(error)}") from error
-        randomise(model, self.rng)
+        randomize(model, self.rng)
         points = self.points()
         self.note(f"options {self.options}")
         return RuleSubject(

@@ -150,7 +150,7 @@ def einsum_product(equation: str, operands: list[TensorState], call: LayerCall) 
         if len(counts) != 1 or not all("..." in word for word in (*words, result)):
             return unbounded(f"the equation {equation!r} repeats a tensor along an axis")
         names = "".join(a for a in _LETTERS if a not in equation)[: counts.pop()]
-        words = [word.replace("...", names) for word in words]
+        words = [term.replace("...", names) for term in words]
         result = result.replace("...", names)
     if any(len(word) != state.rank for word, state in zip(words, operands, strict=True)):
         return unbounded(f"the equation {equation!r} does not fit its tensors")

@@ -178,7 +178,7 @@ class _Builder:
             model, shapes = self.build()
         except _KERAS_ERRORS as error:
             raise Illegal(f"{'; '.join(self.notes)}: {first_line(error)}") from error
-        randomise(model, self.rng)
+        randomize(model, self.rng)
         points = self.points()
         fixed = self.fixed_values(shapes)
         self.zero_tokens(points, fixed)
@@ -641,7 +641,7 @@ def structured(rng, shape) -> np.ndarray:
 _KEPT = ("_vector", "running_bound", "penalty_", "seed_generator", "alpha_logit", "normalization/")
 
 
-def randomise(model: keras.Model, rng) -> None:
+def randomize(model: keras.Model, rng) -> None:
     """Assigns random weights, with a random scale for every layer."""
     for variable in model.weights:
         path = f"{variable.path}/"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from helpers import jacobians
-from helpers.layer_cases import randomise
+from helpers.layer_cases import randomize
 
 from keras_lipattn import CenterNormalization, Residual, SpectralDense, condensed
 from keras_lipattn.linalg import operator_norm
@@ -67,7 +67,7 @@ def _expected(layer, x):
 def test_values_are_those_of_the_formula(name, dtype, scale, x):
     layer = LAYERS[name](dtype=dtype)
     layer(x)
-    randomise(layer, scale=scale)
+    randomize(layer, scale=scale)
     if isinstance(layer, SpectralDense):
         layer.condense()
     y = layer(x + 3.0)
@@ -89,7 +89,7 @@ def test_config_and_files_bring_layers_back(name, x, tmp_path):
     assert type(layer).from_config(layer.get_config()).get_config() == layer.get_config()
     inputs = keras.Input((None, FEATURES))
     model = keras.Model(inputs, layer(inputs))
-    randomise(layer)
+    randomize(layer)
     model.save(tmp_path / "model.keras")
     again = keras.saving.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(again(x), model(x))
@@ -115,7 +115,7 @@ def test_layers_train_and_pass_masks_on(name, x):
 def test_constants_are_never_exceeded_and_attained_by_linear_layers(name, norm, seed, x):
     layer = LAYERS[name](dtype="float64")
     layer(x)
-    randomise(layer, seed=seed)
+    randomize(layer, seed=seed)
     if isinstance(layer, SpectralDense):
         layer.condense()
     bound = layer.lipschitz(norm=norm)
@@ -134,7 +134,7 @@ def test_constants_are_never_exceeded_and_attained_by_linear_layers(name, norm, 
 def test_activations_count(activation, norm):
     layer = SpectralDense(UNITS, activation=activation, dtype="float64")
     layer.build((None, TOKENS, FEATURES))
-    randomise(layer, scale=3.0)
+    randomize(layer, scale=3.0)
     bound = layer.lipschitz(norm=norm).value
     linear = SpectralDense(UNITS, dtype="float64")
     linear.build((None, TOKENS, FEATURES))
@@ -168,7 +168,7 @@ def test_the_constant_of_center_normalization_is_exact(width, norm):
     factor = width / (width - 1)
     exact = {"l2": factor, "token": factor, "linf": 2.0}[norm]
     assert layer.lipschitz(norm=norm).value == pytest.approx(exact, rel=1e-8)
-    randomise(layer)
+    randomize(layer)
     matrix = np.asarray(layer(np.eye(width))) - np.asarray(layer(np.zeros((1, width))))
     attained = np.abs(matrix).sum(axis=0).max() if norm == "linf" else operator_norm(matrix)
     assert layer.lipschitz(norm=norm).value == pytest.approx(attained, rel=1e-8)
@@ -186,7 +186,7 @@ def test_center_normalization_ignores_a_shift_in_every_precision():
 def test_condensed_dense_layers_are_certified_as_they_run(dtype, cap, x):
     layer = SpectralDense(UNITS, spectral_norm=cap, use_bias=False, dtype=dtype)
     layer(x)
-    randomise(layer, scale=2.0)
+    randomize(layer, scale=2.0)
     with condensed(layer) as (kernel,):
         bound = layer.lipschitz().value
         rows = layer(np.eye(FEATURES))
@@ -232,7 +232,7 @@ def test_bad_input_is_named_with_what_was_received(make, message):
 
 
 @pytest.mark.parametrize("name", ["dense", "center"])
-def test_built_neighbours_refuse_unknown_norms(name, x):
+def test_built_neighbors_refuse_unknown_norms(name, x):
     layer = LAYERS[name]()
     layer(x)
     with pytest.raises(ValueError, match=r"`norm` must be one of .*Received: norm='l1'"):
