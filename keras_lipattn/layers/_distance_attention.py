@@ -33,7 +33,7 @@ def attend_by_distance(
     """`softmax_j(-|y_i - y_j|^2) y` for the projected tokens `y` of every head.
 
     Args:
-        tokens: Tensor `(B, T, D)`.
+        tokens: Tensor `(B, T, D)`, zero where padded.
         kernel: Tensor `(D, H*K)` of the compute dtype.
         mask: `Mask` of the call.
         num_heads: Number of heads `H`.
@@ -51,8 +51,6 @@ def attend_by_distance(
     norm_dtype = "float64" if dtype == "float64" else "float32"
     # Distances do not change under a shift, their expansion loses digits far from the origin.
     x = ops.cast(tokens, norm_dtype)
-    if mask.valid is not None:
-        x = ops.where(ops.expand_dims(mask.valid, -1), x, ops.zeros_like(x))
     center = ops.stop_gradient(_center(x, mask))
     near = _split_heads(ops.matmul(ops.cast(x - center, dtype), kernel), num_heads)
     shift = ops.matmul(ops.cast(center, dtype), kernel)

@@ -223,9 +223,6 @@ class ScaledCosineAttention(SelfAttention):
         super()._check_call(query, token_masks, attention_mask, axes)
 
     def attend(self, tokens, weights, mask, training, return_scores):
-        if mask.valid is not None:
-            valid = ops.expand_dims(mask.valid, -1)
-            tokens = ops.where(valid, tokens, ops.zeros_like(tokens))
         projected = ops.matmul(tokens, weights.projection)
         if self.use_bias:
             biases = [self.query_bias, self.key_bias, self.value_bias]

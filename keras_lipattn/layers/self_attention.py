@@ -156,7 +156,7 @@ class SelfAttention(LipschitzLayer):
         """Applies attention.
 
         Args:
-            tokens: Tensor `(B, T, D)`.
+            tokens: Tensor `(B, T, D)`, zero where padded.
             weights: `EffectiveWeights`, their matrices in the compute dtype.
             mask: `Mask` of the call.
             training: Whether dropout applies.
@@ -447,6 +447,9 @@ class SelfAttention(LipschitzLayer):
         if weights.relative_bias is not None:
             mask = dataclasses.replace(mask, relative_bias=RelativeBias(weights.relative_bias))
         tokens = self.axes.flatten(query)
+        if mask.valid is not None:
+            # A padded token may be anything: not even a NaN in it may reach another one.
+            tokens = ops.where(ops.expand_dims(mask.valid, -1), tokens, ops.zeros_like(tokens))
         heads, shift, scores = self.attend(tokens, weights, mask, training, return_scores)
         bias = None
         if self.output_bias is not None:

@@ -38,6 +38,7 @@ from keras_lipattn.layers import (
     PositionEmbedding,
     Residual,
     ScaledCosineAttention,
+    SelfAttention,
     SpectralDense,
 )
 from keras_lipattn.layers.lipschitz_layer import LipschitzLayer
@@ -67,6 +68,7 @@ def lipschitz_layer(layer, call):
 
 
 @register_rule(L2MultiHeadAttention, ScaledCosineAttention)
+@register_rule(SelfAttention, subclasses=True)
 def self_attention(layer, call):
     if call.argument("return_attention_scores"):
         return unbounded(RETURNS_SCORES)
@@ -127,10 +129,12 @@ def _attended(layer, call: LayerCall) -> TokenRange | None:
         triangle = np.linalg.qr(query, mode="r")
         heads = triangle @ (np.swapaxes(query, 1, 2) @ value @ output)
         reach = call.state.range.outer_radius
-    else:
+    elif isinstance(layer, ScaledCosineAttention):
         heads = layer.host_kernels()[3]
         heads = heads.reshape(*heads.shape[:2], -1)
         reach = 1.0
+    else:
+        return None
     if not math.isfinite(reach) or not np.isfinite(heads).all():
         return None
     radius = SAFETY * float(np.sum(operator_norm(heads))) * reach

@@ -44,14 +44,14 @@ def contraction(
     Returns:
         A `LipschitzMap`.
     """
-    words = (first, second)
+    terms = (first, second)
     if any(state.fold != call.fold or not state.fold for state in operands) or not (
         first[:1] == second[:1] == result[:1] != ""
     ):
         return unbounded(_BATCH)
     sizes: dict[str, int | None] = {}
-    for word, state in zip(words, operands, strict=True):
-        for letter, size, varies in zip(word[1:], state.shape, state.dynamic, strict=True):
+    for term, state in zip(terms, operands, strict=True):
+        for letter, size, varies in zip(term[1:], state.shape, state.dynamic, strict=True):
             known = sizes.setdefault(letter, size)
             if known is None or size is None:
                 sizes[letter] = None
@@ -59,7 +59,7 @@ def contraction(
                 return unbounded("it repeats a tensor along an axis")
             else:
                 sizes[letter] = max(known, size)
-    plain = all(len(set(word)) == len(word) for word in (*words, result)) and all(
+    plain = all(len(set(term)) == len(term) for term in (*terms, result)) and all(
         (letter in first) + (letter in second) + (letter in result) > 1 or size == 1
         for letter, size in sizes.items()
     )
@@ -71,14 +71,14 @@ def contraction(
         "token": set(result[:-1]),
         "linf": set(result),
     }
-    bounds = [_size(word, state, fixed, sizes) for word, state in zip(words, operands, strict=True)]
+    bounds = [_size(term, state, fixed, sizes) for term, state in zip(terms, operands, strict=True)]
     gains = []
-    for index, (word, state) in enumerate(zip(words, operands, strict=True)):
+    for index, (term, state) in enumerate(zip(terms, operands, strict=True)):
         other = bounds[1 - index][call.norm]
         moved = 1.0
         if call.norm != "l2":
             # From the norm of the certificate to the Euclidean norm over the other axes.
-            moved = _root(word if call.norm == "linf" else word[:-1], fixed[call.norm], sizes)
+            moved = _root(term if call.norm == "linf" else term[:-1], fixed[call.norm], sizes)
         gains.append(0.0 if state.is_fixed else SAFETY * other * moved)
     if not all(math.isfinite(gain) for gain in gains):
         return unbounded(_NOT_BOUNDED)
@@ -92,21 +92,21 @@ def contraction(
     )
 
 
-def _size(word: str, state: TensorState, fixed, sizes) -> dict[str, float]:
+def _size(term: str, state: TensorState, fixed, sizes) -> dict[str, float]:
     """Bounds of the Euclidean norm over the axes that are not fixed, for every norm."""
     largest = 1.0 if state.dtype == "bool" else state.range.largest
     bounds = {}
     for norm, letters in fixed.items():
-        size = largest * _root(word, letters, sizes)
-        if word[-1] not in letters and len(word) > 1:
-            size = min(size, state.range.outer_radius * _root(word[:-1], letters, sizes))
+        size = largest * _root(term, letters, sizes)
+        if term[-1] not in letters and len(term) > 1:
+            size = min(size, state.range.outer_radius * _root(term[:-1], letters, sizes))
         bounds[norm] = SAFETY * size if size < math.inf else math.inf
     return bounds
 
 
-def _root(word: str, fixed: set[str], sizes: dict[str, int | None]) -> float:
+def _root(term: str, fixed: set[str], sizes: dict[str, int | None]) -> float:
     """Square root of the number of indices of the axes after the first one that are not fixed."""
-    count = product(tuple(sizes[letter] for letter in word[1:] if letter not in fixed))
+    count = product(tuple(sizes[letter] for letter in term[1:] if letter not in fixed))
     return math.inf if count is None else math.sqrt(count)
 
 
@@ -125,14 +125,14 @@ def matrix_product(operands: list[TensorState], call: LayerCall) -> LipschitzMap
         return unbounded(_BATCH)
     free = iter(_LETTERS)
     batch = next(free)
-    words = [batch, batch, batch]
+    terms = [batch, batch, batch]
     for one, other in zip(left.shape[:-2], right.shape[:-2], strict=True):
         shared = next(free)
-        words[0] += shared if one != 1 or other == 1 else next(free)
-        words[1] += shared if other != 1 or one == 1 else next(free)
-        words[2] += shared
+        terms[0] += shared if one != 1 or other == 1 else next(free)
+        terms[1] += shared if other != 1 or one == 1 else next(free)
+        terms[2] += shared
     rows, inner, columns = next(free), next(free), next(free)
-    first, second, result = words
+    first, second, result = terms
     return contraction(
         first + rows + inner, second + inner + columns, result + rows + columns, operands, call
     )
@@ -141,20 +141,20 @@ def matrix_product(operands: list[TensorState], call: LayerCall) -> LipschitzMap
 def einsum_product(equation: str, operands: list[TensorState], call: LayerCall) -> LipschitzMap:
     """The map of an einsum of two tensors of the model."""
     inputs, result = equation.split("->")
-    words = inputs.split(",")
+    terms = inputs.split(",")
     if "..." in equation:
         counts = {
-            state.rank - len(word.replace("...", ""))
-            for word, state in zip(words, operands, strict=True)
+            state.rank - len(term.replace("...", ""))
+            for term, state in zip(terms, operands, strict=True)
         }
-        if len(counts) != 1 or not all("..." in word for word in (*words, result)):
+        if len(counts) != 1 or not all("..." in term for term in (*terms, result)):
             return unbounded(f"the equation {equation!r} repeats a tensor along an axis")
         names = "".join(a for a in _LETTERS if a not in equation)[: counts.pop()]
-        words = [term.replace("...", names) for term in words]
+        terms = [term.replace("...", names) for term in terms]
         result = result.replace("...", names)
-    if any(len(word) != state.rank for word, state in zip(words, operands, strict=True)):
+    if any(len(term) != state.rank for term, state in zip(terms, operands, strict=True)):
         return unbounded(f"the equation {equation!r} does not fit its tensors")
-    return contraction(words[0], words[1], result, operands, call)
+    return contraction(terms[0], terms[1], result, operands, call)
 
 
 @register_rule(keras.layers.Dot)
@@ -165,13 +165,13 @@ def dot(layer, call):
     axes = layer.axes if isinstance(layer.axes, list | tuple) else (layer.axes, layer.axes)
     axes = [axis % state.rank for axis, state in zip(axes, operands, strict=True)]
     letters = iter(_LETTERS[2:])
-    words, result = [], "a"
+    terms, result = [], "a"
     for axis, state in zip(axes, operands, strict=True):
         names = ["a", *(next(letters) for _ in state.shape)]
         names[axis] = "b"
-        words.append("".join(names))
+        terms.append("".join(names))
         result += "".join(name for name in names[1:] if name != "b")
     if result == "a":
         # Scalars get an axis of size 1.
         result += next(letters)
-    return contraction(words[0], words[1], result, operands, call)
+    return contraction(terms[0], terms[1], result, operands, call)
