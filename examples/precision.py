@@ -35,7 +35,8 @@ class Deviation:
         policy: The dtype policy.
         constant: Certified constant of the model under this policy.
         largest: Largest difference of a logit, over the largest logit.
-        median: Median over the images of the largest difference of their logits, over the largest logit.
+        median: Median over the images of the largest difference of their logits, over the
+            largest logit.
         classes: Share of images with another class.
         allowance: Median of what the export takes off the margins, over the largest logit.
         radius: Median radius of the `certified` signature, images of radius 0 included.

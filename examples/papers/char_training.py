@@ -161,7 +161,7 @@ class Kept:
             result["seconds"] = time.monotonic() - start
             self._runs[name] = result
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # Written to another file and renamed: an interruption leaves the old file or the new one.
+            # Renamed when complete: an interruption leaves the old file or the new one.
             partial = self.path.with_suffix(".part")
             partial.write_text(json.dumps({"settings": self._settings, "runs": self._runs}))
             partial.replace(self.path)

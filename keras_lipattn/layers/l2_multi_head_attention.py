@@ -67,11 +67,11 @@ class L2MultiHeadAttention(SelfAttention):
     Keras mask of the input says so: no token sees it (not even a NaN in it) and its output row is
     zero. The certificate is for a fixed mask.
 
-    **Relative positions.** With tied queries and keys a token's own score is the largest in its row.
-    `max_relative_position` adds learned biases `b_h[i - j]` to the scores, with which a head can
-    prefer the token before, for example. They increase the bound by little more than the logarithm
-    of the total weight of the other keys, and it stays independent of the length where biases fall
-    with the distance.
+    **Relative positions.** With tied queries and keys a token's own score is the largest in its
+    row. `max_relative_position` adds learned biases `b_h[i - j]` to the scores, with which a head
+    can prefer the token before, for example. They increase the bound by little more than the
+    logarithm of the total weight of the other keys. The bound stays independent of the length where
+    biases fall with the distance.
 
     Args:
         num_heads: Number of attention heads.

@@ -53,8 +53,8 @@ class ScaledCosineAttention(SelfAttention):
     of space, where dot-product attention is so on bounded sets only. `lipschitz()` returns the
     certified constant (Theorem 7.3). It is proportional to `1 / sqrt(epsilon)`, and about to
     `temperature`: an `epsilon` far below the squared lengths makes it large, one far above them
-    turns attention into an average. Multiplying `epsilon` and all squared kernels of the projections by
-    one number changes nothing.
+    turns attention into an average. Multiplying `epsilon` and all squared kernels of
+    the projections by one number changes nothing.
 
     **Masks.** The diagonal is always visible: whatever the masks say, a token attends to itself. A
     token is padded when any of `query_mask`, `value_mask`, `key_mask` or the Keras mask of the

@@ -248,7 +248,7 @@ def randomize(layer, *, scale=0.8, seed=1):
 
 
 def kernels(layer):
-    """The three kernels and the bias of an attention layer in float64, rounded to the compute dtype."""
+    """Kernels and bias of an attention layer in float64, rounded to the compute dtype."""
     cast = [
         keras.ops.convert_to_numpy(keras.ops.cast(weight.value, layer.compute_dtype))
         for weight in layer.trainable_variables

@@ -23,8 +23,8 @@ def layer_step(layer, inputs, *, training):
         training: Whether to train.
 
     Returns:
-        A pair: a function without arguments, and MiB in addition to arguments and results, `None` where
-        the device does not tell.
+        A pair: a function without arguments, and the MiB it needs in addition to arguments and
+        results, `None` where the device does not tell.
     """
     if keras.backend.backend() == "jax":
         return _layer_step_by_jax(layer, inputs, training)

@@ -17,7 +17,7 @@ def encoder(depth, width, length, *, heads=8, expansion=4, standard=False):
         length: Number of tokens.
         heads: Heads of each attention layer.
         expansion: How many times wider than a token the dense layers are inside.
-        standard: Whether attention is `keras.layers.MultiHeadAttention` instead of `L2MultiHeadAttention`.
+        standard: Whether to use `keras.layers.MultiHeadAttention` for attention.
     """
     x = inputs = keras.Input((length, width))
     for _ in range(depth):

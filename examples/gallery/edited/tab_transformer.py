@@ -1,4 +1,4 @@
-"""Structured data with a TabTransformer: strings looked up and embedded, numbers concatenated to them."""
+"""Structured data with a TabTransformer: strings looked up and embedded, with numbers."""
 
 import keras
 from keras import layers, ops
