@@ -28,6 +28,7 @@ class Example:
         assume_fixed_mask: Whether it is certified for masks that stay fixed, because the model
             computes one from its input.
         subclassed: Whether it is a subclass of `keras.Model`, which has no graph of its own.
+        reload_note: Why the model as written differs after it is reloaded, if it does.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Example:
     needs: str = ""
     assume_fixed_mask: bool = False
     subclassed: bool = False
+    reload_note: str = ""
 
     @property
     def missing(self) -> str:
@@ -88,6 +90,8 @@ EXAMPLES = (
         name="compact_convolutional_transformer",
         batch=batches.pixels,
         outputs=((batches.CLASSES,),),
+        reload_note="`Dense(activation=keras.ops.gelu)` approximates GELU by tanh. Keras saves the "
+        "function by its name and loads the exact `keras.activations.gelu`.",
     ),
     Example(name="tab_transformer", batch=batches.people, outputs=((1,),)),
     Example(

@@ -103,6 +103,8 @@ def _notes(trial: Trial) -> list[str]:
             # The note below tells the reason that follows.
             line = line.partition(" Received:")[0]
         notes.append(f"- {where}, {step}: {line}")
+    if trial.reload_note and trial.difference > 1e-6:
+        notes.append(f"- {where}, reloaded: {trial.reload_note}")
     if trial.reason:
         notes.append(f"- {where}, why the total is `inf`: {trial.reason}")
     return notes

@@ -47,6 +47,7 @@ class Trial:
         reason: The first reason why the constant is `inf`.
         seconds: Wall time of all steps.
         skipped: Why nothing was run, empty if something was.
+        reload_note: Why the outputs differ after reloading, empty if not known.
     """
 
     example: str
@@ -61,6 +62,7 @@ class Trial:
     reason: str = ""
     seconds: float = 0.0
     skipped: str = ""
+    reload_note: str = ""
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[None]:
@@ -76,7 +78,10 @@ class Trial:
 def run(example: Example, version: str) -> Trial:
     """Builds, fits, saves, reloads, certifies and exports one version of a model."""
     trial = Trial(
-        example=example.name, version=version, edited_lines=edited_lines(example, version)
+        example=example.name,
+        version=version,
+        edited_lines=edited_lines(example, version),
+        reload_note=example.reload_note,
     )
     if example.missing:
         trial.skipped = example.missing
