@@ -12,7 +12,7 @@ import tensorflow as tf
 from helpers.layer_cases import BATCH, FEATURES, LENGTH, Case, randomise
 
 from keras_lipattn import L2MultiHeadAttention, condensed
-from keras_lipattn.layers import l2_multi_head_attention
+from keras_lipattn.layers import _distance_attention
 
 # Every path through the layer: with and without caps, norms from Gram iteration, from the cache,
 # or turned into constants, the full matrix of weights or blocks of it, in training (where the
@@ -31,7 +31,7 @@ def path(request, monkeypatch):
     if name == "remembered":
         layer.condense()
     if name == "blocks":
-        monkeypatch.setattr(l2_multi_head_attention, "BLOCKED_FROM", 1)
+        monkeypatch.setattr(_distance_attention, "BLOCKWISE_MIN_LENGTH", 1)
 
     called = tf.function(layer) if name == "graph" else layer
 

@@ -10,7 +10,7 @@ from helpers import jacobians, loop_attention, loop_cosine
 from helpers.layer_cases import BATCH, FEATURES, LENGTH, Case, kernels
 
 from keras_lipattn import L2MultiHeadAttention, ScaledCosineAttention, certify, condensed
-from keras_lipattn.layers import _distance_attention, l2_multi_head_attention
+from keras_lipattn.layers import _distance_attention
 
 KINDS = (L2MultiHeadAttention, ScaledCosineAttention)
 AXES = ("plain", "one token", "first axis", "last axis", "two axes", "outer axes")
@@ -89,7 +89,7 @@ def test_shapes_of_scores_are_known_in_advance(options):
 def path(request, monkeypatch):
     """A function of a layer that returns a way of calling it."""
     if request.param == "blocks":
-        monkeypatch.setattr(l2_multi_head_attention, "BLOCKED_FROM", 1)
+        monkeypatch.setattr(_distance_attention, "BLOCKWISE_MIN_LENGTH", 1)
         monkeypatch.setattr(_distance_attention, "block_size_for", lambda *sizes: 2)
 
     def through(layer):
@@ -123,7 +123,7 @@ def test_sides_may_be_unknown_in_a_graph(length, blocks, jit_compile, monkeypatc
     case = Case()
     layer, x = case.layer(), case.inputs()
     if blocks:
-        monkeypatch.setattr(l2_multi_head_attention, "BLOCKED_FROM", 1)
+        monkeypatch.setattr(_distance_attention, "BLOCKWISE_MIN_LENGTH", 1)
         monkeypatch.setattr(_distance_attention, "block_size_for", lambda *sizes: 2)
     for rank in (2, 3, 4):
         signature = [

@@ -256,7 +256,7 @@ def test_the_bound_holds_for_folded_kernels_rounded_or_not(norm):
         # One head: no search for a scaling comes between the two numbers.
         layer = Case("one head", dtype="float32").layer(seed=seed)
         twin = Case("one head", dtype="float64").layer()
-        for mine, theirs in zip(layer._kernels(), twin._kernels(), strict=True):
+        for mine, theirs in zip(layer.kernels, twin.kernels, strict=True):
             theirs.assign(np.asarray(mine, np.float64))
         # The twin folds the same kernels without rounding the products.
         rounded, exact = layer.lipschitz(norm=norm).value, twin.lipschitz(norm=norm).value

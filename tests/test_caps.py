@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from helpers import bounds_cases
-from helpers.layer_cases import CAPS, FEATURES, LENGTH, Case, randomise
+from helpers.layer_cases import CAPS, FEATURES, LENGTH, Case, randomise, running_matrices
 
 import keras_lipattn as kl
 from keras_lipattn.bounds import certified_layer_bound
-from keras_lipattn.layers._visibility import Visibility
 from keras_lipattn.linalg import operator_norm
+from keras_lipattn.linalg.power import ScaledMatrix
 
 TOKENS, WIDTH, HEADS, KEY_DIM = 6, 8, 2, 4
 CAP = 0.5
@@ -33,7 +33,7 @@ def _capped(norm="l2", **options):
 
 def _running_matrices(layer, mask="full"):
     """Function that returns the matrices that the inference graph multiplies with."""
-    return tf.function(lambda: layer._weights(Visibility(mask), training=False)[:2])
+    return tf.function(lambda: running_matrices(layer, mask))
 
 
 def _bound_of(matrices, norm, mask="full"):
@@ -83,7 +83,7 @@ def test_a_cap_holds_right_after_weights_are_set(norm, scale, condense):
     if condense:
         layer.condense()
     for mask in ("full", "causal", "any"):
-        matrices = layer._weights(Visibility(mask), training=False)[:2]
+        matrices = running_matrices(layer, mask)
         assert _bound_of(matrices, norm, mask) <= CAP * SLACK
 
 
@@ -121,7 +121,7 @@ def test_weights_under_their_cap_are_used_unchanged():
     sizes = [
         np.linalg.norm(np.reshape(k.numpy(), s), 2)
         for k, s in zip(
-            free._kernels(), [(WIDTH, -1), (WIDTH, -1), (HEADS * KEY_DIM, -1)], strict=True
+            free.kernels, [(WIDTH, -1), (WIDTH, -1), (HEADS * KEY_DIM, -1)], strict=True
         )
     ]
     capped = kl.L2MultiHeadAttention(
@@ -212,7 +212,7 @@ def test_no_step_pushes_a_layer_over_its_caps(cap):
     rng = np.random.default_rng(0)
     x = tf.constant(rng.normal(size=(8, LENGTH, FEATURES)), "float32")
     step = _pushed(layer, x, 9.0 * tf.sign(x))
-    graph = tf.function(lambda: layer._weights(Visibility("full"), training=False)[:2])
+    graph = tf.function(lambda: running_matrices(layer))
     full = np.ones((LENGTH, LENGTH), bool)
     witness = bounds_cases.inputs(LENGTH, FEATURES, rng)[2:9:3]
     for index in range(STEPS):
@@ -229,7 +229,7 @@ def test_no_step_pushes_a_layer_over_its_caps(cap):
                 found = bounds_cases.jacobian_norm(tokens, heads, out, full, layer.lipschitz_norm)
                 assert found <= layer.lipschitz_bound * SLACK
     # The caps were active.
-    assert min(operator_norm(np.reshape(k, (k.shape[0], -1))) for k in layer._kernels()[:2]) > 1.0
+    assert min(operator_norm(np.reshape(k, (k.shape[0], -1))) for k in layer.kernels[:2]) > 1.0
 
 
 def test_every_kernel_is_capped_as_the_matrix_it_is():
@@ -238,9 +238,9 @@ def test_every_kernel_is_capped_as_the_matrix_it_is():
         if remembered:
             layer.condense()
         kernels = layer._graph_kernels()
-        query, value, output = layer._capped(
-            kernels, layer._norms_for(kernels, training=False), keras.ops
-        )
+        factors = layer._cap_factors(kernels, layer._norms_for(kernels, training=False), keras.ops)
+        capped = [kernel * factor for kernel, factor in zip(kernels, factors, strict=True)]
+        query, value, output = layer.by_head(capped, keras.ops)
         flat = (np.reshape(np.transpose(k, (1, 0, 2)), (FEATURES, -1)) for k in (query, value))
         for matrix in (*flat, np.reshape(output, (-1, FEATURES))):
             norm = operator_norm(matrix)
@@ -255,7 +255,7 @@ def test_a_dense_layer_stays_under_its_cap_while_pushed(cap):
     x = tf.random.normal((16, 5))
     layer(x)
     step = _pushed(layer, x, 100.0 * tf.sign(tf.random.normal((16, 6))))
-    read = tf.function(lambda: layer._call_kernel(training=False))
+    read = tf.function(lambda: layer.effective_weights().output)
     for _ in range(STEPS):
         step()
         assert operator_norm(read()) <= cap * SLACK
@@ -272,7 +272,7 @@ def test_all_caps_hold_right_after_weights_are_set(norm, dtype):
     )
     layer.build((None, LENGTH, FEATURES))
     rng = np.random.default_rng(0)
-    graph = tf.function(lambda: layer._weights(Visibility("full"), training=False)[:2])
+    graph = tf.function(lambda: running_matrices(layer))
     for scale in (1e-9, 1e-3, 1.0, 1e4) if "float16" in dtype else (1e-30, 1e-9, 1.0, 1e9, 1e30):
         # The running vectors change too, which must have no effect.
         layer.set_weights([rng.normal(size=w.shape) * scale for w in layer.weights])
@@ -299,15 +299,14 @@ def test_weights_under_all_caps_are_used_unchanged(cap):
 
 
 def _leading_vectors(layer):
-    vectors = {}
-
-    def norm(name, matrix):
-        _, values, right = np.linalg.svd(matrix)
-        vectors[name] = right[..., 0, :]
-        return values[..., 0]
-
-    layer._request_norms(layer._host_kernels(), norm, list(layer._norm_shapes()), np)
-    return vectors
+    weights = layer.host_weights().exact
+    matrices = layer._operators(layer.host_kernels(), np)
+    for norm in ("l2", "token", "linf"):
+        matrices |= layer.matrices(weights, norm, np)
+    return {
+        name: np.linalg.svd(m.formed(np) if isinstance(m, ScaledMatrix) else m)[2][..., 0, :]
+        for name, m in matrices.items()
+    }
 
 
 @pytest.mark.parametrize("cap", CAPS)
@@ -321,7 +320,7 @@ def test_gradients_flow_through_the_caps(cap, mode):
         # Running norms are exact once their vectors have converged.
         for name, norm in _leading_vectors(layer).items():
             layer._vectors[name].assign(norm)
-    kernels = layer._kernels()
+    kernels = layer.kernels
     with tf.GradientTape() as tape:
         total = tf.reduce_sum(layer(x, training=mode == "training") * cotangent)
     gradients = tape.gradient(total, [kernel.value for kernel in kernels])

@@ -131,7 +131,7 @@ def test_a_block_without_build_is_built_and_capped(model, x):
     for layer in model._flatten_layers():
         if isinstance(layer, L2MultiHeadAttention):
             assert layer.lipschitz().value <= 0.3
-            assert layer._is_settled()
+            assert layer.caps_are_exact()
 
 
 @pytest.mark.parametrize("monitored", [False, True])

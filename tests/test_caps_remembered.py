@@ -4,12 +4,11 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers.layer_cases import CAPS, FEATURES, LENGTH, Case, randomise
+from helpers.layer_cases import CAPS, FEATURES, LENGTH, Case, randomise, running_matrices
 
 from keras_lipattn import SpectralDense
-from keras_lipattn.layers import _norm_cache
-from keras_lipattn.layers._operator_norms import ConvergedNorms
-from keras_lipattn.layers._visibility import Visibility
+from keras_lipattn.layers import _norms
+from keras_lipattn.layers._norms import ConvergedNorms
 
 # Gram iteration overestimates each of the norms of these small matrices by less than this.
 GRAM_SLACK = 2e-3
@@ -25,7 +24,7 @@ def gram_used(monkeypatch):
             used.append(True)
             super().__init__()
 
-    monkeypatch.setattr(_norm_cache, "ConvergedNorms", Spied)
+    monkeypatch.setattr(_norms, "ConvergedNorms", Spied)
 
     def asked(function):
         used.clear()
@@ -81,7 +80,7 @@ def test_the_memory_serves_every_precision(dtype, x, gram_used):
         assert gram_used(lambda layer=layer: layer(x))
         layer.condense()
         assert not gram_used(lambda layer=layer: layer(x))
-        kernel = layer._kernels()[0]
+        kernel = layer.kernels[0]
         before = np.copy(kernel)
         kernel.assign(2.0 * before)
         assert gram_used(lambda layer=layer: layer(x))
@@ -152,8 +151,7 @@ def test_unremembered_factors_are_smaller_but_hardly(cap):
     layer = Case(cap=cap).layer()
 
     def matrices():
-        b, c, _ = layer._weights(Visibility("full"), training=False)
-        return np.asarray(b), np.asarray(c)
+        return [np.asarray(matrix) for matrix in running_matrices(layer)]
 
     loose = matrices()
     layer.condense()

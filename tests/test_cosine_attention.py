@@ -97,16 +97,13 @@ def test_caps_hold_and_condensing_changes_nothing(cap, dtype):
     slack = 1e-5 if dtype == "float32" else 0.05
     np.testing.assert_allclose(_numpy(remembered), _numpy(constants), rtol=0, atol=slack)
     if layer.spectral_norm is not None:
-        for kernel in layer._capped(layer._host_kernels(), _exact, np):
+        weights = layer.host_weights().exact
+        for kernel in (weights.query, weights.key, weights.value, weights.output):
             for head in kernel:
                 assert np.linalg.norm(head, 2) <= layer.spectral_norm
     else:
         # The cap does not shrink by much more than it must.
         assert tight >= 0.6 * CAPS[cap]["lipschitz_bound"]
-
-
-def _exact(name, matrix):
-    return np.linalg.norm(matrix, 2, axis=(-2, -1))
 
 
 def test_both_caps_at_once_are_refused():

@@ -26,7 +26,7 @@ def _layer(case, rng, **options):
         "epsilon": rng.choice([0.05, 1.0]),
     } | options
     layer = case.layer(seed=int(rng.integers(1000)), **options)
-    for kernel in layer._kernels():
+    for kernel in layer.kernels:
         kernel.assign(kernel * rng.choice([0.1, 1.0, 4.0]))
     if rng.integers(2):
         # Around the origin, where normalizing is steepest.
@@ -166,7 +166,7 @@ def test_the_bound_scales_as_the_function_does(norm):
     x = Case().inputs()
     value = np.asarray(layer(x))
     t = 3.0
-    for weight in (*layer._kernels()[:3], *layer._biases()[:3]):
+    for weight in (*layer.kernels[:3], *layer._biases()[:3]):
         weight.assign(t * weight)
     layer.epsilon *= t**2
     np.testing.assert_allclose(layer(x), value, rtol=1e-10, atol=1e-12)

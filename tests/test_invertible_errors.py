@@ -9,11 +9,11 @@ import tensorflow as tf
 from helpers.invertible_cases import BY_NAME, attention, dense
 
 from keras_lipattn import (
-    InversionError,
     InvertibleResidual,
     InvertibleSequential,
     Residual,
 )
+from keras_lipattn.layers import InversionError
 
 
 @pytest.fixture(scope="module")

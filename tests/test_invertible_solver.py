@@ -10,12 +10,12 @@ import tensorflow as tf
 from keras import ops
 
 from keras_lipattn import (
-    InversionError,
     InvertibleResidual,
     InvertibleSequential,
     L2MultiHeadAttention,
     SpectralDense,
 )
+from keras_lipattn.layers import InversionError
 from keras_lipattn.layers._fixed_point import example_norm, solve_fixed_point
 
 TOKENS = FEATURES = 64

@@ -132,18 +132,18 @@ def test_vectors_recover_from_kernels_of_zeros_and_nan(x):
     dense = [layer for layer in _layers() if isinstance(layer, SpectralDense)]
     for layer in (Case().layer(), Case(cap="both").layer(), *dense):
         layer.tracking = Tracking(penalize=True)
-        kernels = [np.copy(kernel) for kernel in layer._kernels()]
+        kernels = [np.copy(kernel) for kernel in layer.kernels]
         for broken in (0.0, np.nan):
-            for kernel in layer._kernels():
+            for kernel in layer.kernels:
                 kernel.assign(np.full(kernel.shape, broken))
             with tf.GradientTape() as tape:
                 y = tf.reduce_sum(layer(x, training=True))
                 # Losses come in Keras' own float type, for `fit` to add up.
                 y += tf.cast(sum(layer.losses), y.dtype)
-            gradients = tape.gradient(y, [kernel.value for kernel in layer._kernels()])
+            gradients = tape.gradient(y, [kernel.value for kernel in layer.kernels])
             if broken == 0.0:
                 assert all(np.isfinite(gradient).all() for gradient in gradients)
-            for kernel, value in zip(layer._kernels(), kernels, strict=True):
+            for kernel, value in zip(layer.kernels, kernels, strict=True):
                 kernel.assign(value)
             _converge(layer, x)
             bound = layer.lipschitz().value
@@ -193,17 +193,15 @@ def test_the_penalty_lowers_the_certified_bound(x, norm):
         layer.penalty_coefficient.assign(1.0)
         layer.penalty_log_target.assign(math.log(before / 2.0))
         optimizer = keras.optimizers.SGD(0.02)
-        optimizer.build(layer._kernels())
+        optimizer.build(layer.kernels)
 
         @tf.function
         def step(layer=layer, optimizer=optimizer):
             with tf.GradientTape() as tape:
                 layer(x, training=True)
                 (loss,) = layer.losses
-            kernels = [kernel.value for kernel in layer._kernels()]
-            optimizer.apply_gradients(
-                zip(tape.gradient(loss, kernels), layer._kernels(), strict=True)
-            )
+            kernels = [kernel.value for kernel in layer.kernels]
+            optimizer.apply_gradients(zip(tape.gradient(loss, kernels), layer.kernels, strict=True))
 
         for _ in range(60):
             step()
@@ -223,7 +221,7 @@ def test_the_gradient_of_the_penalty_is_that_of_the_certified_logarithm(x):
         with tf.GradientTape() as tape:
             layer(x, training=True)
             (loss,) = layer.losses
-        kernels = layer._kernels()
+        kernels = layer.kernels
         gradients = tape.gradient(loss, [kernel.value for kernel in kernels])
         rng = np.random.default_rng(1)
         for kernel, gradient in zip(kernels, gradients, strict=True):

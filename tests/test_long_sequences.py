@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 import keras_lipattn as kl
-from keras_lipattn.layers import l2_multi_head_attention
+from keras_lipattn.layers import _distance_attention
 from keras_lipattn.layers._blocked_attention import attend_in_blocks, block_size_for
 
 LENGTH, FEATURES = 75, 16
@@ -35,7 +35,7 @@ def in_blocks(monkeypatch):
     """Switches blocks on for short sequences."""
 
     def switch(on):
-        monkeypatch.setattr(l2_multi_head_attention, "BLOCKED_FROM", 1 if on else 10**9)
+        monkeypatch.setattr(_distance_attention, "BLOCKWISE_MIN_LENGTH", 1 if on else 10**9)
 
     return switch
 
@@ -93,17 +93,17 @@ def test_a_later_token_does_not_reach_earlier_blocks(in_blocks):
 
 def test_a_long_sequence_is_taken_in_blocks_by_itself(monkeypatch):
     taken = []
-    original = l2_multi_head_attention.mixed_in_blocks
+    original = _distance_attention.attend_blockwise
     monkeypatch.setattr(
-        l2_multi_head_attention,
-        "mixed_in_blocks",
+        _distance_attention,
+        "attend_blockwise",
         lambda y, mask: taken.append(y.shape[2]) or original(y, mask),
     )
     layer = kl.L2MultiHeadAttention(1, 2)
-    for length in (64, l2_multi_head_attention.BLOCKED_FROM):
+    for length in (64, _distance_attention.BLOCKWISE_MIN_LENGTH):
         layer.compute_output_spec(keras.KerasTensor((1, length, 4)))
         layer(np.zeros((1, length, 4), "float32"))
-    assert taken == [l2_multi_head_attention.BLOCKED_FROM]
+    assert taken == [_distance_attention.BLOCKWISE_MIN_LENGTH]
 
 
 def test_estimates_run_over_long_sequences(in_blocks):

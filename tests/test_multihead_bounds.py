@@ -16,17 +16,18 @@ from keras_lipattn.bounds import (
     bound_linf,
     certified_layer_bound,
     frobenius_scaling,
+    layer_matrices,
     mask_degrees,
     phi_inv,
     published_layer_bound,
     running_layer_bound,
     s_star,
-    split_bound_l2,
-    split_bound_token,
+    split_bound,
     unit_head_bound,
 )
-from keras_lipattn.bounds.multihead import norm_2_to_1
+from keras_lipattn.bounds.multihead import exact_norms, norm_2_to_1
 from keras_lipattn.linalg import SAFETY, operator_norm
+from keras_lipattn.linalg.power import ScaledMatrix
 
 NORMS = ("l2", "token", "linf")
 # Rounding of Jacobian norms of a few hundred entries in float64.
@@ -34,8 +35,22 @@ ROUNDING = 1e-9
 bounded = hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
 
 
-def exact(name, matrix):
-    return operator_norm(matrix)
+def graph_formula(b, c, norm, unit, norm_of=operator_norm, xp=np):
+    """The formula of a graph, given a function for operator norms."""
+    matrices = layer_matrices(b, c, norm, xp)
+    norms = {
+        name: norm_of(matrix.formed(xp) if isinstance(matrix, ScaledMatrix) else matrix)
+        for name, matrix in matrices.items()
+    }
+    return running_layer_bound(b, c, norm=norm, unit=unit, norms=norms, xp=xp)
+
+
+def split(norm, b, c, scale):
+    return split_bound(norm, scale, exact_norms(layer_matrices(b, c, norm, np, scale)), np)
+
+
+def svd(matrix):
+    return tf.linalg.svd(matrix, compute_uv=False)[..., 0]
 
 
 def kernels(rng, *, heads=3, inner=6, key=2, value=3, outer=4):
@@ -168,17 +183,16 @@ def test_exact_norms_in_the_graph_formula_never_go_below_the_certificate(norm):
     rng = np.random.default_rng(10)
     for b, c in cases.layers(rng, count=30):
         unit = unit_head_bound(12, norm=norm)
-        single = running_layer_bound(b, c, norm=norm, unit=unit, operator_norm=exact, xp=np)
+        single = graph_formula(b, c, norm, unit)
         value = certified_layer_bound(b, c, norm=norm, tokens=12).value
         assert value <= SAFETY * (1 + 1e-12) * single
         # One scaling is a good one: it loses little.
         assert single <= 1.5 * value
 
 
-@pytest.mark.parametrize("split", [split_bound_l2, split_bound_token])
-def test_every_scaling_gives_a_valid_bound(split):
+@pytest.mark.parametrize("norm", ["l2", "token"])
+def test_every_scaling_gives_a_valid_bound(norm):
     rng = np.random.default_rng(11)
-    norm = "l2" if split is split_bound_l2 else "token"
     mask = np.ones((5, 5), bool)
     constant = unit_head_bound(5, norm=norm).value
     for b, c in cases.layers(rng, count=10):
@@ -186,17 +200,17 @@ def test_every_scaling_gives_a_valid_bound(split):
         measured = cases.jacobian_norm(x, b, c, mask, norm)
         for _ in range(5):
             scale = np.exp(rng.normal(size=len(b)) * 2.0)
-            assert measured <= (1 + ROUNDING) * constant * split(b, c, scale, exact, np)
+            assert measured <= (1 + ROUNDING) * constant * split(norm, b, c, scale)
 
 
 def test_the_search_of_scalings_finds_the_best_of_many():
     rng = np.random.default_rng(12)
-    for norm, split in (("l2", split_bound_l2), ("token", split_bound_token)):
+    for norm in ("l2", "token"):
         constant = unit_head_bound(6, norm=norm).value
         for b, c in cases.layers(rng, count=10):
             found = certified_layer_bound(b, c, norm=norm, tokens=6).value / constant
             logs = np.log(frobenius_scaling(b, c, np)) + rng.normal(size=(200, len(b)))
-            best = min(split(b, c, scale, exact, np) for scale in np.exp(logs))
+            best = min(split(norm, b, c, scale) for scale in np.exp(logs))
             # The descent stops within 1 % of the minimum of a convex function.
             assert found <= 1.01 * best
 
@@ -253,16 +267,11 @@ def test_keras_ops_and_numpy_agree_in_float32_and_gradients_are_finite(norm):
     # Zero heads on either side are where square roots and quotients go wrong.
     b[0], c[1] = 0.0, 0.0
     unit = unit_head_bound(20, norm=norm)
-    expected = running_layer_bound(b, c, norm=norm, unit=unit, operator_norm=exact, xp=np)
+    expected = graph_formula(b, c, norm, unit)
     variables = tf.Variable(b), tf.Variable(c)
 
-    def svd(name, matrix):
-        return tf.linalg.svd(matrix, compute_uv=False)[..., 0]
-
     with tf.GradientTape() as tape:
-        value = running_layer_bound(
-            *variables, norm=norm, unit=unit, operator_norm=svd, xp=keras.ops
-        )
+        value = graph_formula(*variables, norm, unit, svd, keras.ops)
     # Ten operations in float32.
     assert float(value) == pytest.approx(float(expected), rel=1e-5)
     for gradient in tape.gradient(value, variables):
@@ -281,16 +290,11 @@ def test_the_gradient_is_that_of_the_formula(norm):
     unit = unit_head_bound(20, norm=norm)
 
     def value(b, c):
-        return running_layer_bound(b, c, norm=norm, unit=unit, operator_norm=exact, xp=np)
-
-    def svd(name, matrix):
-        return tf.linalg.svd(matrix, compute_uv=False)[..., 0]
+        return graph_formula(b, c, norm, unit)
 
     variables = [tf.Variable(kernel) for kernel in kernels_]
     with tf.GradientTape() as tape:
-        result = running_layer_bound(
-            *variables, norm=norm, unit=unit, operator_norm=svd, xp=keras.ops
-        )
+        result = graph_formula(*variables, norm, unit, svd, keras.ops)
     gradients = tape.gradient(result, variables)
     directions = [rng.normal(size=kernel.shape) for kernel in kernels_]
     slope = sum(float(np.sum(g * d)) for g, d in zip(gradients, directions, strict=True))
@@ -305,13 +309,13 @@ def test_the_gradient_is_that_of_the_formula(norm):
 def test_a_graph_gets_no_infinite_constant():
     b, c = cases.fold(*kernels(np.random.default_rng(18)))
     with pytest.raises(ValueError, match="number of tokens is not known"):
-        running_layer_bound(b, c, norm="l2", unit=unit_head_bound(None), operator_norm=exact, xp=np)
+        graph_formula(b, c, "l2", unit_head_bound(None))
 
 
 def test_sums_of_entries_dominate_every_direction():
     rng = np.random.default_rng(19)
     for b, _ in cases.layers(rng, count=30):
-        bounds = norm_2_to_1(b, exact, np)
+        bounds = norm_2_to_1(b, operator_norm(b), np)
         signs = np.array(list(itertools.product([-1, 1], repeat=b.shape[1])))
         for head, bound in zip(b, bounds, strict=True):
             assert np.linalg.norm(signs @ head, axis=1).max() <= (1 + ROUNDING) * bound
@@ -321,9 +325,10 @@ def test_max_norm_takes_the_smaller_of_its_two_bounds():
     rng = np.random.default_rng(20)
     for b, c in cases.layers(rng, count=20):
         row, score = 1.0 + 4.0 * s_star(9), 4.0 * phi_inv(9)
-        both = bound_linf(b, c, row, score, exact, np)
-        assert both <= bound_linf(b, c, row, math.inf, exact, np)
-        assert both <= bound_linf(b, c, math.inf, score, exact, np)
+        norms = {"head_query": operator_norm(b)}
+        both = bound_linf(b, c, row, score, norms, np)
+        assert both <= bound_linf(b, c, row, math.inf, norms, np)
+        assert both <= bound_linf(b, c, math.inf, score, norms, np)
 
 
 @pytest.mark.parametrize("norm", NORMS)

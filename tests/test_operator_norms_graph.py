@@ -16,7 +16,7 @@ from keras_lipattn.linalg.gram import (
     converged_upper_bound,
     gram_upper_bound,
 )
-from keras_lipattn.linalg.power import cold_vector, power_step, warm_vector
+from keras_lipattn.linalg.power import ScaledMatrix, cold_vector, power_step, warm_vector
 from keras_lipattn.linalg.precision import product_allowance
 
 DTYPES = ("float32", "float64")
@@ -243,7 +243,7 @@ def test_a_scaled_step_is_one_of_the_scaled_matrix(scaled, scale):
     with tf.GradientTape(persistent=True) as tape:
         tape.watch([matrix, *scales.values()])
         steps = [
-            power_step(matrix, vector, **chosen),
+            power_step(ScaledMatrix(matrix, **chosen), vector),
             power_step(formed(matrix, {**ones, **chosen}), vector),
         ]
     for one, other in zip(*steps, strict=True):

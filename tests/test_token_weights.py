@@ -154,7 +154,7 @@ def test_long_sequences_in_blocks_have_weights_too(monkeypatch):
     point = tf.constant(weights)
     results = []
     for start in (4096, 2):
-        monkeypatch.setattr("keras_lipattn.layers.l2_multi_head_attention.BLOCKED_FROM", start)
+        monkeypatch.setattr("keras_lipattn.layers._distance_attention.BLOCKWISE_MIN_LENGTH", start)
         with tf.GradientTape() as tape:
             tape.watch(point)
             y = layer(x, token_weights=point)
@@ -306,7 +306,7 @@ def test_a_kernel_of_a_backend_is_not_asked_for_weights(monkeypatch):
     layer, x, weights = PLAIN.layer(), PLAIN.inputs(), weights_for(PLAIN)
     expected = layer(x, token_weights=weights)
     monkeypatch.setattr(
-        "keras_lipattn.layers.l2_multi_head_attention.takes_kernel", lambda *args: True
+        "keras_lipattn.layers._distance_attention.use_fused_kernel", lambda *args: True
     )
     np.testing.assert_array_equal(layer(x, token_weights=weights), expected)
 

@@ -9,13 +9,13 @@ from helpers.layer_cases import Case, cases
 from keras import ops
 
 import keras_lipattn as kl
-from keras_lipattn.layers import _fused_attention, l2_multi_head_attention
-from keras_lipattn.layers._distance_attention import Mask
+from keras_lipattn.layers import _distance_attention, _fused_attention, l2_multi_head_attention
 from keras_lipattn.layers._fused_attention import (
     fused_attention,
     plain_attention,
-    takes_kernel,
+    use_fused_kernel,
 )
+from keras_lipattn.layers._masks import Mask
 
 # What rounding weights and outputs to the dtype leaves, relative to the largest value: scores are
 # as accurate in each of them. PyTorch keeps weights in the dtype between its passes, twice rounded.
@@ -166,7 +166,7 @@ def through_the_kernel(monkeypatch):
         return not _fused_attention._must_be_plain()
 
     monkeypatch.setattr(l2_multi_head_attention, "fused_attention", taken_by_kernel)
-    monkeypatch.setattr(l2_multi_head_attention, "takes_kernel", unless_plain)
+    monkeypatch.setattr(l2_multi_head_attention, "use_fused_kernel", unless_plain)
     return taken
 
 
@@ -199,23 +199,23 @@ def test_estimates_go_around_the_kernel(through_the_kernel):
 def test_flash_attention_is_honoured():
     for length in (16, 4096):
         y = ops.zeros((1, 1, length, 8))
-        assert not takes_kernel(y, "float32", False)
-        assert not takes_kernel(y, "float64", True)
+        assert not use_fused_kernel(y, "float32", False)
+        assert not use_fused_kernel(y, "float64", True)
         if keras.backend.backend() == "torch":
             # Found faster from about 1024 tokens on; asked for, it is taken at any length.
-            assert takes_kernel(y, "float32", True)
-            assert takes_kernel(y, "float32", None) == (length > 1024)
+            assert use_fused_kernel(y, "float32", True)
+            assert use_fused_kernel(y, "float32", None) == (length > 1024)
         else:
             # On a CPU, JAX has none.
-            assert not takes_kernel(y, "bfloat16", True)
+            assert not use_fused_kernel(y, "bfloat16", True)
 
 
 @pytest.mark.parametrize("blocks", [False, True])
 def test_estimates_run_over_long_sequences(blocks, monkeypatch):
-    monkeypatch.setattr(l2_multi_head_attention, "BLOCKED_FROM", 1 if blocks else 10**9)
+    monkeypatch.setattr(_distance_attention, "BLOCKWISE_MIN_LENGTH", 1 if blocks else 10**9)
     layer, x = Case(dtype="float32").layer(), Case().inputs().astype("float32")
     found = kl.estimate_lipschitz(layer, x, steps=5, restarts=1)
-    monkeypatch.setattr(l2_multi_head_attention, "BLOCKED_FROM", 10**9)
+    monkeypatch.setattr(_distance_attention, "BLOCKWISE_MIN_LENGTH", 10**9)
     expected = kl.estimate_lipschitz(layer, x, steps=5, restarts=1)
     # The ascent follows second derivatives: wrong ones would lead it elsewhere.
     np.testing.assert_allclose(found.value, expected.value, rtol=1e-4)

@@ -13,7 +13,7 @@ from helpers.layer_cases import CAPS, FEATURES, LENGTH, OPTIONS, Case, cases, ke
 
 import keras_lipattn as kl
 from keras_lipattn.bounds import certified_layer_bound
-from keras_lipattn.layers._visibility import Visibility
+from keras_lipattn.layers._masks import MaskClass
 
 # Those of the same property on TensorFlow: rounding of the dtype, times the largest output.
 TOLERANCE = {"float32": 1e-5, "mixed_bfloat16": 0.15, "mixed_float16": 0.02}
@@ -103,7 +103,7 @@ def test_the_layer_runs_in_a_jitted_function():
 
 
 def _bound_of_what_runs(layer, norm, mask):
-    b, c, _ = layer._weights(Visibility(mask), training=False)
+    b, c, _ = layer._weights(MaskClass(mask), training=False)
     b, c = _numpy(b), _numpy(c)
     heads, key_dim = layer.num_heads, layer.key_dim
     b = b.reshape(FEATURES, heads, key_dim).transpose(1, 0, 2)

@@ -5,10 +5,10 @@ from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
 from keras_lipattn.bounds.multihead import (
     bound_linf,
     certified_layer_bound,
+    layer_matrices,
     published_layer_bound,
     running_layer_bound,
-    split_bound_l2,
-    split_bound_token,
+    split_bound,
 )
 from keras_lipattn.bounds.unit_head import (
     UnitBound,
@@ -24,13 +24,13 @@ __all__ = [
     "bound_linf",
     "certified_layer_bound",
     "frobenius_scaling",
+    "layer_matrices",
     "mask_degrees",
     "phi_inv",
     "published_head_bound",
     "published_layer_bound",
     "running_layer_bound",
     "s_star",
-    "split_bound_l2",
-    "split_bound_token",
+    "split_bound",
     "unit_head_bound",
 ]

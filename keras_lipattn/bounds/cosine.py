@@ -1,14 +1,9 @@
 """Theorem 7.3 of docs/theory.md: from the kernels of scaled cosine attention to its constant.
 
 A layer is `X -> sum_h P_h V^_h C_h + constant` with `P_h = softmax(tau q^_i . k^_j)`, where every
-query, key and value is divided by `sqrt(|z|^2 + epsilon)`. As in `multihead`, the functions take
-the operator norm and the array namespace `xp` as arguments; `operator_norm(name, matrix)` receives
-one of the names
-
-- `"stacked_output"`: `stack(C_h / s_h)`, shape `(H*v, O)`, returns a scalar;
-- `"concatenated_query"` and `"concatenated_key_value"`: `[s_h A_h]` and `[s_h G_h]`, shapes
-  `(D, H*k)` and `(D, H*(k+v))`, return a scalar;
-- `"head_query"` and `"head_key_value"`: all `A_h`, all `G_h`, return shape `(H,)`.
+query, key and value is divided by `sqrt(|z|^2 + epsilon)`. As in `multihead`, `cosine_matrices`
+names the matrices whose operator norms the bound needs, and the formulas take these norms and the
+array namespace `xp` as arguments.
 
 Shapes: `a` is `(H, D, k)`, `g` is `(H, D, k + v)`, see `fold`; `c` is `(H, v, O)`; a scaling is
 `(H,)`, positive.
@@ -28,9 +23,8 @@ from keras_lipattn.bounds.head_scaling import (
     scaled_back,
 )
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
-from keras_lipattn.bounds.multihead import OperatorNorm, norm_2_to_1, safe_sqrt
-from keras_lipattn.linalg import cached_by_content
-from keras_lipattn.linalg import operator_norm as exact_norm
+from keras_lipattn.bounds.multihead import Norms, norm_2_to_1, safe_sqrt
+from keras_lipattn.linalg import cached_by_content, operator_norm
 from keras_lipattn.linalg.precision import SMALLEST_NORMAL
 
 THEOREM = "Theorem 7.3"
@@ -70,10 +64,47 @@ def visible_mass(
     return column_mass(2.0 * temperature, tokens, mask, n_queries=seen)
 
 
+def cosine_matrices(a, g, c, norm: str, xp: typing.Any, scale=None) -> dict[str, typing.Any]:
+    """The matrices whose operator norms the bound of a layer needs.
+
+    - `"stacked_output"`: `stack(C_h / s_h)`, shape `(H*v, O)`;
+    - `"concatenated_query"` and `"concatenated_key_value"`: `[s_h A_h]` and `[s_h G_h]`, shapes
+      `(D, H*k)` and `(D, H*(k+v))`;
+    - `"head_query"` and `"head_key_value"`: all `A_h`, all `G_h`, batches of `H` matrices.
+
+    Args:
+        a: shape `(H, D, k)`.
+        g: shape `(H, D, k + v)`.
+        c: shape `(H, v, O)`.
+        norm: `"l2"`, `"token"` or `"linf"`.
+        xp: array namespace, `numpy` or `keras.ops`.
+        scale: scaling of the heads, shape `(H,)`; `cosine_scaling` by default.
+
+    Returns:
+        Dictionary of those that the bound in `norm` needs.
+    """
+    if norm == "linf":
+        return {"head_query": a, "head_key_value": g}
+    if scale is None:
+        scale = cosine_scaling(a, g, c, xp)
+    matrices = {
+        "stacked_output": _stacked(c, scale, xp),
+        "concatenated_query": _concatenated(a, scale, xp),
+    }
+    if norm == "l2":
+        return {**matrices, "concatenated_key_value": _concatenated(g, scale, xp)}
+    return {**matrices, "head_key_value": g}
+
+
+def cosine_scaling(a, g, c, xp: typing.Any) -> typing.Any:
+    """The scaling of the heads of a graph, shape `(H,)`."""
+    return frobenius_scaling(xp.concatenate([a, g], axis=2), c, xp)
+
+
 def cosine_layer_bound(
-    a, g, c, *, norm: str, mass: float, operator_norm: OperatorNorm, xp: typing.Any
+    a, g, c, *, norm: str, mass: float, norms: Norms, xp: typing.Any
 ) -> typing.Any:
-    """Theorem 7.3 with one scaling of the heads, for use in a graph.
+    """The theorem with one scaling of the heads, for use in a graph.
 
     With exact norms it is a valid upper bound, never below `certified_cosine_bound`.
 
@@ -83,7 +114,7 @@ def cosine_layer_bound(
         c: shape `(H, v, O)`.
         norm: `"l2"`, `"token"` or `"linf"`.
         mass: `chi`; only the 2-norm needs it.
-        operator_norm: function of `(name, matrix)`, see the module.
+        norms: operator norms of `cosine_matrices`.
         xp: array namespace, `numpy` or `keras.ops`.
 
     Returns:
@@ -93,11 +124,11 @@ def cosine_layer_bound(
         ValueError: if `mass` is infinite and needed.
     """
     if norm == "linf":
-        return _linf(a, g, c, operator_norm, xp)
+        return _linf(a, g, c, norms, xp)
     if norm == "l2" and math.isinf(mass):
         raise ValueError(f"A graph needs a number of tokens. Received: mass={mass}")
-    scale = frobenius_scaling(xp.concatenate([a, g], axis=2), c, xp)
-    return _scaled(a, g, c, scale, norm, mass, operator_norm, xp)
+    scale = cosine_scaling(a, g, c, xp) if norm == "token" else None
+    return _scaled(scale, norm, mass, norms, xp)
 
 
 def certified_cosine_bound(
@@ -153,36 +184,42 @@ def certified_cosine_bound(
 def _best_cosine(norm: str, mass: float, a: np.ndarray, g: np.ndarray, c: np.ndarray) -> float:
     """Smallest bound over a few scalings of the heads, with exact norms."""
     if norm == "linf":
-        return float(_linf(a, g, c, _exact, np))
+        return float(_linf(a, g, c, _exact_norms(cosine_matrices(a, g, c, norm, np)), np))
     joint = np.concatenate([a, math.sqrt(mass) * g], axis=2)
     start = frobenius_scaling(joint, c, np)
     scalings = [start]
     if len(c) > 1:
         scalings.append(polished_scaling(norm, joint, c, start)[0])
     if norm == "token":
-        return min(float(_scaled(a, g, c, s, norm, mass, _exact, np)) for s in scalings)
+        return min(
+            float(_scaled(s, norm, mass, _exact_norms(cosine_matrices(a, g, c, norm, np, s)), np))
+            for s in scalings
+        )
     return min(
-        exact_norm(_stacked(c, s, np)) * exact_norm(_concatenated(joint, s, np)) for s in scalings
+        operator_norm(_stacked(c, s, np)) * operator_norm(_concatenated(joint, s, np))
+        for s in scalings
     )
 
 
-def _scaled(a, g, c, scale, norm, mass, operator_norm, xp):
-    output = operator_norm("stacked_output", _stacked(c, scale, xp))
-    own = xp.square(operator_norm("concatenated_query", _concatenated(a, scale, xp)))
+def _scaled(scale, norm, mass, norms, xp):
+    own = xp.square(norms["concatenated_query"])
     if norm == "l2":
-        norms = operator_norm("concatenated_key_value", _concatenated(g, scale, xp))
-        others = mass * xp.square(norms)
+        others = mass * xp.square(norms["concatenated_key_value"])
     else:
-        others = xp.sum(xp.square(scale * operator_norm("head_key_value", g)))
-    return output * safe_sqrt(own + others, xp)
+        others = xp.sum(xp.square(scale * norms["head_key_value"]))
+    return norms["stacked_output"] * safe_sqrt(own + others, xp)
 
 
-def _linf(a, g, c, operator_norm, xp):
-    own = norm_2_to_1(a, operator_norm, xp)
-    others = norm_2_to_1(g, lambda _, m: operator_norm("head_key_value", m), xp)
+def _linf(a, g, c, norms, xp):
+    own = norm_2_to_1(a, norms["head_query"], xp)
+    others = norm_2_to_1(g, norms["head_key_value"], xp)
     heads = safe_sqrt(xp.square(own) + xp.square(others), xp)
     columns = safe_sqrt(xp.sum(xp.square(c), axis=1), xp)
     return xp.max(xp.sum(xp.expand_dims(heads, 1) * columns, axis=0))
+
+
+def _exact_norms(matrices):
+    return {name: operator_norm(matrix) for name, matrix in matrices.items()}
 
 
 def _stacked(c, scale, xp):
@@ -193,7 +230,3 @@ def _concatenated(b, scale, xp):
     """`(H, D, k)` as one matrix `(D, H*k)`."""
     wide = xp.transpose(b * xp.reshape(scale, (-1, 1, 1)), (1, 0, 2))
     return xp.reshape(wide, (b.shape[1], b.shape[0] * b.shape[2]))
-
-
-def _exact(name: str, matrix: np.ndarray) -> typing.Any:
-    return exact_norm(matrix)

@@ -16,6 +16,7 @@ import numpy as np
 from keras_lipattn.linalg import SAFETY, fast_operator_norm
 from keras_lipattn.linalg.precision import SMALLEST_NORMAL
 
+SMALLEST_FLOAT32 = float(np.finfo(np.float32).tiny)
 STEPS = 40
 SUBSPACE = 8
 # Weight `(lambda / lambda_1)^SHARPNESS` of an eigenvalue in the averaged shares.
@@ -74,13 +75,29 @@ def frobenius_scaling(b: typing.Any, c: typing.Any, xp: typing.Any) -> typing.An
     Returns:
         Shape `(H,)`, positive and finite.
     """
+    return scaling_and_norms(b, c, xp)[0]
+
+
+def scaling_and_norms(b: typing.Any, c: typing.Any, xp: typing.Any) -> tuple[typing.Any, ...]:
+    """`frobenius_scaling`, and the Frobenius norms of `[s_h B_h]` and of `stack(C_h / s_h)`."""
     query_peak, query = _peaks_and_squares(b, xp)
     output_peak, output = _peaks_and_squares(c, xp)
     usable = xp.minimum(query, output) > 0.0
     # The inner `where` keeps 0/0 out of the gradient, the outer one out of the value.
     ratio = xp.where(usable, output, 1.0) / xp.where(usable, query, 1.0)
     peaks = xp.where(usable, output_peak / query_peak, 1.0)
-    return xp.sqrt(peaks * xp.sqrt(ratio))
+    scale = xp.sqrt(peaks * xp.sqrt(ratio))
+    return (
+        scale,
+        _root_of_squares(scale * query_peak * xp.sqrt(query), xp),
+        _root_of_squares(output_peak / scale * xp.sqrt(output), xp),
+    )
+
+
+def _root_of_squares(sizes, xp):
+    """`sqrt(sum_h size_h^2)`, whose squares neither under- nor overflow."""
+    peak = xp.maximum(xp.max(sizes), SMALLEST_FLOAT32)
+    return peak * xp.sqrt(xp.sum(xp.square(sizes / peak)))
 
 
 def polished_scaling(

@@ -1,14 +1,9 @@
 """Section 5 of docs/theory.md: from folded kernels to the Lipschitz constant of a layer.
 
-A layer is `X -> sum_h g(X B_h) C_h + constant` with the unit head `g`. The functions below
-take the operator norm and the array namespace `xp` (`numpy` on the host, `keras.ops` in a graph)
-as arguments, so that a running estimate and a certified number come from the same lines.
-`operator_norm(name, matrix)` receives one of three names, which tell a running estimate which
-vectors to use:
-
-- `"stacked_output"`: `stack(C_h / s_h)`, shape `(H*k, O)`, returns a scalar;
-- `"concatenated_query"`: `[s_h B_h]`, shape `(D, H*k)`, returns a scalar;
-- `"head_query"`: all `B_h`, shape `(H, D, k)`, returns shape `(H,)`.
+A layer is `X -> sum_h g(X B_h) C_h + constant` with the unit head `g`. `layer_matrices` names the
+matrices whose operator norms the bound needs. The formulas take a dictionary of these norms and the
+array namespace `xp` (`numpy` on the host, `keras.ops` in a graph), so that a running estimate and a
+certified number come from the same lines.
 
 Shapes: `b` is `(H, D, k)`, the query kernels divided by `key_dim**0.25`; `c` is `(H, k, O)`,
 the folded `C_h = B_h^T W_V^h W_O^h`; a scaling is `(H,)`, positive.
@@ -25,15 +20,17 @@ from keras_lipattn.bounds.head_scaling import (
     frobenius_scaling,
     polished_scaling,
     scaled_back,
+    scaling_and_norms,
 )
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
 from keras_lipattn.bounds.unit_head import UnitBound, unit_head_bound
 from keras_lipattn.bounds.unit_head_lemmas import phi_inv
 from keras_lipattn.linalg import SAFETY, cached_by_content, fast_operator_norm
+from keras_lipattn.linalg.power import ScaledMatrix
 from keras_lipattn.linalg.precision import SMALLEST_NORMAL
 
-# `(name, matrix) -> norm`, in arrays of the namespace.
-OperatorNorm = typing.Callable[[str, typing.Any], typing.Any]
+# Operator norms by name, in arrays of the namespace.
+Norms = typing.Mapping[str, typing.Any]
 
 # Relative error of a float64 product `B^T W_V W_O`, per unit of the product of the norms.
 PRODUCT_ROUNDING = 1e-14
@@ -41,23 +38,73 @@ PRODUCT_ROUNDING = 1e-14
 COMPOSITION = {"l2": "Theorem 5.1", "token": "Theorem 5.2"}
 
 
-def split_bound_l2(
-    b: typing.Any,
-    c: typing.Any,
+def layer_matrices(
+    b: typing.Any, c: typing.Any, norm: str, xp: typing.Any, scale: typing.Any = None
+) -> dict[str, typing.Any]:
+    """The matrices whose operator norms the bound of a layer needs.
+
+    - `"stacked_output"`: `stack(C_h / s_h)`, shape `(H*k, O)`, a `ScaledMatrix`;
+    - `"concatenated_query"`: `[s_h B_h]`, shape `(D, H*k)`, a `ScaledMatrix`;
+    - `"head_query"`: all `B_h`, shape `(H, D, k)`, a batch of `H` matrices.
+
+    Args:
+        b: shape `(H, D, k)`.
+        c: shape `(H, k, O)`.
+        norm: `"l2"`, `"token"` or `"linf"`.
+        xp: array namespace, `numpy` or `keras.ops`.
+        scale: scaling of the heads, shape `(H,)`; `frobenius_scaling` by default.
+
+    Returns:
+        Dictionary of those that the bound in `norm` needs.
+    """
+    if norm == "linf":
+        return {"head_query": b}
+    sizes = (None, None)
+    if scale is None:
+        scale, *sizes = scaling_and_norms(b, c, xp)
+    heads, features, key_dim = b.shape
+    stacked = ScaledMatrix(
+        xp.reshape(c, (heads * key_dim, c.shape[2])),
+        rows=_per_feature(1.0 / scale, key_dim, xp),
+        frobenius=sizes[1],
+    )
+    if norm == "token":
+        # The norm of `[s_h B_h]` would be smaller and wrong.
+        return {"stacked_output": stacked, "head_query": b}
+    concatenated = ScaledMatrix(
+        xp.reshape(xp.transpose(b, (1, 0, 2)), (features, heads * key_dim)),
+        columns=_per_feature(scale, key_dim, xp),
+        frobenius=sizes[0],
+    )
+    return {"concatenated_query": concatenated, "stacked_output": stacked}
+
+
+def exact_norms(matrices: typing.Mapping[str, typing.Any]) -> Norms:
+    """Operator norms of the matrices of `layer_matrices` on the host, at most 1e-9 above."""
+    return {
+        name: fast_operator_norm(matrix.formed(np) if isinstance(matrix, ScaledMatrix) else matrix)
+        for name, matrix in matrices.items()
+    }
+
+
+def split_bound(
+    norm: str,
     scale: typing.Any,
-    operator_norm: OperatorNorm,
+    norms: Norms,
     xp: typing.Any,
     *,
     query_error: typing.Any = None,
     product_error: typing.Any = None,
 ) -> typing.Any:
-    """`||stack(C_h / s_h)|| ||[s_h B_h]||`: Theorem 5.1 without the unit head's constant.
+    """Theorems 5.1 and 5.2 without the unit head's constant.
+
+    `||stack(C_h / s_h)|| ||[s_h B_h]||` for `"l2"`, and for `"token"`
+    `||stack(C_h / s_h)|| sqrt(sum_h s_h^2 ||B_h||^2)`.
 
     Args:
-        b: shape `(H, D, k)`.
-        c: shape `(H, k, O)`.
+        norm: `"l2"` or `"token"`.
         scale: shape `(H,)`, positive.
-        operator_norm: function of `(name, matrix)`, see the module.
+        norms: those of `layer_matrices`, with the same scaling.
         xp: array namespace.
         query_error: shape `(H,)`, upper bounds of the Frobenius norms of errors of the `B_h`.
         product_error: the same for the `C_h`.
@@ -65,47 +112,18 @@ def split_bound_l2(
     Returns:
         A scalar of the namespace.
     """
-    stacked = _stacked_output_norm(c, scale, operator_norm, xp, product_error)
-    wide = xp.reshape(xp.transpose(b, (1, 0, 2)), (b.shape[1], b.shape[0] * b.shape[2]))
-    scales = _per_feature(scale, b.shape[2], xp)
-    joint = _scaled_norm("concatenated_query", wide, scales, -1, operator_norm, xp)
+    output = norms["stacked_output"]
+    if product_error is not None:
+        output = output + xp.sqrt(xp.sum(xp.square(product_error / scale)))
+    if norm == "l2":
+        query = norms["concatenated_query"]
+        if query_error is not None:
+            query = query + xp.sqrt(xp.sum(xp.square(query_error * scale)))
+        return output * query
+    heads = norms["head_query"]
     if query_error is not None:
-        joint = joint + xp.sqrt(xp.sum(xp.square(query_error * scale)))
-    return stacked * joint
-
-
-def split_bound_token(
-    b: typing.Any,
-    c: typing.Any,
-    scale: typing.Any,
-    operator_norm: OperatorNorm,
-    xp: typing.Any,
-    *,
-    query_error: typing.Any = None,
-    product_error: typing.Any = None,
-) -> typing.Any:
-    """`||stack(C_h / s_h)|| sqrt(sum_h s_h^2 ||B_h||^2)`: Theorem 5.2 without the constant.
-
-    The norm of `[s_h B_h]` would be smaller and wrong.
-
-    Args:
-        b: shape `(H, D, k)`.
-        c: shape `(H, k, O)`.
-        scale: shape `(H,)`, positive.
-        operator_norm: function of `(name, matrix)`, see the module.
-        xp: array namespace.
-        query_error: shape `(H,)`, upper bounds of the Frobenius norms of errors of the `B_h`.
-        product_error: the same for the `C_h`.
-
-    Returns:
-        A scalar of the namespace.
-    """
-    stacked = _stacked_output_norm(c, scale, operator_norm, xp, product_error)
-    sizes = operator_norm("head_query", b)
-    if query_error is not None:
-        sizes = sizes + query_error
-    heads = scale * sizes
-    return stacked * safe_sqrt(xp.sum(xp.square(heads)), xp)
+        heads = heads + query_error
+    return output * safe_sqrt(xp.sum(xp.square(scale * heads)), xp)
 
 
 def bound_linf(
@@ -113,7 +131,7 @@ def bound_linf(
     c: typing.Any,
     row_constant: typing.Any,
     score_constant: typing.Any,
-    operator_norm: OperatorNorm,
+    norms: Norms,
     xp: typing.Any,
     *,
     query_error: typing.Any = None,
@@ -126,7 +144,7 @@ def bound_linf(
         c: shape `(H, k, O)`.
         row_constant: `V` of Theorem 4, a float or shape `(H, 1)`.
         score_constant: `4 Phi`, a float or shape `(H, 1)`.
-        operator_norm: function of `(name, matrix)`, see the module.
+        norms: those of `layer_matrices` for `"linf"`.
         xp: array namespace.
         query_error: shape `(H,)`, upper bounds of the Frobenius norms of errors of the `B_h`.
         product_error: the same for the `C_h`.
@@ -136,7 +154,7 @@ def bound_linf(
     """
     columns = safe_sqrt(xp.sum(xp.square(c), axis=1), xp)
     values = xp.sum(xp.abs(xp.matmul(b, c)), axis=1)
-    spread = xp.expand_dims(norm_2_to_1(b, operator_norm, xp), 1)
+    spread = xp.expand_dims(norm_2_to_1(b, norms["head_query"], xp), 1)
     if product_error is not None:
         error = xp.expand_dims(product_error, 1)
         columns = columns + error
@@ -151,14 +169,14 @@ def bound_linf(
     return xp.max(xp.sum(heads, axis=0))
 
 
-def norm_2_to_1(b: typing.Any, operator_norm: OperatorNorm, xp: typing.Any) -> typing.Any:
+def norm_2_to_1(b: typing.Any, spectral: typing.Any, xp: typing.Any) -> typing.Any:
     """Upper bound of `max_{|e| = 1} ||B_h e||_1` for every head.
 
     It is the largest `|B_h^T sign|` over vectors of signs, bounded in three ways.
 
     Args:
         b: shape `(H, D, k)`.
-        operator_norm: function of `(name, matrix)`, see the module.
+        spectral: their operator norms, shape `(H,)`.
         xp: array namespace.
 
     Returns:
@@ -166,7 +184,7 @@ def norm_2_to_1(b: typing.Any, operator_norm: OperatorNorm, xp: typing.Any) -> t
     """
     gram = xp.sum(xp.abs(xp.matmul(b, xp.transpose(b, (0, 2, 1)))), axis=(1, 2))
     column_sums = xp.sum(xp.square(xp.sum(xp.abs(b), axis=1)), axis=1)
-    spectral = math.sqrt(b.shape[1]) * operator_norm("head_query", b)
+    spectral = math.sqrt(b.shape[1]) * spectral
     return xp.minimum(safe_sqrt(xp.minimum(gram, column_sums), xp), spectral)
 
 
@@ -176,7 +194,7 @@ def running_layer_bound(
     *,
     norm: str,
     unit: UnitBound,
-    operator_norm: OperatorNorm,
+    norms: Norms,
     xp: typing.Any,
 ) -> typing.Any:
     """Theorems 5.1 to 5.3 with one scaling of the heads, for use in a graph.
@@ -189,7 +207,7 @@ def running_layer_bound(
         c: shape `(H, k, O)`.
         norm: `"l2"`, `"token"` or `"linf"`.
         unit: the `UnitBound` of the same norm, of floats or of scalars of the namespace.
-        operator_norm: function of `(name, matrix)`, see the module.
+        norms: operator norms of `layer_matrices`.
         xp: array namespace.
 
     Returns:
@@ -204,9 +222,9 @@ def running_layer_bound(
             f"Received: unit={unit}"
         )
     if norm == "linf":
-        return bound_linf(b, c, unit.value, unit.score_part, operator_norm, xp)
-    split = split_bound_l2 if norm == "l2" else split_bound_token
-    return unit.value * split(b, c, frobenius_scaling(b, c, xp), operator_norm, xp)
+        return bound_linf(b, c, unit.value, unit.score_part, norms, xp)
+    scale = frobenius_scaling(b, c, xp) if norm == "token" else None
+    return unit.value * split_bound(norm, scale, norms, xp)
 
 
 def certified_layer_bound(
@@ -383,10 +401,10 @@ def _best_split(
     norm: str, b: np.ndarray, c: np.ndarray, query: np.ndarray, error: np.ndarray
 ) -> float:
     """Smallest split bound found over the scalings of the heads, with exact norms."""
-    split = split_bound_l2 if norm == "l2" else split_bound_token
 
     def value(scale: np.ndarray) -> float:
-        return float(split(b, c, scale, _exact, np, query_error=query, product_error=error))
+        norms = exact_norms(layer_matrices(b, c, norm, np, scale))
+        return float(split_bound(norm, scale, norms, np, query_error=query, product_error=error))
 
     start = frobenius_scaling(b, c, np)
     if len(b) == 1:
@@ -405,27 +423,8 @@ def _linf(
     error: np.ndarray,
 ) -> float:
     errors = dict(query_error=query, product_error=error)
-    return float(bound_linf(b, c, row_constant, score_constant, _exact, np, **errors))
-
-
-def _exact(name: str, matrix: np.ndarray) -> typing.Any:
-    return fast_operator_norm(matrix)
-
-
-def _stacked_output_norm(c, scale, operator_norm, xp, product_error):
-    stacked = xp.reshape(c, (c.shape[0] * c.shape[1], c.shape[2]))
-    scales = _per_feature(1.0 / scale, c.shape[1], xp)
-    norm = _scaled_norm("stacked_output", stacked, scales, -2, operator_norm, xp)
-    if product_error is None:
-        return norm
-    return norm + xp.sqrt(xp.sum(xp.square(product_error / scale)))
-
-
-def _scaled_norm(name, matrix, scales, axis, operator_norm, xp):
-    """Norm of a matrix with one axis scaled, which a norm with a method `scaled` does not form."""
-    if hasattr(operator_norm, "scaled"):
-        return operator_norm.scaled(name, matrix, scales, axis)
-    return operator_norm(name, matrix * xp.expand_dims(scales, -3 - axis))
+    norms = exact_norms(layer_matrices(b, c, "linf", np))
+    return float(bound_linf(b, c, row_constant, score_constant, norms, np, **errors))
 
 
 def _per_feature(scale, key_dim, xp):

@@ -11,12 +11,12 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_lipattn._arguments import describe
 from keras_lipattn.certification import Certificate, CertificateRow, certify
 from keras_lipattn.certification.keras_models import sibling_names
 from keras_lipattn.estimation import estimate_lipschitz
 from keras_lipattn.estimation.derivatives import preserve_losses
 from keras_lipattn.layers import L2MultiHeadAttention, condensed
-from keras_lipattn.layers._arguments import describe
 from keras_lipattn.layers.lipschitz_layer import LipschitzLayer
 
 # Enough to see the gap to the certified bound change; `estimate_lipschitz` takes more by default.
@@ -191,7 +191,7 @@ def lower_bounds(
     layers = [entry.layer for entry in watched]
     with contextlib.ExitStack() as stack:
         for layer in layers:
-            if layer._condensed is None:
+            if not layer.is_condensed:
                 # Caps become constants, so the search does not differentiate their norms.
                 stack.enter_context(condensed(layer))
         for layer, x, kwargs in _recorded_calls(model, layers, data):

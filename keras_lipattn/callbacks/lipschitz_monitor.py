@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import keras
 
+from keras_lipattn._arguments import require_positive_integer
 from keras_lipattn._seen_calls import remembered_call
 from keras_lipattn.bounds.lipschitz_bound import NORMS
 from keras_lipattn.callbacks._layer_bounds import (
@@ -31,8 +32,7 @@ from keras_lipattn.callbacks._penalty import (
 )
 from keras_lipattn.callbacks._plot import plot_bounds
 from keras_lipattn.certification import Certificate
-from keras_lipattn.layers._arguments import require_positive_integer
-from keras_lipattn.layers._strategy_scope import require_created_in_scope
+from keras_lipattn.layers._backend import require_created_in_scope
 from keras_lipattn.layers.lipschitz_layer import LipschitzLayer, Tracking
 
 

@@ -7,12 +7,12 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_lipattn._arguments import require_positive_integer
 from keras_lipattn.certification.centers import examples_of
 from keras_lipattn.certification.certificate import Certificate
 from keras_lipattn.certification.certifying import certify, local_certificate
 from keras_lipattn.certification.propagation import Options
 from keras_lipattn.certification.tensor_state import Enclosure
-from keras_lipattn.layers._arguments import require_positive_integer
 from keras_lipattn.linalg import SAFETY
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from keras_lipattn.layers._as_run import is_finite_as_run
+from keras_lipattn.layers._precision import is_finite
 
 
 class Cause(enum.Enum):
@@ -85,7 +85,7 @@ class Reason:
         cls = type(operation)
         is_layer = isinstance(operation, keras.layers.Layer)
         if is_layer and not all(
-            is_finite_as_run(weight, operation.compute_dtype) for weight in operation.weights
+            is_finite(weight, operation.compute_dtype) for weight in operation.weights
         ):
             # Another layer would not help, nor would a rule.
             return dataclasses.replace(self, remedy="")

@@ -8,6 +8,12 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_lipattn._arguments import (
+    describe,
+    require_norm,
+    require_positive,
+    require_positive_integer,
+)
 from keras_lipattn.estimation.derivatives import Derivatives, preserve_losses
 from keras_lipattn.estimation.norms import (
     initial_covectors,
@@ -15,12 +21,6 @@ from keras_lipattn.estimation.norms import (
     norming_covector,
     project_to_ball,
     steepest_direction,
-)
-from keras_lipattn.layers._arguments import (
-    describe,
-    require_norm,
-    require_positive,
-    require_positive_integer,
 )
 
 

@@ -227,9 +227,8 @@ def trackable(model: keras.Model, functions: Iterable[Any]) -> Any:
     names = {id(variable.value): variable.path for variable in model.variables}
     replaced = {}
     for layer in lipschitz_layers(model):
-        replaced.update({id(kernel.value): layer for kernel in layer._kernels()})
-        state: Any = layer._condensed
-        names.update({id(v.value): f"{layer.path}/{v.name}" for v in state.variables})
+        replaced.update({id(kernel.value): layer for kernel in layer.kernels})
+        names.update({id(v.value): f"{layer.path}/{v.name}" for v in layer.condensed_variables})
     constants: dict[str, Any] = {}
     for variable in (variable for function in functions for variable in function.graph.variables):
         if id(variable) in replaced:

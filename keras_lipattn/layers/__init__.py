@@ -1,7 +1,7 @@
 """Layers with a proven Lipschitz constant."""
 
 from keras_lipattn.layers.center_normalization import CenterNormalization
-from keras_lipattn.layers.condensed import condensed, lipschitz_layers
+from keras_lipattn.layers.condensing import condensed, lipschitz_layers
 from keras_lipattn.layers.continuous_depth import ContinuousDepth
 from keras_lipattn.layers.inversion import Inversion, InversionError, LogDeterminant
 from keras_lipattn.layers.invertible_residual import InvertibleResidual
@@ -12,6 +12,7 @@ from keras_lipattn.layers.max_min import MaxMin
 from keras_lipattn.layers.position_embedding import PositionEmbedding
 from keras_lipattn.layers.residual import Residual
 from keras_lipattn.layers.scaled_cosine_attention import ScaledCosineAttention
+from keras_lipattn.layers.self_attention import SelfAttention
 from keras_lipattn.layers.spectral_dense import SpectralDense
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "PositionEmbedding",
     "Residual",
     "ScaledCosineAttention",
+    "SelfAttention",
     "SpectralDense",
     "Tracking",
     "condensed",

@@ -9,15 +9,26 @@ class AttentionAxes:
     """Turns `(B, ..., D)` into sequences `(B', T, D)` and back.
 
     Args:
-        rank: Rank of the input.
         axes: Axes of attention, or `None` for all between batch and features.
-        shape: Static shape of the input, for errors and lengths.
+        shape: Static shape of the input.
 
     Raises:
-        ValueError: If `axes` are not different axes between batch and features.
+        ValueError: If the input has fewer than three axes or no features, or `axes` are not
+            different axes between batch and features.
     """
 
-    def __init__(self, rank, axes, shape):
+    def __init__(self, axes, shape):
+        rank = len(shape)
+        if rank < 3:
+            raise ValueError(
+                "`query` must have at least three axes, `(batch, tokens, features)`. "
+                f"Received: query_shape={shape}"
+            )
+        if not shape[-1]:
+            raise ValueError(
+                "The last axis of `query` must be static and not empty. "
+                f"Received: query_shape={shape}"
+            )
         chosen = tuple(range(1, rank - 1)) if axes is None else axes
         self.axes = tuple(sorted(a % rank if -rank <= a < rank else -1 for a in chosen))
         distinct = len(set(self.axes)) == len(self.axes)

@@ -8,12 +8,13 @@ import keras
 from keras import ops
 
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
-from keras_lipattn.layers._activation import activation_constant
-from keras_lipattn.layers._as_run import is_finite_as_run
-from keras_lipattn.layers._composition import composed
+from keras_lipattn.layers._masks import mask_class
+from keras_lipattn.layers._precision import is_finite
 from keras_lipattn.layers.lipschitz_layer import LipschitzLayer
 from keras_lipattn.layers.max_min import MaxMin
 from keras_lipattn.layers.position_embedding import PositionEmbedding
+from keras_lipattn.layers.self_attention import SelfAttention
+from keras_lipattn.layers.spectral_dense import activation_constant
 
 
 class Branch:
@@ -44,43 +45,47 @@ class Branch:
             {"use_causal_mask": use_causal_mask} if _attends(each) else {} for each in layers
         ]
 
-    def hold(self):
-        """The branch with the weights of now, evaluated once for any number of calls.
+    def freeze(self):
+        """The branch with its current weights, evaluated once for any number of calls.
 
         Returns:
             Function of `x` `(B, ..., D)` and `valid` `(B, ...)` or `None`. It is zero where `valid`
             is false.
         """
-        held = [
-            part._hold(self._mask)
-            if isinstance(part, LipschitzLayer) and part._condensed is None
+        known = [
+            mask_class(self._mask, sliding_window=part.sliding_window)
+            if isinstance(part, SelfAttention)
             else None
             for part in self._parts
+        ]
+        weights = [
+            part.effective_weights(mask) if isinstance(part, LipschitzLayer) else None
+            for part, mask in zip(self._parts, known, strict=True)
         ]
 
         def branch(x, valid):
             if valid is None:
-                return self._run(x, held, {})
+                return self._run(x, weights, None)
             rows = ops.expand_dims(valid, -1)
             # A padded entry may be anything; not even a NaN in it may reach a derivative.
-            image = self._run(ops.where(rows, x, ops.zeros_like(x)), held, {"query_mask": valid})
+            image = self._run(ops.where(rows, x, ops.zeros_like(x)), weights, valid)
             return ops.where(rows, image, ops.zeros_like(image))
 
         return branch
 
-    def _run(self, x, held, masks):
-        for part, weights, options in zip(self._parts, held, self._options, strict=True):
-            if weights is not None:
-                part._condensed = weights
-            try:
-                x = part(x, **options, **(masks if options else {}))
-            finally:
-                if weights is not None:
-                    part._condensed = None
+    def _run(self, x, weights, valid):
+        for part, own, options in zip(self._parts, weights, self._options, strict=True):
+            if isinstance(part, SelfAttention):
+                mask = part.mask_of_call(x, {"query_mask": valid}, **options)
+                x = part.forward(own, x, mask)
+            elif isinstance(part, LipschitzLayer):
+                x = part.forward(own, x)
+            else:
+                x = part(x, **options, **({"query_mask": valid} if options else {}))
         return x
 
     def graph_bound(self, norm, tokens):
-        """Upper bound of the constant for the weights as they run, a tensor or a float."""
+        """Upper bound of the constant for the weights of inference, a tensor or a float."""
         return math.prod(
             part.graph_bound(norm=norm, sequence_length=tokens, mask=self._mask)
             for part in self._parts
@@ -110,7 +115,7 @@ class _FixedConstant:
 
     def lipschitz(self, sequence_length=None, norm="l2", mask="full"):
         value, reason = self._constant(norm)
-        if not all(is_finite_as_run(w, self._layer.compute_dtype) for w in self._layer.weights):
+        if not all(is_finite(w, self._layer.compute_dtype) for w in self._layer.weights):
             value, reason = math.inf, "the weights hold NaN or infinite entries"
         return LipschitzBound(
             value=value, norm=norm, kind="certified", theorem="largest slope", reason=reason
@@ -147,3 +152,18 @@ def _part(layer):
 
 def _attends(layer):
     return "use_causal_mask" in inspect.signature(layer.call).parameters
+
+
+def composed(bounds):
+    """Certified constant of maps in a row, from theirs: a `LipschitzBound` in the same norm."""
+    reason = "; ".join(dict.fromkeys(bound.reason for bound in bounds if not bound.is_finite))
+    value = math.inf if reason else math.prod(bound.value for bound in bounds)
+    if not reason and math.isinf(value):
+        reason = "the bound is larger than the largest float64"
+    return LipschitzBound(
+        value=value,
+        norm=bounds[0].norm,
+        kind="certified",
+        theorem=", then ".join(dict.fromkeys(bound.theorem for bound in bounds)),
+        reason=reason,
+    )

@@ -1,54 +1,140 @@
 """Attention by distance: `softmax_j(-|y_i - y_j|^2)` applied to the projected tokens themselves."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import keras
 from keras import ops
 
 from keras_lipattn.layers._blocked_attention import attend_in_blocks, block_size_for
-from keras_lipattn.layers._visibility import HIDDEN, visible_pairs
+from keras_lipattn.layers._fused_attention import (
+    fused_attention,
+    handwritten_gradient_suffices,
+    use_fused_kernel,
+)
+from keras_lipattn.layers._masks import HIDDEN, masked_softmax
 
-# From this length on the full matrix of weights is not formed: below, blocks only cost time.
-BLOCKED_FROM = 4096
+# From this length on the full matrix of weights is not formed. Below it, blocks are slower.
+BLOCKWISE_MIN_LENGTH = 4096
 
 
-@dataclass(frozen=True)
-class Mask:
-    """Who sees whom in one call.
+def attend_by_distance(
+    tokens,
+    kernel,
+    mask,
+    *,
+    num_heads,
+    dropout,
+    seed,
+    training,
+    return_scores,
+    flash_attention,
+    dtype,
+) -> tuple[Any, Any, Any]:
+    """`softmax_j(-|y_i - y_j|^2) y` for the projected tokens `y` of every head.
 
-    Attributes:
-        valid: Boolean `(B, T)`, false where a token is padding, or `None`.
-        attention_mask: Boolean, broadcastable to `(B, H, T, T)`, or `None`.
-        use_causal_mask: Whether later tokens are hidden.
-        sliding_window: `None`, or the distance from which on tokens are hidden.
-        log_weights: Logarithms of the weights of the tokens, `(B, T)`, or `None`.
-        relative_bias: `RelativeBias` of the scores, or `None`.
+    Args:
+        tokens: Tensor `(B, T, D)`.
+        kernel: Tensor `(D, H*K)` of the compute dtype.
+        mask: `Mask` of the call.
+        num_heads: Number of heads `H`.
+        dropout: Probability that an attention weight is dropped.
+        seed: Seed generator of the dropout.
+        training: Whether a gradient step will be taken.
+        return_scores: Whether the attention weights are needed.
+        flash_attention: Argument of the layer; see `use_fused_kernel`.
+        dtype: The compute dtype.
+
+    Returns:
+        Heads `(B, T, H*K)`; what to add to those of every token, `(B, 1, H*K)`, or `None` if it was
+        added; the attention weights `(B, H, T, T)`, or `None`.
     """
+    norm_dtype = "float64" if dtype == "float64" else "float32"
+    # Distances do not change under a shift, their expansion loses digits far from the origin.
+    x = ops.cast(tokens, norm_dtype)
+    if mask.valid is not None:
+        x = ops.where(ops.expand_dims(mask.valid, -1), x, ops.zeros_like(x))
+    center = ops.stop_gradient(_center(x, mask))
+    near = _split_heads(ops.matmul(ops.cast(x - center, dtype), kernel), num_heads)
+    shift = ops.matmul(ops.cast(center, dtype), kernel)
+    y = ops.cast(near, norm_dtype)
+    if not (dropout or return_scores):
+        # The kernels of backends support neither biases nor weights of tokens.
+        plain = mask.relative_bias is None and mask.log_weights is None
+        if plain and use_fused_kernel(y, dtype, flash_attention):
+            return _join_heads(fused_attention(y, mask, dtype)), shift, None
+        length = tokens.shape[1]
+        if (
+            length is not None
+            and length >= BLOCKWISE_MIN_LENGTH
+            and handwritten_gradient_suffices()
+        ):
+            return _join_heads(ops.cast(attend_blockwise(y, mask), dtype)), shift, None
+        # Only where a step will be taken: a served graph stays one of plain operations.
+        if training and dtype == norm_dtype:
+            return _join_heads(attend(y, mask)), shift, None
+    weights = ops.cast(attention_weights(y, mask), dtype)
+    if not dropout:
+        return _join_heads(ops.matmul(weights, near)), shift, weights
+    kept = keras.random.dropout(weights, dropout, seed=seed)
+    # Rows no longer sum to one: the center must be weighted like the tokens.
+    heads = ops.matmul(kept, near + _split_heads(shift, num_heads))
+    return _join_heads(heads), None, weights
 
-    valid: Any = None
-    attention_mask: Any = None
-    use_causal_mask: bool = False
-    sliding_window: int | None = None
-    log_weights: Any = None
-    relative_bias: Any = None
 
-    @property
-    def all_see_all(self):
-        """Whether all valid tokens see each other."""
-        return (
-            self.attention_mask is None and not self.use_causal_mask and self.sliding_window is None
+def decode_by_distance(new, cache, position, mask, num_heads):
+    """Heads `(B, S, H*K)` of new tokens over those of a cache.
+
+    Args:
+        new: Projected new tokens `(B, S, H*K)`.
+        cache: Projected tokens `(B, T, H*K)`, the new ones among them.
+        position: Position of the first new token, an integer tensor.
+        mask: `Mask` of the call, causal.
+        num_heads: Number of heads.
+    """
+    dtype = keras.backend.standardize_dtype(cache.dtype)
+    norm_dtype = "float64" if dtype == "float64" else "float32"
+    # Every token sees the first one: the origin that the full pass takes.
+    origin = ops.cast(cache[:, :1], norm_dtype)
+    y = _split_heads(ops.cast(cache, norm_dtype) - origin, num_heads)
+    rows = _split_heads(ops.cast(new, norm_dtype) - origin, num_heads)
+    positions = position + ops.arange(rows.shape[2], dtype="int32")
+    columns = ops.arange(y.shape[2], dtype="int32")
+    scores = _scores(rows, y, mask)
+    if mask.relative_bias is not None:
+        scores = scores + mask.relative_bias.at(positions, columns)
+    weights = masked_softmax(scores, mask.visible(positions, columns, None))
+    return ops.cast(_join_heads(ops.matmul(weights, y)) + origin, dtype)
+
+
+def _center(x, mask):
+    """A point near the tokens, `(B, 1, D)`: their mean, or the first one where some are hidden.
+
+    With a causal mask the mean would let rounding errors depend on tokens a query may not see.
+    """
+    valid = mask.valid
+    if not mask.hides_padding_only:
+        if valid is None:
+            return x[:, :1]
+        first = ops.logical_and(valid, ops.equal(ops.cumsum(ops.cast(valid, "int32"), axis=1), 1))
+        return ops.sum(
+            ops.where(ops.expand_dims(first, -1), x, ops.zeros_like(x)), axis=1, keepdims=True
         )
+    if valid is None:
+        return ops.mean(x, axis=1, keepdims=True)
+    count = ops.sum(ops.cast(valid, x.dtype), axis=1)[:, None, None]
+    return ops.sum(x, axis=1, keepdims=True) / ops.maximum(count, 1.0)
 
-    def visible(self, rows, columns, attention_mask):
-        """Visible pairs of some rows, whose part of the attention mask is given; `None` if all."""
-        return visible_pairs(
-            rows,
-            columns,
-            attention_mask=attention_mask,
-            use_causal_mask=self.use_causal_mask,
-            sliding_window=self.sliding_window,
-        )
+
+def _join_heads(heads):
+    batch, num_heads, length, size = ops.shape(heads)
+    return ops.reshape(ops.transpose(heads, (0, 2, 1, 3)), (batch, length, num_heads * size))
+
+
+def _split_heads(projected, num_heads):
+    # The batch is spelled out: an empty tensor leaves no size to infer.
+    batch, length, size = ops.shape(projected)
+    heads = ops.reshape(projected, (batch, length, num_heads, size // num_heads))
+    return ops.transpose(heads, (0, 2, 1, 3))
 
 
 def score_queries(y):
@@ -113,19 +199,16 @@ def attention_weights(y, mask, biases=None):
     Args:
         y: Tensor `(B, H, T, k)`, as `score_keys` takes it.
         mask: The `Mask` of the call.
-        biases: Tensor `(H, T, T)`; what the mask has of its own by default.
+        biases: Tensor `(H, T, T)`; those of the mask by default.
     """
     if biases is None:
-        biases = biases_of_pairs(y, mask)
-    visible = None
-    if not mask.all_see_all:
-        positions = ops.arange(ops.shape(y)[2], dtype="int32")
-        visible = mask.visible(positions, positions, mask.attention_mask)
+        biases = _biases_of_pairs(y, mask)
+    visible = mask.visible_pairs(ops.shape(y)[2])
     scores = _scores(y, y, mask)
     return masked_softmax(scores if biases is None else scores + biases, visible)
 
 
-def biases_of_pairs(y, mask):
+def _biases_of_pairs(y, mask):
     """Relative biases of all pairs, `(H, T, T)`, or `None`."""
     if mask.relative_bias is None:
         return None
@@ -133,14 +216,14 @@ def biases_of_pairs(y, mask):
     return mask.relative_bias.at(positions, positions)
 
 
-def mixed(y, mask):
+def attend(y, mask):
     """`softmax_j(-|y_i - y_j|^2 + b_ij) y`, `(B, H, T, k)`.
 
     On TensorFlow the derivative is written out: three of the passes over the `T * T` entries that
     differentiating softmax and both products takes are not needed. Elsewhere the compiler finds
     them, and forward mode must go through. Weights of tokens have a derivative too: not this one.
     """
-    biases = biases_of_pairs(y, mask)
+    biases = _biases_of_pairs(y, mask)
     if keras.backend.backend() != "tensorflow" or mask.log_weights is not None:
         return ops.matmul(attention_weights(y, mask, biases), y)
 
@@ -166,28 +249,8 @@ def mixed(y, mask):
     return mix(y) if biases is None else mix(y, biases)
 
 
-def causal_weights(y, rows, first, mask):
-    """Weights `(B, H, R, T)` of the queries `rows`, at positions from `first` on, over keys `y`."""
-    positions = first + ops.arange(rows.shape[2], dtype="int32")
-    columns = ops.arange(y.shape[2], dtype="int32")
-    scores = _scores(rows, y, mask)
-    if mask.relative_bias is not None:
-        scores = scores + mask.relative_bias.at(positions, columns)
-    return masked_softmax(scores, mask.visible(positions, columns, None))
-
-
-def masked_softmax(scores, visible):
-    """Softmax over the last axis, of a single entry too, where `visible`, or everywhere."""
-    if visible is not None:
-        scores = ops.where(visible, scores, HIDDEN)
-    if scores.shape[-1] == 1:
-        # Keras warns of a softmax over a single entry.
-        return ops.ones_like(scores)
-    return ops.softmax(scores, axis=-1)
-
-
-def mixed_in_blocks(y, mask):
-    """What `mixed` is, with memory linear in the length, which must be static."""
+def attend_blockwise(y, mask):
+    """`attend` with memory linear in the length, which must be static."""
     batch, heads, length, _ = y.shape
     block_size = block_size_for(batch, heads, length)
     columns = ops.arange(length, dtype="int32")

@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_lipattn.layers._autodiff import vector_jacobian
-from keras_lipattn.layers._eager import has_value
+from keras_lipattn.layers._backend import has_value
 from keras_lipattn.layers.inversion import InversionError
 
 # Number of differences that the extrapolation remembers.

@@ -17,7 +17,7 @@ import threading
 import keras
 from keras import ops
 
-from keras_lipattn.layers._visibility import HIDDEN
+from keras_lipattn.layers._masks import HIDDEN
 
 # What queries meet the parts of the bias with: steps wide enough for the squares of all float16,
 # the finest last. bfloat16 has the range of float32.
@@ -49,7 +49,7 @@ def _must_be_plain():
     return getattr(_plain, "on", False)
 
 
-def blocks_will_do():
+def handwritten_gradient_suffices():
     """Whether attention in blocks has the derivatives that are asked for in this thread.
 
     Its gradient is written by hand; JAX alone differentiates that in turn.
@@ -57,7 +57,7 @@ def blocks_will_do():
     return not _must_be_plain() or keras.backend.backend() == "jax"
 
 
-def takes_kernel(y, dtype, flash_attention):
+def use_fused_kernel(y, dtype, flash_attention):
     """Whether attention over `y` `(B, H, T, k)` should go through the backend's kernel.
 
     Args:
@@ -153,7 +153,7 @@ def _is_causal(mask):
 
 def _bias(y, mask, dtype):
     """Zero for visible pairs and very negative for hidden ones; `None` if there are none."""
-    if mask.all_see_all or _is_causal(mask):
+    if mask.hides_padding_only or _is_causal(mask):
         return None
     positions = ops.arange(ops.shape(y)[2], dtype="int32")
     visible = mask.visible(positions, positions, mask.attention_mask)

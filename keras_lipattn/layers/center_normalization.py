@@ -6,10 +6,10 @@ import keras
 import numpy as np
 from keras import initializers, ops
 
+from keras_lipattn._arguments import require_norm
 from keras_lipattn.bounds.layer_constants import center_normalization_constant
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
-from keras_lipattn.layers._arguments import require_norm
-from keras_lipattn.layers._as_run import as_run, is_finite_as_run
+from keras_lipattn.layers._precision import cast_to_compute_dtype, is_finite
 
 
 @keras.saving.register_keras_serializable(package="keras_lipattn")
@@ -110,11 +110,11 @@ class CenterNormalization(keras.layers.Layer):
         require_norm("norm", norm)
         reason = ""
         for name, weight in (("gamma", self.gamma), ("beta", self.beta)):
-            if not is_finite_as_run(weight, self.compute_dtype):
+            if not is_finite(weight, self.compute_dtype):
                 reason = f"{name} holds NaN or infinite entries"
         gamma = np.ones(self._features)
         if self.gamma is not None:
-            gamma = as_run(self.gamma, self.compute_dtype)
+            gamma = cast_to_compute_dtype(self.gamma, self.compute_dtype)
         return LipschitzBound(
             value=np.inf if reason else center_normalization_constant(gamma, norm),
             norm=norm,

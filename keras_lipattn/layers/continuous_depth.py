@@ -6,8 +6,8 @@ import math
 import keras
 from keras import ops
 
+from keras_lipattn._arguments import require_positive_integer
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
-from keras_lipattn.layers._arguments import require_positive_integer
 from keras_lipattn.layers._branch import Branch
 from keras_lipattn.layers._runge_kutta import TABLEAUS, exp, make_step, rounded
 from keras_lipattn.linalg.exact import SAFETY
@@ -143,7 +143,7 @@ class ContinuousDepth(keras.layers.Layer):
 
     def _integrate(self, x, mask, reverse):
         mask = None if mask is None else ops.cast(mask, "bool")
-        branches = [knot.hold() for knot in self._knots]
+        branches = [knot.freeze() for knot in self._knots]
         dtype = self._state_dtype
 
         def field(weights):

@@ -7,10 +7,9 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_lipattn._arguments import require_positive_integer
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
-from keras_lipattn.layers._arguments import require_positive_integer
 from keras_lipattn.layers._branch import Branch
-from keras_lipattn.layers._caps import CAP_MARGIN
 from keras_lipattn.layers._fixed_point import (
     MEMORY,
     checked_solution,
@@ -27,6 +26,7 @@ from keras_lipattn.layers._log_determinant import (
     truncation_error,
     valid_entries,
 )
+from keras_lipattn.layers._precision import CAP_MARGIN
 from keras_lipattn.layers.inversion import Inversion, LogDeterminant
 from keras_lipattn.linalg.exact import SAFETY
 
@@ -394,7 +394,7 @@ class InvertibleResidual(keras.layers.Layer):
 
     def _contraction(self):
         """The second term as a function of a tensor and a mask, with all norms evaluated once."""
-        scale, branch = self._scale(), self._branch.hold()
+        scale, branch = self._scale(), self._branch.freeze()
         return lambda x, mask: scale * branch(x, mask)
 
     def _scale(self):

@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
-from keras_lipattn.layers._composition import composed
+from keras_lipattn.layers._branch import composed
 from keras_lipattn.layers.inversion import Inversion, LogDeterminant
 
 

@@ -1,13 +1,14 @@
 """Multi-head self-attention with a proven Lipschitz constant."""
 
+import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_lipattn.bounds.head_scaling import frobenius_scaling
+from keras_lipattn._arguments import require_positive_integer
 from keras_lipattn.bounds.key_weights import (
     weighted_layer_bound,
     weighted_unit_bound,
@@ -17,33 +18,31 @@ from keras_lipattn.bounds.key_weights import (
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
 from keras_lipattn.bounds.multihead import (
     certified_layer_bound,
+    layer_matrices,
     published_layer_bound,
     running_layer_bound,
-    split_bound_l2,
-    split_bound_token,
 )
 from keras_lipattn.bounds.unit_head import UNKNOWN_LENGTH, UnitBound, unit_head_bound
-from keras_lipattn.layers._arguments import require_positive_integer
-from keras_lipattn.layers._as_run import as_run, is_finite_as_run
-from keras_lipattn.layers._condensed_attention import CondensedAttention
-from keras_lipattn.layers._condensed_weights import HeldWeights
-from keras_lipattn.layers._distance_attention import (
-    BLOCKED_FROM,
-    Mask,
-    attention_weights,
-    causal_weights,
-    mixed,
-    mixed_in_blocks,
-)
-from keras_lipattn.layers._fused_attention import (
-    blocks_will_do,
-    fused_attention,
-    takes_kernel,
-)
-from keras_lipattn.layers._operator_norms import ExactNorms, GramNorms, quiet
+from keras_lipattn.layers._distance_attention import attend_by_distance, decode_by_distance
+from keras_lipattn.layers._masks import Mask, mask_class
+from keras_lipattn.layers._norms import ExactNorms, ignore_floating_point_errors
+from keras_lipattn.layers._precision import cast_to_compute_dtype
 from keras_lipattn.layers._relative_bias import RelativeBias, by_distance
-from keras_lipattn.layers._self_attention import SelfAttention
-from keras_lipattn.layers._visibility import classify
+from keras_lipattn.layers.self_attention import SelfAttention
+
+
+class Folded(NamedTuple):
+    """The kernels of a layer, folded.
+
+    Attributes:
+        projection: `B` as the query kernel lies, `(D, H*K)`.
+        b: All `B_h = W_Q,h / key_dim**0.25`, `(H, D, K)`.
+        output: All `C_h = B_h^T W_V,h W_O,h`, `(H, K, O)`.
+    """
+
+    projection: Any
+    b: Any
+    output: Any
 
 
 @keras.saving.register_keras_serializable(package="keras_lipattn")
@@ -159,12 +158,6 @@ class L2MultiHeadAttention(SelfAttention):
         (the layer); docs/theory.md, Sections 3 to 5 (the bounds).
     """
 
-    _projections = ("query", "value", "output")
-    _bound_norms: ClassVar = {
-        "l2": ("concatenated_query", "stacked_output"),
-        "token": ("stacked_output", "head_query"),
-        "linf": ("head_query",),
-    }
     _not_cross = "no Lipschitz bound exists for cross-attention"
 
     def __init__(
@@ -225,13 +218,11 @@ class L2MultiHeadAttention(SelfAttention):
         self.max_relative_position = max_relative_position
         self.flash_attention = flash_attention
 
-    def _add_kernels(self):
-        features, heads, value_dim = self._features, self.num_heads, self.value_dim
-        self.query_kernel = self._add_kernel("query_kernel", (features, heads, self.key_dim), 1)
-        self.value_kernel = self._add_kernel("value_kernel", (features, heads, value_dim), 1)
-        self.output_kernel = self._add_kernel(
-            "output_kernel", (heads, value_dim, *self._output_token), 2
-        )
+    def add_kernels(self):
+        features, heads, value_dim = self.features, self.num_heads, self.value_dim
+        self.add_attention_kernel("query_kernel", (features, heads, self.key_dim))
+        self.add_attention_kernel("value_kernel", (features, heads, value_dim))
+        self.add_attention_kernel("output_kernel", (heads, value_dim, *self.output_token), 2)
         self.relative_bias = None
         if self.max_relative_position is not None:
             # Of the keys R to 1 positions after a query, then of those 1 to R before it.
@@ -240,107 +231,50 @@ class L2MultiHeadAttention(SelfAttention):
                 name="relative_bias", shape=shape, initializer="zeros"
             )
 
-    # What the base classes ask for ------------------------------------------------------------
-
-    def _kernels(self):
-        return [self.query_kernel, self.value_kernel, self.output_kernel]
-
-    def _norm_shapes(self):
-        features, outputs = self._features, math.prod(self._output_token)
-        heads, key_dim, value_dim = self.num_heads, self.key_dim, self.value_dim
-        return {
-            "query": (features, heads * key_dim),
-            "value": (features, heads * value_dim),
-            "output": (heads * value_dim, outputs),
-            "concatenated_query": (features, heads * key_dim),
-            "stacked_output": (heads * key_dim, outputs),
-            "head_query": (heads, features, key_dim),
-        }
-
-    def _request_norms(self, kernels, norms, names, xp):
-        for name, kernel in zip(self._projections, kernels, strict=True):
-            if name in names:
-                norms(name, self._as_operator(name, kernel, xp))
-        _, b, c = self._fold(kernels, norms, xp)
-        if "stacked_output" in names:
-            split = split_bound_l2 if "concatenated_query" in names else split_bound_token
-            split(b, c, frobenius_scaling(b, c, xp), norms, xp)
-        if "head_query" in names:
-            norms("head_query", b)
-
-    def _capped(self, kernels, norms, xp):
-        """Kernels under their caps, by head: `(H, D, K)`, `(H, D, V)` and `(H, V, O)`."""
+    def fold(self, kernels, factors, xp):
+        query_factor, value_factor, output_factor = factors
+        flat = self._rounded(kernels[0] * (query_factor * self.key_dim**-0.25), xp)
+        b, value, output = self.by_head([flat, *kernels[1:]], xp)
+        inner = xp.matmul(xp.transpose(b, (0, 2, 1)), value)
         if self.spectral_norm is not None:
-            factors = self._cap_factors(kernels, norms, xp)
-            kernels = [kernel * factor for kernel, factor in zip(kernels, factors, strict=True)]
-        return self._by_head(kernels, xp)
+            # Here the factors meet the fewest entries. One after the other: nothing underflows.
+            inner = inner * value_factor * output_factor
+        projection = xp.reshape(flat, (self.features, -1))
+        return Folded(projection, b, xp.matmul(inner, output))
 
-    def _cap_factors(self, kernels, norms, xp):
-        """What `spectral_norm` multiplies the kernels with."""
-        if self.spectral_norm is None:
-            return [1.0] * len(kernels)
-        return [
-            self._cap_factor(
-                norms(name, self._as_operator(name, kernel, xp)),
-                self.spectral_norm,
-                self._norm_shapes()[name],
-                xp,
-            )
-            for name, kernel in zip(self._projections, kernels, strict=True)
-        ]
-
-    def _by_head(self, kernels, xp):
+    def by_head(self, kernels, xp):
+        """Query, value and output kernels as `(H, D, K)`, `(H, D, V)` and `(H, V, O)`."""
         query, value, output = kernels
         output = xp.reshape(output, (self.num_heads, self.value_dim, -1))
         return xp.transpose(query, (1, 0, 2)), xp.transpose(value, (1, 0, 2)), output
 
-    def _fold(self, kernels, norms, xp):
-        """`B = W_Q / key_dim**0.25` under its cap, by head and folded with the other kernels.
+    def matrices(self, weights, norm, xp):
+        return layer_matrices(weights.b, weights.output, norm, xp)
 
-        Returns:
-            `B` as the kernel lies, `(D, H, K)`, all `B_h`, `(H, D, K)`, and all
-            `C_h = B_h^T W_V,h W_O,h`, `(H, K, O)`.
-        """
-        of_query, of_value, of_output = self._cap_factors(kernels, norms, xp)
-        flat = self._rounded(kernels[0] * (of_query * self.key_dim**-0.25), xp)
-        b, value, output = self._by_head([flat, *kernels[1:]], xp)
-        inner = xp.matmul(xp.transpose(b, (0, 2, 1)), value)
-        if self.spectral_norm is not None:
-            # Here they meet the fewest entries. One after the other, so that nothing underflows.
-            inner = inner * of_value * of_output
-        return flat, b, xp.matmul(inner, output)
-
-    def _layer_factor(self, b, c, norms, visibility, xp):
-        """What `lipschitz_bound` multiplies the output with."""
-        if self.lipschitz_bound is None:
-            return 1.0
-        bound = self._formula(
-            b, c, self.lipschitz_norm, self.max_sequence_length, visibility, norms, xp
+    def bound(self, weights, norms, norm, tokens, mask, xp):
+        return running_layer_bound(
+            weights.b,
+            weights.output,
+            norm=norm,
+            unit=self._unit_bound(norm, tokens, mask, xp),
+            norms=norms,
+            xp=xp,
         )
-        if self.lipschitz_norm == "linf":
-            bound = bound * self._sum_slack(self._features + self.key_dim + self.num_heads)
-        shape = self._norm_shapes()["stacked_output"]
-        return self._cap_factor(bound, self.lipschitz_bound, shape, xp)
 
-    def _formula(self, b, c, norm, tokens, visibility, norms, xp):
-        unit = self._unit_bound(norm, tokens, visibility, xp)
-        return running_layer_bound(b, c, norm=norm, unit=unit, operator_norm=norms, xp=xp)
+    def _num_summands(self):
+        return self.features + self.key_dim + self.num_heads
 
-    def _unit_bound(self, norm, tokens, visibility, xp):
+    def _unit_bound(self, norm, tokens, mask, xp):
         """The constant of a head, with biases the largest of all heads in closed form."""
-        if self.relative_bias is None:
-            return unit_head_bound(
-                tokens,
-                visibility.mask,
-                norm,
-                n_keys=visibility.n_keys,
-                n_queries=visibility.n_queries,
-            )
+        relative_bias = self.score_biases(xp)
+        if relative_bias is None:
+            degrees = {"n_keys": mask.n_keys, "n_queries": mask.n_queries}
+            return unit_head_bound(tokens, mask.mask, norm, **degrees)
         if not self._has_reach(tokens):
             return UnitBound(math.inf, "", math.inf, UNKNOWN_LENGTH)
         # On the host too: both must come to the same factor.
         epsilon = float(np.finfo(self._norm_dtype).eps)
-        weights = self._key_weights(tokens, visibility, xp, epsilon=epsilon)
+        weights = self._key_weights(relative_bias, tokens, mask, xp, epsilon=epsilon)
         unit = weighted_unit_bound(weights, norm, xp)
         return unit._replace(
             **{
@@ -352,30 +286,22 @@ class L2MultiHeadAttention(SelfAttention):
     def _has_reach(self, tokens):
         return tokens is not None or self.sliding_window is not None
 
-    def _key_weights(self, tokens, visibility, xp, *, epsilon=0.0):
+    def _key_weights(self, relative_bias, tokens, mask, xp, *, epsilon=0.0):
         """What other keys weigh by their relative positions."""
-        table = self._bias_table(xp)
-        seen = by_distance(table, tokens, visibility.causal, self.sliding_window, xp)
-        degrees = {"n_keys": visibility.n_keys, "n_queries": visibility.n_queries}
+        seen = by_distance(relative_bias, tokens, mask.causal, self.sliding_window, xp)
+        degrees = {"n_keys": mask.n_keys, "n_queries": mask.n_queries}
         return weights_by_lag(*seen, tokens, xp, **degrees, epsilon=epsilon)
 
-    def _bias_table(self, xp):
-        """Biases as they run, those of when the layer was condensed if it is."""
-        table = getattr(self._condensed, "biases", None)
-        if xp is np:
-            return as_run(self.relative_bias, self.compute_dtype) if table is None else table
-        table = self.relative_bias if table is None else table
-        return ops.cast(ops.cast(table, self.compute_dtype), self._norm_dtype)
-
-    def _relative_biases(self):
-        return None if self.relative_bias is None else RelativeBias(self._bias_table(ops))
-
-    def _condense(self):
-        return CondensedAttention(self)
-
-    def _hold(self, mask):
-        b, c, _ = self._weights(classify(mask, sliding_window=self.sliding_window), training=False)
-        return HeldWeights(b, c)
+    def score_biases(self, xp) -> Any:
+        if self.relative_bias is None:
+            return None
+        if self._condensed is not None:
+            biases = self._condensed.relative_bias
+        elif xp is np:
+            return cast_to_compute_dtype(self.relative_bias, self.compute_dtype)
+        else:
+            biases = ops.cast(self.relative_bias, self.compute_dtype)
+        return biases if xp is np else ops.cast(biases, self._norm_dtype)
 
     # Certificate ------------------------------------------------------------------------------
 
@@ -405,189 +331,126 @@ class L2MultiHeadAttention(SelfAttention):
         Raises:
             ValueError: If the layer is not built, or an argument is out of range.
         """
-        visibility, tokens = self._asked(sequence_length, norm, mask)
-        return self.certified(norm, visibility, tokens, visibility, token_weights)
+        mask, tokens = self.mask_and_length(sequence_length, norm, mask)
+        return self.certified(norm, mask, tokens, mask, token_weights)
 
-    def certified(self, norm, visibility, tokens, capped_for, token_weights=None):
-        """What `lipschitz` returns, where caps are for another class of mask than the constant."""
-        biases = {"output": self.output_bias, "relative": self.relative_bias}
-        for name, values in biases.items():
-            if not is_finite_as_run(values, self.compute_dtype):
-                return _no_bound(norm, f"the {name} bias holds NaN or infinite entries")
-        state = self._condensed or CondensedAttention(self)
-        b, c = state.heads(capped_for)
-        query_error, product_error = state.rounding(capped_for)
-        allowances = {
-            "product_scale": state.product_scale(capped_for),
-            "query_error": query_error,
-            "product_error": product_error,
-        }
+    def certified(self, norm, mask, tokens, cap_mask, token_weights=None):
+        reason = self.bias_reason()
+        if reason:
+            return _no_bound(norm, reason)
+        state = self.host_weights()
+        weights = state.weights(cap_mask)
+        b, c, relative_bias = weights.b, weights.output, state.relative_bias
+        allowances = self.rounding_allowances(state, cap_mask)
         if token_weights is not None:
             token_weights = self._flat_token_weights(token_weights)
-            biases = None if self.relative_bias is None else self._bias_table(np)
-            weights, reason = weights_of_tokens(token_weights, biases)
+            of_keys, reason = weights_of_tokens(token_weights, relative_bias)
             if reason:
                 return _no_bound(norm, reason)
-            return weighted_layer_bound(b, c, norm=norm, weights=weights, **allowances)
-        if self.relative_bias is not None:
+            return weighted_layer_bound(b, c, norm=norm, weights=of_keys, **allowances)
+        if relative_bias is not None:
             if not self._has_reach(tokens):
                 return _no_bound(norm, UNKNOWN_LENGTH)
-            weights = self._key_weights(tokens, visibility, np)
-            return weighted_layer_bound(b, c, norm=norm, weights=weights, **allowances)
+            of_keys = self._key_weights(relative_bias, tokens, mask, np)
+            return weighted_layer_bound(b, c, norm=norm, weights=of_keys, **allowances)
         return certified_layer_bound(
             b,
             c,
             norm=norm,
             tokens=tokens,
-            mask=visibility.mask,
-            n_keys=visibility.n_keys,
-            n_queries=visibility.n_queries,
+            mask=mask.mask,
+            n_keys=mask.n_keys,
+            n_queries=mask.n_queries,
             **allowances,
-            published=self._published(state, norm, tokens, capped_for),
+            published=self._published(state, norm, tokens, cap_mask),
         )
 
+    def rounding_allowances(self, state, cap_mask):
+        """What the certificate allows for the weights that run to differ from the rounded ones.
+
+        Args:
+            state: `HostWeights`.
+            cap_mask: `MaskClass` that the factor of `lipschitz_bound` is for.
+
+        Returns:
+            Dictionary of arrays `(H,)`. `product_scale`: `|B_h| |W_V,h| |W_O,h|` in Frobenius norm,
+            times the factor, from which the entries of `C_h` may have canceled. `query_error` and
+            `product_error`: Frobenius norms of the differences between the rounded `B_h`, and `C_h`
+            with its factor, and the exact ones.
+        """
+        weights, factor = state.weights(cap_mask), state.factor(cap_mask)
+        with ignore_floating_point_errors():
+            _, value, output = self._capped_kernels(state)
+            sizes = [
+                np.linalg.norm(matrix.astype(np.float64), axis=(1, 2))
+                for matrix in (state.rounded.b, value, output)
+            ]
+            exact_output = self._rounded(state.exact.output * factor, np)
+            return {
+                "product_scale": np.prod(sizes, axis=0) * factor,
+                "query_error": np.linalg.norm(weights.b - state.exact.b, axis=(1, 2)),
+                "product_error": np.linalg.norm(weights.output - exact_output, axis=(1, 2)),
+            }
+
     def graph_bound(self, *, norm="l2", sequence_length=None, mask="full"):
-        visibility, tokens = self._asked(sequence_length, norm, mask)
-        if self._condensed is not None:
-            certified = self.lipschitz(sequence_length, norm, mask).value
-            if self.relative_bias is None or math.isinf(certified):
-                return certified
-            # What a graph divides by must not change by condensing it: its formula is less tight.
-            b, c = (matrix.astype(np.float64) for matrix in self._condensed.heads(visibility))
-            formula = self._formula(b, c, norm, tokens, visibility, ExactNorms(), np)
-            return max(certified, float(formula))
-        kernels = self._graph_kernels()
-        norms = self._norms_for(kernels, training=False)
-        _, b, c = self._fold(kernels, norms, ops)
-        bound = self._formula(b, c, norm, tokens, visibility, GramNorms(), ops)
-        return bound * self._layer_factor(b, c, norms, visibility, ops)
+        bound = super().graph_bound(norm=norm, sequence_length=sequence_length, mask=mask)
+        if self._condensed is None or self.relative_bias is None or math.isinf(bound):
+            return bound
+        # What a graph divides by must not change by condensing it: its formula is less tight.
+        mask, tokens = self.mask_and_length(sequence_length, norm, mask)
+        weights = self._condensed.weights(mask)
+        weights = weights._replace(
+            b=weights.b.astype(np.float64), output=weights.output.astype(np.float64)
+        )
+        formula = self._bound(weights, ExactNorms(), norm, tokens, mask, np)
+        return max(bound, float(formula))
+
+    def _capped_kernels(self, state):
+        """Kernels under `spectral_norm`, by head, on the host."""
+        kernels = state.kernels
+        if self.spectral_norm is not None:
+            kernels = [
+                kernel * factor for kernel, factor in zip(kernels, state.factors, strict=True)
+            ]
+        return self.by_head(kernels, np)
 
     def _flat_token_weights(self, token_weights):
-        """Weights as they run, `(..., T)` with one axis of tokens."""
-        weights = as_run(np.asarray(token_weights), self.compute_dtype)
-        if self._axes.is_plain:
+        """Weights in the compute dtype, `(..., T)` with one axis of tokens."""
+        weights = cast_to_compute_dtype(np.asarray(token_weights), self.compute_dtype)
+        if self.axes.is_plain:
             return weights
         if weights.ndim != self.input_spec.ndim - 1:
             raise ValueError(
                 "With several axes `token_weights` must have those of the input but for the "
                 f"features. Received: token_weights of shape {weights.shape}"
             )
-        return ops.convert_to_numpy(self._axes.flatten_mask(ops.convert_to_tensor(weights)))
+        return ops.convert_to_numpy(self.axes.flatten_mask(ops.convert_to_tensor(weights)))
 
-    def _published(self, state, norm, tokens, visibility):
-        """The bound of Kim et al. for the weights that run."""
+    def _published(self, state, norm, tokens, cap_mask):
+        """The bound of Kim et al. for the weights of inference."""
         if tokens is None:
             return math.inf
-        query, value, output = state.kernels
-        # Their bound is linear in the output kernel, which is where the layer's factor goes.
-        with quiet():
-            output = output * state.factor(visibility)
+        # Their bound is linear in the output kernel, which the layer's factor multiplies.
+        with ignore_floating_point_errors():
+            query, value, output = self._capped_kernels(state)
+            output = output * state.factor(cap_mask)
         return published_layer_bound(query, value, output, norm=norm, tokens=tokens)
 
     # Calling ----------------------------------------------------------------------------------
 
-    def call(
-        self,
-        query,
-        value=None,
-        key=None,
-        query_mask=None,
-        value_mask=None,
-        key_mask=None,
-        attention_mask=None,
-        return_attention_scores=False,
-        training=None,
-        use_causal_mask=False,
-        token_weights=None,
-    ):
-        return self._run(
-            query,
-            value,
-            key,
-            query_mask,
-            value_mask,
-            key_mask,
-            attention_mask,
-            return_attention_scores,
-            training,
-            use_causal_mask,
-            token_weights,
+    def attend(self, tokens, weights, mask, training, return_scores):
+        return attend_by_distance(
+            tokens,
+            weights.projection,
+            mask,
+            num_heads=self.num_heads,
+            dropout=self.dropout if training else 0.0,
+            seed=self._seed_generator,
+            training=training,
+            return_scores=return_scores,
+            flash_attention=self.flash_attention,
+            dtype=self.compute_dtype,
         )
-
-    def _weights(self, visibility, training):
-        """Effective weights of this call: `B` `(D, H*K)`, `C` `(H*K, O)`, bias `(O,)` or `None`."""
-        if self._condensed is not None:
-            b, c = self._condensed.tensors(visibility)
-        else:
-            kernels = self._graph_kernels()
-            norms = self._norms_for(kernels, training)
-            flat, heads, c = self._fold(kernels, norms, ops)
-            factor = self._layer_factor(heads, c, norms, visibility, ops)
-            if training and self._tracking is not None:
-                self._track(heads, c, factor, norms, visibility)
-            if training and norms is not None:
-                norms.commit()
-            # The heads side by side, as they are in the kernel: cheaper than turning `b` back.
-            b = self._as_operator("query", flat, ops)
-            c = ops.reshape(c * factor, (-1, c.shape[-1]))
-        bias = self.output_bias
-        return (
-            ops.cast(b, self.compute_dtype),
-            ops.cast(c, self.compute_dtype),
-            None if bias is None else ops.reshape(ops.cast(bias, self.compute_dtype), (-1,)),
-        )
-
-    def _track(self, b, c, factor, norms, visibility):
-        tokens = self._tracked_length(visibility)
-        bound = self._formula(b, c, self._tracking.norm, tokens, visibility, norms, ops)
-        self._record(bound * factor)
-
-    def _attend(self, tokens, b, mask, training, return_scores):
-        """Mixed projections `(B, T, H*K)`, what to add to them, the weights if asked for.
-
-        What to add is `(B, 1, H*K)`, or `None` where it was added already.
-        """
-        # Distances do not change under a shift, their expansion loses digits far from the origin.
-        x = ops.cast(tokens, self._norm_dtype)
-        if mask.valid is not None:
-            x = ops.where(ops.expand_dims(mask.valid, -1), x, ops.zeros_like(x))
-        centre = ops.stop_gradient(_centre(x, mask))
-        near = self._split_heads(ops.matmul(ops.cast(x - centre, self.compute_dtype), b))
-        shift = ops.matmul(ops.cast(centre, self.compute_dtype), b)
-        y = ops.cast(near, self._norm_dtype)
-        drop = training and self.dropout > 0.0
-        if not (drop or return_scores):
-            # Kernels of backends know of neither.
-            plain = mask.relative_bias is not None or mask.log_weights is not None
-            if not plain and takes_kernel(y, self.compute_dtype, self.flash_attention):
-                return self._join_heads(fused_attention(y, mask, self.compute_dtype)), shift, None
-            length = tokens.shape[1]
-            if length is not None and length >= BLOCKED_FROM and blocks_will_do():
-                heads = ops.cast(mixed_in_blocks(y, mask), self.compute_dtype)
-                return self._join_heads(heads), shift, None
-            # Only where a step will be taken: a served graph stays one of plain operations.
-            if training and self.compute_dtype == self._norm_dtype:
-                return self._join_heads(mixed(y, mask)), shift, None
-        weights = ops.cast(attention_weights(y, mask), self.compute_dtype)
-        if drop:
-            kept = keras.random.dropout(weights, self.dropout, seed=self._seed_generator)
-            # Rows no longer sum to one: the centre must be weighted like the tokens.
-            heads = self._join_heads(ops.matmul(kept, near + self._split_heads(shift)))
-            shift = None
-        else:
-            heads = self._join_heads(ops.matmul(weights, near))
-        return heads, shift, weights
-
-    def _join_heads(self, heads):
-        batch, _, length, _ = ops.shape(heads)
-        joined = ops.transpose(heads, (0, 2, 1, 3))
-        return ops.reshape(joined, (batch, length, self.num_heads * self.key_dim))
-
-    def _split_heads(self, projected):
-        # The batch is spelled out: an empty tensor leaves no size to infer.
-        batch, length, _ = ops.shape(projected)
-        heads = ops.reshape(projected, (batch, length, self.num_heads, self.key_dim))
-        return ops.transpose(heads, (0, 2, 1, 3))
 
     # Decoding ---------------------------------------------------------------------------------
 
@@ -608,7 +471,7 @@ class L2MultiHeadAttention(SelfAttention):
         """
         require_positive_integer("batch_size", batch_size)
         require_positive_integer("length", length)
-        if not self.built or not self._axes.is_plain:
+        if not self.built or not self.axes.is_plain:
             raise ValueError(
                 "Decoding needs a built layer with inputs `(batch, tokens, features)`. "
                 f"Received: built={self.built}, attention_axes={self.attention_axes}"
@@ -630,24 +493,19 @@ class L2MultiHeadAttention(SelfAttention):
         Returns:
             A pair: the output `(B, S, D_out)` and the new cache.
         """
-        mask = Mask(
-            use_causal_mask=True,
-            sliding_window=self.sliding_window,
-            relative_bias=self._relative_biases(),
-        )
-        visibility = classify("causal", sliding_window=self.sliding_window)
-        b, c, bias = self._weights(visibility, training=False)
-        new = ops.matmul(ops.cast(inputs, self.compute_dtype), b)
+        known = mask_class("causal", sliding_window=self.sliding_window)
+        weights = self._in_compute_dtype(self.effective_weights(known))
+        mask = Mask(use_causal_mask=True, sliding_window=self.sliding_window)
+        if weights.relative_bias is not None:
+            mask = dataclasses.replace(mask, relative_bias=RelativeBias(weights.relative_bias))
+        new = ops.matmul(ops.cast(inputs, self.compute_dtype), weights.projection)
         position = ops.cast(position, "int32")
         cache = ops.slice_update(cache, (0, position, 0), new)
-        # The first token is seen by every other: the origin it was in the full pass.
-        origin = ops.cast(cache[:, :1], self._norm_dtype)
-        near = self._split_heads(ops.cast(cache, self._norm_dtype) - origin)
-        rows = self._split_heads(ops.cast(new, self._norm_dtype) - origin)
-        mixed = ops.matmul(causal_weights(near, rows, position, mask), near)
-        heads = ops.cast(self._join_heads(mixed) + origin, self.compute_dtype)
-        output = ops.matmul(heads, c)
-        return self._shape_token(output if bias is None else output + bias), cache
+        heads = decode_by_distance(new, cache, position, mask, self.num_heads)
+        output = ops.matmul(heads, weights.output)
+        if self.output_bias is not None:
+            output = output + ops.reshape(ops.cast(self.output_bias, self.compute_dtype), (-1,))
+        return self.shape_outputs(output), cache
 
     def get_config(self):
         config = super().get_config()
@@ -661,22 +519,3 @@ class L2MultiHeadAttention(SelfAttention):
 
 def _no_bound(norm, reason):
     return LipschitzBound(value=math.inf, norm=norm, kind="certified", theorem="", reason=reason)
-
-
-def _centre(x, mask):
-    """A point near the tokens, `(B, 1, D)`: their mean, or the first one where some are hidden.
-
-    With a causal mask the mean would let rounding errors depend on tokens a query may not see.
-    """
-    valid = mask.valid
-    if not mask.all_see_all:
-        if valid is None:
-            return x[:, :1]
-        first = ops.logical_and(valid, ops.equal(ops.cumsum(ops.cast(valid, "int32"), axis=1), 1))
-        return ops.sum(
-            ops.where(ops.expand_dims(first, -1), x, ops.zeros_like(x)), axis=1, keepdims=True
-        )
-    if valid is None:
-        return ops.mean(x, axis=1, keepdims=True)
-    count = ops.sum(ops.cast(valid, x.dtype), axis=1)[:, None, None]
-    return ops.sum(x, axis=1, keepdims=True) / ops.maximum(count, 1.0)

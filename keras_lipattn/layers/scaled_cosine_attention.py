@@ -1,27 +1,39 @@
 """Multi-head self-attention by cosines, with a proven Lipschitz constant."""
 
-import math
-from typing import Any, ClassVar
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 from keras import ops
 
+from keras_lipattn._arguments import describe, require_positive
 from keras_lipattn.bounds.cosine import (
     certified_cosine_bound,
     cosine_layer_bound,
+    cosine_matrices,
     fold,
     visible_mass,
 )
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
-from keras_lipattn.layers._arguments import require_positive
-from keras_lipattn.layers._as_run import is_finite_as_run
-from keras_lipattn.layers._condensed_cosine import CondensedCosine
-from keras_lipattn.layers._condensed_weights import HeldWeights
-from keras_lipattn.layers._cosine_attention import cosine_weights, normalized
-from keras_lipattn.layers._operator_norms import GramNorms
-from keras_lipattn.layers._self_attention import SelfAttention
-from keras_lipattn.layers._visibility import classify
+from keras_lipattn.layers.self_attention import SelfAttention
+
+
+class Folded(NamedTuple):
+    """The kernels of a layer under `spectral_norm`.
+
+    Attributes:
+        projection: The three projections as one matrix `(D, H*(2*k+v))`.
+        query: By heads, `(H, D, k)`.
+        key: By heads, `(H, D, k)`.
+        value: By heads, `(H, D, v)`.
+        output: By heads, `(H, v, O)`.
+    """
+
+    projection: Any
+    query: Any
+    key: Any
+    value: Any
+    output: Any
 
 
 @keras.saving.register_keras_serializable(package="keras_lipattn")
@@ -128,13 +140,6 @@ class ScaledCosineAttention(SelfAttention):
         Transformers", ICLR 2023 (the attention); docs/theory.md, Section 7 (the bound).
     """
 
-    _projections = ("query", "key", "value", "output")
-    _bound_norms: ClassVar = {
-        "l2": ("stacked_output", "concatenated_query", "concatenated_key_value"),
-        "token": ("stacked_output", "concatenated_query", "head_key_value"),
-        "linf": ("head_query", "head_key_value"),
-    }
-
     def __init__(self, num_heads, key_dim, value_dim=None, temperature=4.0, epsilon=1.0, **kwargs):
         require_positive("temperature", temperature, optional=False)
         require_positive("epsilon", epsilon, optional=False)
@@ -149,205 +154,83 @@ class ScaledCosineAttention(SelfAttention):
         self.temperature = temperature
         self.epsilon = epsilon
 
-    def _add_kernels(self):
+    def add_kernels(self):
         heads, key_dim, value_dim = self.num_heads, self.key_dim, self.value_dim
         for name, size in (("query", key_dim), ("key", key_dim), ("value", value_dim)):
-            kernel = self._add_kernel(f"{name}_kernel", (self._features, heads, size), 1)
-            setattr(self, f"{name}_kernel", kernel)
-            setattr(self, f"{name}_bias", self._add_bias(f"{name}_bias", (heads, size)))
-        self.output_kernel = self._add_kernel(
-            "output_kernel", (heads, value_dim, *self._output_token), 2
-        )
+            self.add_attention_kernel(f"{name}_kernel", (self.features, heads, size))
+            setattr(self, f"{name}_bias", self.add_bias(f"{name}_bias", (heads, size)))
+        self.add_attention_kernel("output_kernel", (heads, value_dim, *self.output_token), 2)
 
-    # What the base classes ask for ------------------------------------------------------------
-
-    def _kernels(self):
-        return [self.query_kernel, self.key_kernel, self.value_kernel, self.output_kernel]
-
-    def _norm_shapes(self):
-        features, outputs, heads = self._features, math.prod(self._output_token), self.num_heads
-        keys, values = heads * self.key_dim, heads * self.value_dim
-        return {
-            "query": (features, keys),
-            "key": (features, keys),
-            "value": (features, values),
-            "output": (values, outputs),
-            "stacked_output": (values, outputs),
-            "concatenated_query": (features, keys),
-            "concatenated_key_value": (features, keys + values),
-            "head_query": (heads, features, self.key_dim),
-            "head_key_value": (heads, features, self.key_dim + self.value_dim),
-        }
-
-    def _request_norms(self, kernels, norms, names, xp):
-        for name, kernel in zip(self._projections, kernels, strict=True):
-            if name in names:
-                norms(name, self._as_operator(name, kernel, xp))
-        capped = self._capped(kernels, norms, xp)
-        for norm, needed in self._bound_norms.items():
-            if set(needed) <= set(names):
-                # The norms asked for do not depend on the mass.
-                self._bound(capped, norm, 1.0, norms, xp)
-
-    def _capped(self, kernels, norms, xp):
-        """Kernels under their caps, by head: `(H, D, k)` twice, `(H, D, v)` and `(H, v, O)`."""
+    def fold(self, kernels, factors, xp):
         if self.spectral_norm is not None:
             kernels = [
-                self._rounded(
-                    kernel
-                    * self._cap_factor(
-                        norms(name, self._as_operator(name, kernel, xp)),
-                        self.spectral_norm,
-                        self._norm_shapes()[name],
-                        xp,
-                    ),
-                    xp,
-                )
-                for name, kernel in zip(self._projections, kernels, strict=True)
+                self._rounded(kernel * factor, xp)
+                for kernel, factor in zip(kernels, factors, strict=True)
             ]
         *projections, output = kernels
-        by_head = [xp.transpose(kernel, (1, 0, 2)) for kernel in projections]
-        return *by_head, xp.reshape(output, (self.num_heads, self.value_dim, -1))
-
-    def _bound(self, kernels, norm, mass, norms, xp):
-        *projections, output = kernels
-        a, g = self._fold(projections, xp)
-        return cosine_layer_bound(a, g, output, norm=norm, mass=mass, operator_norm=norms, xp=xp)
-
-    def _fold(self, projections, xp):
+        projections = [xp.transpose(kernel, (1, 0, 2)) for kernel in projections]
+        joint = xp.transpose(xp.concatenate(projections, axis=2), (1, 0, 2))
+        projection = xp.reshape(joint, (self.features, -1))
         query, key, value = projections
-        return fold(query, key, value, temperature=self.temperature, epsilon=self.epsilon, xp=xp)
+        output = xp.reshape(output, (self.num_heads, self.value_dim, -1))
+        return Folded(projection, query, key, value, output)
 
-    def _mass(self, norm, tokens, visibility):
-        if norm != "l2":
-            return 1.0
-        return visible_mass(self.temperature, tokens, visibility.mask, visibility.n_queries)
+    def matrices(self, weights, norm, xp):
+        return cosine_matrices(*self._slopes(weights, xp), weights.output, norm, xp)
 
-    def _layer_factor(self, kernels, norms, visibility, xp):
-        """What `lipschitz_bound` multiplies the output with."""
-        if self.lipschitz_bound is None:
-            return 1.0
-        norm = self.lipschitz_norm
-        mass = self._mass(norm, self.max_sequence_length, visibility)
-        bound = self._bound(kernels, norm, mass, norms, xp)
-        if norm == "linf":
-            terms = self._features + self.key_dim + 2 * self.value_dim + self.num_heads
-            bound = bound * self._sum_slack(terms)
-        shape = self._norm_shapes()["stacked_output"]
-        return self._cap_factor(bound, self.lipschitz_bound, shape, xp)
+    def bound(self, weights, norms, norm, tokens, mask, xp):
+        mass = 1.0
+        if norm == "l2":
+            mass = visible_mass(self.temperature, tokens, mask.mask, mask.n_queries)
+        a, g = self._slopes(weights, xp)
+        return cosine_layer_bound(a, g, weights.output, norm=norm, mass=mass, norms=norms, xp=xp)
 
-    def _condense(self):
-        return CondensedCosine(self)
+    def _slopes(self, weights, xp):
+        """`A` and `G` of Theorem 7.3."""
+        projections = weights.query, weights.key, weights.value
+        return fold(*projections, temperature=self.temperature, epsilon=self.epsilon, xp=xp)
 
-    def _hold(self, mask):
-        visibility = classify(mask, sliding_window=self.sliding_window)
-        (projection, _), c, _ = self._weights(visibility, training=False)
-        return HeldWeights(projection, c)
+    def _num_summands(self):
+        return self.features + self.key_dim + 2 * self.value_dim + self.num_heads
 
-    # Certificate ------------------------------------------------------------------------------
-
-    def lipschitz(self, sequence_length=None, norm="l2", mask: Any = "full") -> LipschitzBound:
-        """Certified Lipschitz constant at inference, for the weights now loaded.
-
-        Args:
-            sequence_length: Largest number of tokens; by default the length the layer was built
-                with (`max_sequence_length`, else the static length of its input). Only the
-                2-norm depends on it.
-            norm: `"l2"` (2-norm of all entries), `"token"` (largest 2-norm of a token) or `"linf"`
-                (largest absolute entry), of inputs and outputs alike.
-            mask: What the layer is called with: `"full"` or `"causal"` (either with any padding),
-                `"any"` for an `attention_mask` whose entries are not known, or a boolean array
-                `(..., T, T)` of visible pairs, whose degrees and length count; either `T` may be 1
-                and broadcasts. The layer's window is added. With `lipschitz_bound` each of them
-                has a cap of its own.
-
-        Returns:
-            A `LipschitzBound` of kind `"certified"`: an upper bound in real arithmetic for a fixed
-            mask. Its value is `inf`, with the reason, when weights are not finite or the length is
-            not known.
-
-        Raises:
-            ValueError: If the layer is not built, or an argument is out of range.
-        """
-        visibility, tokens = self._asked(sequence_length, norm, mask)
-        return self.certified(norm, visibility, tokens, visibility)
-
-    def certified(self, norm, visibility, tokens, capped_for):
-        """What `lipschitz` returns, where caps are for another class of mask than the constant."""
-        if not all(is_finite_as_run(bias, self.compute_dtype) for bias in self._biases()):
+    def certified(self, norm, mask, tokens, cap_mask):
+        reason = self.bias_reason()
+        if reason:
             return LipschitzBound(
-                value=math.inf,
-                norm=norm,
-                kind="certified",
-                theorem="",
-                reason="a bias holds NaN or infinite entries",
+                value=np.inf, norm=norm, kind="certified", theorem="", reason=reason
             )
-        state = self._condensed or CondensedCosine(self)
-        *projections, output = (k.astype(np.float64) for k in state.kernels(capped_for))
-        a, g = self._fold(projections, np)
+        weights = self.host_weights().weights(cap_mask)
+        weights = weights._replace(
+            **{name: array.astype(np.float64) for name, array in weights._asdict().items()}
+        )
         return certified_cosine_bound(
-            a,
-            g,
-            output,
+            *self._slopes(weights, np),
+            weights.output,
             norm=norm,
             temperature=self.temperature,
             tokens=tokens,
-            mask=visibility.mask,
-            n_queries=visibility.n_queries,
+            mask=mask.mask,
+            n_queries=mask.n_queries,
         )
 
-    def graph_bound(self, *, norm="l2", sequence_length=None, mask="full"):
-        if self._condensed is not None:
-            return self.lipschitz(sequence_length, norm, mask).value
-        visibility, tokens = self._asked(sequence_length, norm, mask)
-        kernels = self._graph_kernels()
-        norms = self._norms_for(kernels, training=False)
-        capped = self._capped(kernels, norms, ops)
-        mass = self._mass(norm, tokens, visibility)
-        bound = self._bound(capped, norm, mass, GramNorms(), ops)
-        return bound * self._layer_factor(capped, norms, visibility, ops)
+    def _check_call(self, query, token_masks, attention_mask, axes):
+        if token_masks.get("token_weights") is not None:
+            raise ValueError(
+                "`token_weights` are not supported: no bound is known for cosine attention with "
+                "them. Received: token_weights="
+                f"{describe(token_masks['token_weights'])}"
+            )
+        super()._check_call(query, token_masks, attention_mask, axes)
 
-    # Calling ----------------------------------------------------------------------------------
-
-    def _biases(self):
-        return [self.query_bias, self.key_bias, self.value_bias, self.output_bias]
-
-    def _projection(self, projections, xp):
-        """The three projections as one matrix `(D, H*(2*k+v))`."""
-        kernels = xp.concatenate(projections, axis=2)
-        return xp.reshape(xp.transpose(kernels, (1, 0, 2)), (self._features, -1))
-
-    def _weights(self, visibility, training):
-        if self._condensed is not None:
-            projection, c = self._condensed.tensors(visibility)
-        else:
-            kernels = self._graph_kernels()
-            norms = self._norms_for(kernels, training)
-            *projections, output = capped = self._capped(kernels, norms, ops)
-            factor = self._layer_factor(capped, norms, visibility, ops)
-            if training and self._tracking is not None:
-                norm = self._tracking.norm
-                mass = self._mass(norm, self._tracked_length(visibility), visibility)
-                self._record(self._bound(capped, norm, mass, norms, ops) * factor)
-            if training and norms is not None:
-                norms.commit()
-            projection = self._projection(projections, ops)
-            c = ops.reshape(output * factor, (-1, output.shape[-1]))
-        dtype, shift, bias = self.compute_dtype, None, None
-        if self.use_bias:
-            *shifts, bias = (ops.cast(bias, dtype) for bias in self._biases())
-            shift = ops.reshape(ops.concatenate(shifts, axis=1), (-1,))
-            bias = ops.reshape(bias, (-1,))
-        return (ops.cast(projection, dtype), shift), ops.cast(c, dtype), bias
-
-    def _attend(self, tokens, projections, mask, training, return_scores):
+    def attend(self, tokens, weights, mask, training, return_scores):
         if mask.valid is not None:
             valid = ops.expand_dims(mask.valid, -1)
             tokens = ops.where(valid, tokens, ops.zeros_like(tokens))
-        kernel, shift = projections
-        projected = ops.matmul(tokens, kernel)
-        if shift is not None:
-            projected = projected + shift
+        projected = ops.matmul(tokens, weights.projection)
+        if self.use_bias:
+            biases = [self.query_bias, self.key_bias, self.value_bias]
+            biases = [ops.cast(bias, self.compute_dtype) for bias in biases]
+            projected = projected + ops.reshape(ops.concatenate(biases, axis=1), (-1,))
         batch, length, _ = ops.shape(projected)
         key_dim = self.key_dim
         # The batch is spelled out: an empty tensor leaves no size to infer.
@@ -355,22 +238,22 @@ class ScaledCosineAttention(SelfAttention):
         heads = ops.transpose(ops.reshape(projected, shape), (0, 2, 1, 3))
         heads = ops.cast(heads, self._norm_dtype)
         query, key, value = (
-            normalized(part, self.epsilon)
+            _normalized(part, self.epsilon)
             for part in (
                 heads[..., :key_dim],
                 heads[..., key_dim : 2 * key_dim],
                 heads[..., 2 * key_dim :],
             )
         )
-        weights = cosine_weights(query, key, self.temperature, mask)
-        weights = ops.cast(weights, self.compute_dtype)
-        kept = weights
+        scores = ops.matmul(self.temperature * query, ops.swapaxes(key, -1, -2))
+        attention = ops.cast(mask.softmax(scores), self.compute_dtype)
+        kept = attention
         if training and self.dropout > 0.0:
-            kept = keras.random.dropout(weights, self.dropout, seed=self._seed_generator)
+            kept = keras.random.dropout(attention, self.dropout, seed=self._seed_generator)
         mixed = ops.matmul(kept, ops.cast(value, self.compute_dtype))
         mixed = ops.transpose(mixed, (0, 2, 1, 3))
         mixed = ops.reshape(mixed, (batch, length, self.num_heads * self.value_dim))
-        return mixed, None, weights
+        return mixed, None, attention
 
     def get_config(self):
         return {
@@ -378,3 +261,8 @@ class ScaledCosineAttention(SelfAttention):
             "temperature": self.temperature,
             "epsilon": self.epsilon,
         }
+
+
+def _normalized(z, epsilon):
+    """`z / sqrt(|z|^2 + epsilon)` along the last axis: inside the unit ball, smooth everywhere."""
+    return z * ops.rsqrt(ops.sum(ops.square(z), axis=-1, keepdims=True) + epsilon)

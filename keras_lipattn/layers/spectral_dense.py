@@ -1,24 +1,29 @@
 """A dense layer whose kernel is capped in operator norm."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 from keras import activations, initializers, ops, regularizers
 from keras import constraints as keras_constraints
 
+from keras_lipattn._arguments import require_positive, require_positive_integer
+from keras_lipattn.bounds import layer_constants
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
-from keras_lipattn.layers._activation import activation_constant
-from keras_lipattn.layers._arguments import (
-    require_norm,
-    require_positive,
-    require_positive_integer,
-)
-from keras_lipattn.layers._as_run import is_finite_as_run
-from keras_lipattn.layers._operator_norms import ExactNorms, GramNorms, quiet
+from keras_lipattn.layers._norms import ExactNorms
+from keras_lipattn.layers._precision import is_finite
 from keras_lipattn.layers.lipschitz_layer import LipschitzLayer
 from keras_lipattn.linalg.exact import SAFETY
+
+
+class Folded(NamedTuple):
+    """The kernel before its cap, the factor of the cap, and their product."""
+
+    projection: None
+    kernel: Any
+    factor: Any
+    output: Any
 
 
 @keras.saving.register_keras_serializable(package="keras_lipattn")
@@ -98,9 +103,9 @@ class SpectralDense(LipschitzLayer):
                 "The input must have a batch axis and a static last axis. "
                 f"Received: input_shape={tuple(input_shape)}"
             )
-        self.kernel = self.add_weight(
-            name="kernel",
-            shape=(input_shape[-1], self.units),
+        self.kernel = self.add_kernel(
+            "kernel",
+            (input_shape[-1], self.units),
             initializer=self.kernel_initializer,
             regularizer=self.kernel_regularizer,
             constraint=self.kernel_constraint,
@@ -114,68 +119,35 @@ class SpectralDense(LipschitzLayer):
                 regularizer=self.bias_regularizer,
                 constraint=self.bias_constraint,
             )
-        self._add_running_state()
+        self.add_running_state()
 
     def call(self, inputs, training=None):
-        if self._condensed is not None:
-            kernel = self._condensed.tensor()
-        else:
-            kernel = self._call_kernel(bool(training))
-        output = ops.matmul(inputs, ops.cast(kernel, self.compute_dtype))
+        return self.forward(self.effective_weights(training=bool(training)), inputs)
+
+    def forward(self, weights, inputs):
+        """The call with given `EffectiveWeights`."""
+        output = ops.matmul(inputs, ops.cast(weights.output, self.compute_dtype))
         if self.bias is not None:
             output = output + ops.cast(self.bias, self.compute_dtype)
         return self.activation(output)
 
-    def _call_kernel(self, training):
-        kernels = self._graph_kernels()
-        norms = self._norms_for(kernels, training)
-        kernel = self._capped(kernels, norms, ops)
-        if training and self._tracking is not None:
-            # The norm of a scaled matrix is the scaled norm: the same vector serves both.
-            (raw,) = kernels
-            factor = self._shrinkage(kernels, norms, ops)
-            norm = self._tracking.norm
-            # Without a constant of the activation there is nothing that a penalty could lower.
-            finite = math.isfinite(activation_constant(self.activation, norm)[0])
-            self._record(self._bound(raw, norms, norm, ops) * factor, penalize=finite)
-        if training and norms is not None:
-            norms.commit()
-        return kernel
+    def fold(self, kernels, factors, xp):
+        (kernel,), (factor,) = kernels, factors
+        return Folded(None, kernel, factor, kernel * factor)
 
-    def _kernels(self):
-        return [self.kernel]
+    def matrices(self, weights, norm, xp):
+        # The norm of a scaled matrix is the scaled norm: one vector serves cap and bound.
+        return {} if norm == "linf" else {"kernel": weights.kernel}
 
-    def _norm_shapes(self):
-        return {"kernel": tuple(self.kernel.shape)}
-
-    def _capped_norms(self):
-        return [] if self.spectral_norm is None else ["kernel"]
-
-    def _request_norms(self, kernels, norms, names, xp):
-        for name in names:
-            norms(name, kernels[0])
-
-    def _shrinkage(self, kernels, norms, xp):
-        if self.spectral_norm is None:
-            return 1.0
-        norm = norms("kernel", kernels[0])
-        return self._cap_factor(norm, self.spectral_norm, self.kernel.shape, xp)
-
-    def _capped(self, kernels, norms, xp):
-        return kernels[0] * self._shrinkage(kernels, norms, xp)
-
-    def _bound(self, kernel, norms, norm, xp):
-        """Constant of `x -> activation(x kernel)`, given norms of the kernel."""
+    def bound(self, weights, norms, norm, tokens, mask, xp):
         constant, _ = activation_constant(self.activation, norm)
+        if not math.isfinite(constant):
+            return math.inf
         if norm == "linf":
-            return constant * xp.max(xp.sum(xp.abs(kernel), axis=0))
-        return constant * norms("kernel", kernel)
-
-    def _condense(self):
-        return _CondensedDense(self)
-
-    def _hold(self, mask):
-        return _HeldDense(self._call_kernel(training=False))
+            kernel = xp.max(xp.sum(xp.abs(weights.kernel), axis=0))
+        else:
+            kernel = norms["kernel"]
+        return constant * kernel * weights.factor
 
     def lipschitz(self, sequence_length=None, norm="l2", mask: Any = "full") -> LipschitzBound:
         """Certified Lipschitz constant at inference, for the weights now loaded.
@@ -193,26 +165,20 @@ class SpectralDense(LipschitzLayer):
         Raises:
             ValueError: If the layer is not built, or `norm` is unknown.
         """
-        self._require_built("asking for its Lipschitz constant")
-        require_norm("norm", norm)
-        kernel = (self._condensed or _CondensedDense(self)).kernel.astype(np.float64)
+        self.mask_and_length(sequence_length, norm, mask)
+        kernel = self.host_weights().weights().output.astype(np.float64)
         _, reason = activation_constant(self.activation, norm)
         if not np.isfinite(kernel).all():
             reason = "the kernel holds NaN or infinite entries"
-        elif not is_finite_as_run(self.bias, self.compute_dtype):
+        elif not is_finite(self.bias, self.compute_dtype):
             reason = "the bias holds NaN or infinite entries"
-        value = math.inf if reason else SAFETY * self._bound(kernel, ExactNorms(), norm, np)
+        value = math.inf
+        if not reason:
+            folded = self.fold([kernel], [1.0], np)
+            value = SAFETY * self._bound(folded, ExactNorms(), norm, None, None, np)
         return LipschitzBound(
             value=value, norm=norm, kind="certified", theorem="operator norm", reason=reason
         )
-
-    def graph_bound(self, *, norm="l2", sequence_length=None, mask="full"):
-        if self._condensed is not None:
-            return self.lipschitz(sequence_length, norm, mask).value
-        kernels = self._graph_kernels()
-        norms = self._norms_for(kernels, training=False)
-        (raw,) = kernels
-        return self._bound(raw, GramNorms(), norm, ops) * self._shrinkage(kernels, norms, ops)
 
     def compute_output_shape(self, input_shape):
         return (*input_shape[:-1], self.units)
@@ -233,36 +199,22 @@ class SpectralDense(LipschitzLayer):
         }
 
 
-class _CondensedDense:
-    """The kernel as it runs, capped with the exact norm on the host and rounded once."""
+def activation_constant(function, norm):
+    """Constant of a `keras.activations` function in `norm`, and the reason when it is `inf`.
 
-    def __init__(self, layer):
-        self._dtype = layer._norm_dtype
-        with quiet():
-            kernel = layer._capped(layer._host_kernels(), ExactNorms(), np).astype(self._dtype)
-            self.kernel = layer._rounded(kernel, np).astype(self._dtype)
-        self.variables = []
-
-    def materialize(self):
-        self.variables = [
-            keras.Variable(
-                self.kernel,
-                dtype=self._dtype,
-                trainable=False,
-                autocast=False,
-                name="condensed_kernel",
-            )
-        ]
-
-    def tensor(self):
-        return self.variables[0].value
-
-
-class _HeldDense:
-    """The kernel of one call, for many."""
-
-    def __init__(self, kernel):
-        self._kernel = kernel
-
-    def tensor(self):
-        return self._kernel
+    Only the functions of Keras themselves count, with their default arguments: another function may
+    have the same name.
+    """
+    name = getattr(function, "__name__", type(function).__name__)
+    try:
+        known = keras.activations.get(name)
+    except ValueError:
+        known = None
+    if known is not function:
+        return float("inf"), f"{name!r} is not an activation of Keras: its constant is unknown"
+    if name in layer_constants.UNBOUNDED_ACTIVATIONS:
+        return float("inf"), layer_constants.UNBOUNDED_ACTIVATIONS[name]
+    try:
+        return layer_constants.activation_constant(name, norm), ""
+    except KeyError:
+        return float("inf"), f"the activation {name!r} has no known Lipschitz constant"

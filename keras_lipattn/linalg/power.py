@@ -1,6 +1,8 @@
 """Running estimate of an operator norm: one power step on a persistent vector."""
 
+import dataclasses
 import math
+from typing import Any
 
 import keras
 import numpy as np
@@ -9,49 +11,90 @@ from keras import ops
 WARM_UP_STEPS = 30
 
 
-def power_step(matrix, vector, *, rows=None, columns=None):
+@dataclasses.dataclass(frozen=True)
+class ScaledMatrix:
+    """`diag(rows) matrix diag(columns)`, which a power step does not form.
+
+    Attributes:
+        matrix: Tensor or array `(..., m, n)`.
+        rows: Factors of the rows `(..., m)`, or `None`.
+        columns: Factors of the columns `(..., n)`, or `None`.
+        frobenius: Frobenius norm `(...)` of the product, or `None` for a power step to find it. No
+            gradient flows through it.
+    """
+
+    matrix: Any
+    rows: Any = None
+    columns: Any = None
+    frobenius: Any = None
+
+    @property
+    def shape(self):
+        return self.matrix.shape
+
+    @property
+    def dtype(self):
+        return self.matrix.dtype
+
+    def formed(self, xp):
+        """The product itself, in the array namespace `xp`: `numpy` or `keras.ops`."""
+        product = self.matrix
+        if self.rows is not None:
+            product = product * xp.expand_dims(self.rows, -1)
+        if self.columns is not None:
+            product = product * xp.expand_dims(self.columns, -2)
+        return product
+
+
+def power_step(matrix, vector):
     """One power-iteration step; a lower bound of the spectral norm, differentiable in `matrix`.
 
     The estimate is `u^T W v` for the unit vectors `u ~ W vector` and `v ~ W^T u`, whose gradient is
-    that of the norm itself once `v` has converged. It is lifted to `|W|_F / sqrt(min(m, n))`, a
-    lower bound too, because the estimate of a cold vector may be near 0. The gradient is that of
-    the estimate.
+    that of the norm itself once `v` has converged. It is raised to `|W|_F / sqrt(min(m, n))`, a
+    lower bound too, so that a cold vector cannot miss a large matrix. The gradient is that of the
+    estimate.
 
     Args:
-        matrix: Tensor `(..., m, n)`.
-        vector: Tensor `(..., n)`, right singular vector estimate. Any vector not orthogonal to the
-            leading one will do.
-        rows: Tensor `(..., m)` or `None`; the step is one of `diag(rows) matrix diag(columns)`,
-            which is not formed, and differentiable in both.
-        columns: Tensor `(..., n)` or `None`.
+        matrix: Tensor `(..., m, n)` or `ScaledMatrix` of tensors, `W`.
+        vector: Tensor `(..., n)`, estimate of the right singular vector. Any vector that is not
+            orthogonal to the leading one will do.
 
     Returns:
-        A pair: the estimate `(...)` and the new vector `(..., n)`, no gradient flowing through it.
-        A vector of zeros or NaN, given or computed (of a zero matrix, for instance), is replaced
-        by a fixed one.
+        A pair: the estimate `(...)` and the new vector `(..., n)`, through which no gradient flows.
+        A fixed vector replaces one of zeros or NaN, given or found (for a zero matrix, say).
     """
+    if not isinstance(matrix, ScaledMatrix):
+        matrix = ScaledMatrix(matrix)
     *batch, height, width = matrix.shape
-    # All vectors are rows `(..., 1, n)`, but where a product wants a column.
-    rows, columns = (_as_row(weights) for weights in (rows, columns))
-    fixed, fixed_rows, fixed_columns = map(_fixed, (matrix, rows, columns))
+    # Vectors are rows `(..., 1, n)`; a product may need a column.
+    rows, columns = (_as_row(weights) for weights in (matrix.rows, matrix.columns))
+    fixed, fixed_rows, fixed_columns = map(_fixed, (matrix.matrix, rows, columns))
     image = ops.matmul(fixed, _turned(_times(_as_row(vector), fixed_columns)))
     image = _times(_turned(image), fixed_rows)
-    # Scaling by the largest entry first keeps squares from under- or overflowing.
+    # Divided by a number of their size first, so that squares neither under- nor overflow.
+    if matrix.frobenius is None:
+        frobenius = _frobenius(fixed, fixed_rows, fixed_columns)
+        size = ops.max(ops.abs(image), axis=-1, keepdims=True)
+    else:
+        frobenius = ops.stop_gradient(matrix.frobenius)
+        size = ops.reshape(frobenius, (*batch, 1, 1))
     smallest = float(np.finfo(keras.backend.standardize_dtype(image.dtype)).tiny)
-    peak = ops.maximum(ops.max(ops.abs(image), axis=-1, keepdims=True), smallest)
-    left, length, usable = _unit(image / peak)
-    # The next image is no shorter than this one, and not much longer: it is scaled by its length.
-    length = ops.where(usable, peak * length, 1.0)
-    image = _times(ops.matmul(_times(left, rows), matrix), columns)
+    size = ops.maximum(size, smallest)
+    left, length, usable = _unit(image / size)
+    # The next image is no shorter than this one, and not much longer: it is divided by this length.
+    length = ops.where(usable, size * length, 1.0)
+    image = _times(ops.matmul(_times(left, rows), matrix.matrix), columns)
     right, _, _ = _unit(ops.stop_gradient(image) / length)
     sigma = ops.reshape(ops.matmul(image, _turned(right)), tuple(batch))
-    floor = _frobenius(fixed, fixed_rows, fixed_columns) / math.sqrt(min(height, width))
-    missing = ops.maximum(floor - ops.stop_gradient(sigma), 0.0)
+    missing = ops.maximum(frobenius / math.sqrt(min(height, width)) - ops.stop_gradient(sigma), 0.0)
     return sigma + missing, ops.reshape(right, (*batch, width))
 
 
 def cold_vector(shape):
-    """Random unit vectors `(..., n)` to start from, equal on every replica and after a restart."""
+    """Unit vectors `(..., n)` to start from, with no reason to be orthogonal to a leading one.
+
+    Random, but always the same: every replica and every restart begins alike.
+    """
     return _host_unit(np.random.default_rng(0).standard_normal(shape))
 
 

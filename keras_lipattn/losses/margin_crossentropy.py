@@ -5,7 +5,7 @@ import math
 import keras
 from keras import ops
 
-from keras_lipattn.layers._arguments import require_nonnegative, require_positive
+from keras_lipattn._arguments import require_nonnegative, require_positive
 
 
 @keras.saving.register_keras_serializable(package="keras_lipattn")

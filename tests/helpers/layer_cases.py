@@ -14,6 +14,7 @@ import numpy as np
 from helpers import loop_attention
 
 from keras_lipattn import L2MultiHeadAttention
+from keras_lipattn.layers._masks import MaskClass
 
 BATCH, LENGTH, FEATURES, HEADS, KEY_DIM = 2, 5, 4, 2, 3
 PADDING = -7.0
@@ -273,3 +274,9 @@ def cases(
         for cap in caps
         for dtype in dtypes
     ]
+
+
+def running_matrices(layer, mask="full"):
+    """The two matrices that inference multiplies with, in the compute dtype."""
+    weights = layer._in_compute_dtype(layer.effective_weights(MaskClass(mask)))
+    return weights.projection, weights.output

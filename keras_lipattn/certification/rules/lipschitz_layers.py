@@ -70,7 +70,7 @@ def lipschitz_layer(layer, call):
 def self_attention(layer, call):
     if call.argument("return_attention_scores"):
         return unbounded(RETURNS_SCORES)
-    if call.training and (layer.dropout > 0.0 or layer._cache is not None):
+    if call.training and (layer.dropout > 0.0 or layer.has_caps):
         return unbounded(in_training("it uses dropout or running norms"))
     if len(tokens_of_attention(call)) != 1:
         return unbounded("query, value and key are different tensors", remedy=JOIN_TOKENS)
@@ -78,13 +78,13 @@ def self_attention(layer, call):
     if call.argument("token_weights") is not None:
         return _weighted(layer, call, mask)
     tokens = attention_length(layer.attention_axes, call.state)
-    visibility, most = layer._asked(tokens, call.norm, mask)
+    known, most = layer.mask_and_length(tokens, call.norm, mask)
     # The cap at inference depends on the mask of the call, not on the masks of the certificate.
     given = call.argument("attention_mask")
-    capped_for = layer.capped_for(given, bool(call.argument("use_causal_mask")))
+    cap_mask = layer.cap_mask_class(given, bool(call.argument("use_causal_mask")))
     if given is not None and not isinstance(mask, str):
-        visibility = visibility.within(capped_for)
-    bound = layer.certified(call.norm, visibility, most, capped_for)
+        known = known.intersect(cap_mask)
+    bound = layer.certified(call.norm, known, most, cap_mask)
     layer_map = LipschitzMap(
         constant=bound.value,
         # `inf` also means that it was not evaluated.
@@ -115,12 +115,12 @@ def _attended(layer, call: LayerCall) -> TokenRange | None:
 
     Caps do not enlarge it. Padded tokens give zeros.
     """
-    if layer._condensed is not None or layer.compute_dtype not in ("float32", "float64"):
+    if layer.is_condensed or layer.compute_dtype not in ("float32", "float64"):
         return None
     if isinstance(layer, L2MultiHeadAttention):
-        kernels = layer._host_kernels()
+        kernels = layer.host_kernels()
         kernels[0] = kernels[0] * layer.key_dim**-0.25
-        query, value, output = layer._by_head(kernels, np)
+        query, value, output = layer.by_head(kernels, np)
         if not all(np.isfinite(kernel).all() for kernel in (query, value, output)):
             return None
         # query = Q R with orthonormal columns Q: the norm of query M is that of R M.
@@ -128,7 +128,7 @@ def _attended(layer, call: LayerCall) -> TokenRange | None:
         heads = triangle @ (np.swapaxes(query, 1, 2) @ value @ output)
         reach = call.state.range.outer_radius
     else:
-        heads = layer._host_kernels()[3]
+        heads = layer.host_kernels()[3]
         heads = heads.reshape(*heads.shape[:2], -1)
         reach = 1.0
     if not math.isfinite(reach) or not np.isfinite(heads).all():
@@ -243,12 +243,12 @@ def _own_constant(bound: LipschitzBound, call: LayerCall) -> LipschitzMap:
 
 @register_rule(SpectralDense)
 def spectral_dense(layer, call):
-    if call.training and layer._cache is not None:
+    if call.training and layer.has_caps:
         return unbounded(in_training("its cap uses running norms"))
-    kernel = (layer._condensed or layer._condense()).kernel.astype(np.float64)
+    kernel = layer.host_weights().weights().output.astype(np.float64)
     layer_map = matrix_map(kernel, bias_of(layer), call.norm)
     capped = layer.spectral_norm is not None and layer_map.constant > 0.99 * layer.spectral_norm
-    if capped and layer._condensed is None:
+    if capped and not layer.is_condensed:
         # If the cap is active, it divides by an upper bound of the norm: the kernel at inference is
         # this one times an unknown number in (0, 1], so that it cannot merge with other maps.
         layer_map = LipschitzMap(
@@ -268,7 +268,7 @@ def _near_input(
     near = call.state.enclosure
     if near is None or math.isinf(layer_map.constant):
         return layer_map
-    if not layer._is_settled():
+    if not layer.caps_are_exact():
         return dataclasses.replace(layer_map, center=CenterValue(reason=UNSETTLED))
     if isinstance(layer.activation, keras.layers.Layer):
         reason = "its activation is a layer with its own dtype"
@@ -277,7 +277,7 @@ def _near_input(
     value = near.value @ kernel + (0.0 if bias is None else bias)
     if not call.drop_activation:
         value = keras.ops.convert_to_numpy(layer.activation(keras.ops.convert_to_tensor(value)))
-    error = CAP_ROUNDING * layer_map.constant * near.size if layer._cache is not None else 0.0
+    error = CAP_ROUNDING * layer_map.constant * near.size if layer.has_caps else 0.0
     return dataclasses.replace(layer_map, center=CenterValue(value=value, rounding_error=error))
 
 

@@ -19,7 +19,7 @@ from keras_lipattn.certification.maps import CenterValue, LipschitzMap
 from keras_lipattn.certification.tensor_state import Enclosure, TensorState
 from keras_lipattn.certification.weights import cast_to_compute_dtype
 from keras_lipattn.layers import L2MultiHeadAttention
-from keras_lipattn.layers._visibility import classify
+from keras_lipattn.layers._masks import mask_class
 from keras_lipattn.linalg import SAFETY, operator_norm
 
 # Relative difference of capped weights with cached norms from those with exact norms.
@@ -55,15 +55,17 @@ def near_input(
     reason = _unknown(layer, call)
     if reason:
         return dataclasses.replace(layer_map, center=CenterValue(reason=reason))
-    visibility = classify(mask, sliding_window=layer.sliding_window)
-    weights = layer._condensed or layer._condense()
-    b, c = (np.asarray(matrix, np.float64) for matrix in weights.heads(visibility))
-    errors = [np.asarray(error) for error in weights.rounding(visibility)]
-    if layer._cache is not None and layer._condensed is None:
+    cap_mask = mask_class(mask, sliding_window=layer.sliding_window)
+    state = layer.host_weights()
+    weights = state.weights(cap_mask)
+    b, c = (np.asarray(matrix, np.float64) for matrix in (weights.b, weights.output))
+    allowances = layer.rounding_allowances(state, cap_mask)
+    errors = [allowances["query_error"], allowances["product_error"]]
+    if layer.has_caps and not layer.is_condensed:
         sizes = (np.linalg.norm(matrix, axis=(1, 2)) for matrix in (b, c))
         errors = [e + CAP_ROUNDING * size for e, size in zip(errors, sizes, strict=True)]
     valid, pairs = _visible(layer, call, near)
-    tokens = _array(layer._axes.flatten(keras.ops.convert_to_tensor(near.value)))
+    tokens = _array(layer.axes.flatten(keras.ops.convert_to_tensor(near.value)))
     outputs = np.zeros((*tokens.shape[:2], c.shape[-1]))
     constants, errors_made, theorem = [], [], ""
     for index, kept in enumerate(valid):
@@ -79,7 +81,7 @@ def near_input(
             c,
             mask=seen,
             norm=call.norm,
-            product_scale=weights.product_scale(visibility),
+            product_scale=allowances["product_scale"],
             query_error=errors[0],
             product_error=errors[1],
         )
@@ -96,10 +98,10 @@ def near_input(
             outputs[index, kept] += np.ravel(
                 cast_to_compute_dtype(layer.output_bias, layer.compute_dtype)
             )
-    value = layer._axes.restore(
+    value = layer.axes.restore(
         keras.ops.convert_to_tensor(outputs), keras.ops.convert_to_tensor(near.value)
     )
-    value = _array(layer._shape_token(value))
+    value = _array(layer.shape_outputs(value))
     center = CenterValue(value=value, rounding_error=math.hypot(*errors_made))
     layer_map = dataclasses.replace(layer_map, center=center)
     local = max(constants, default=math.inf)
@@ -110,9 +112,9 @@ def near_input(
 
 def _unknown(layer: L2MultiHeadAttention, call: LayerCall) -> str:
     """The reason why the weights or masks of this call are not known, empty if they are."""
-    if not layer._is_settled():
+    if not layer.caps_are_exact():
         return UNSETTLED
-    if layer.relative_bias is not None and not np.abs(layer._bias_table(np)).max() < _MOST_BIAS:
+    if layer.relative_bias is not None and not np.abs(layer.score_biases(np)).max() < _MOST_BIAS:
         return f"a bias by relative position is larger than {_MOST_BIAS:g}"
     if call.mask is not None:
         return "the values of its masks are not known, only their class `mask`"
@@ -156,7 +158,7 @@ def _visible(
     pairs = pairs | (lag == 0)
     if layer.relative_bias is None:
         return valid, pairs
-    return valid, pairs * np.exp(biases_by_lag(layer._bias_table(np), lag))
+    return valid, pairs * np.exp(biases_by_lag(layer.score_biases(np), lag))
 
 
 def _values(mask: Any) -> Any:

@@ -33,20 +33,20 @@ def condensed(model):
     entered = []
     try:
         for layer in layers:
-            layer._enter_condensed()
+            layer.enter_condensed()
             entered.append(layer)
         for part in models:
             _set_functions(part, dict.fromkeys(_FUNCTIONS))
-        yield [variable for layer in layers for variable in layer._condensed.variables]
+        yield [variable for layer in layers for variable in layer.condensed_variables]
     finally:
         for layer in entered:
-            layer._leave_condensed()
+            layer.leave_condensed()
         for part, functions in zip(models, traced, strict=True):
             _set_functions(part, functions)
 
 
 def lipschitz_layers(model):
-    """The layers of ours in `model`, at any depth, each once, in order."""
+    """The Lipschitz layers in `model`, at any depth, each once, in order."""
     return [layer for layer in model._flatten_layers() if isinstance(layer, LipschitzLayer)]
 
 

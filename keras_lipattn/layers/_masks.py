@@ -1,0 +1,256 @@
+"""Masks of attention: padding, visible pairs, and the class that decides which theorem applies."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_lipattn.bounds.unit_head import mask_degrees
+from keras_lipattn.layers._backend import has_value
+
+# Far below any score: the own score is at least zero. Finite, so that a row in which everything is
+# padded stays finite until it is set to zero.
+HIDDEN = -1e30
+
+
+@dataclass(frozen=True)
+class MaskClass:
+    """Class of a mask, as the bounds need it.
+
+    Attributes:
+        mask: `"full"` (padding included), `"causal"` (padding included) or `"any"`.
+        n_keys: For `"any"`, the most other keys a query sees; `None` if unknown.
+        n_queries: For `"any"`, the most other queries that see a key; `None` if unknown.
+        causal: Whether later tokens are known to be hidden.
+    """
+
+    mask: str
+    n_keys: int | None = None
+    n_queries: int | None = None
+    causal: bool = False
+
+    def intersect(self, other):
+        """The class of masks whose pairs are visible under both."""
+        degrees = (_least(self.n_keys, other.n_keys), _least(self.n_queries, other.n_queries))
+        return MaskClass("any", *degrees, self.causal or other.causal)
+
+
+def _least(a, b):
+    return b if a is None else a if b is None else min(a, b)
+
+
+def mask_class(mask, *, sliding_window=None):
+    """`MaskClass` of `mask`: `"full"`, `"causal"`, `"any"`, or an array as `degrees_of` takes it.
+
+    A window makes every mask one that is known by its degrees only: the theorems for full and
+    causal masks sum over all tokens.
+
+    Raises:
+        ValueError: If `mask` is none of these.
+    """
+    degrees = (None, None)
+    if not isinstance(mask, str):
+        degrees, mask = degrees_of(mask), "any"
+    if mask not in ("full", "causal", "any"):
+        raise ValueError(
+            '`mask` must be "full", "causal", "any" or a boolean array of shape `(T, T)`. '
+            f"Received: mask={mask!r}"
+        )
+    causal = mask == "causal"
+    if sliding_window is None:
+        return MaskClass(mask, *degrees, causal)
+    reach = sliding_window - 1
+    seen = reach if causal else 2 * reach
+    n_keys, n_queries = (seen if d is None else min(d, seen) for d in degrees)
+    return MaskClass("any", n_keys, n_queries, causal)
+
+
+def degrees_of(mask):
+    """The degrees of an array `(..., T, T)`, in which either `T` may be 1 and broadcasts.
+
+    A mask `(..., 1, 1)` does not tell the number of tokens: its degrees are `(None, None)`.
+    """
+    sides = np.shape(mask)[-2:]
+    if sides == (1, 1):
+        return None, None
+    if len(sides) == 2 and 1 in sides:
+        length = sides[0] if sides[1] == 1 else sides[1]
+        mask = np.broadcast_to(mask, (*np.shape(mask)[:-2], length, length))
+    return mask_degrees(mask)
+
+
+def constant_degrees(attention_mask):
+    """Degrees of one mask for all examples that is a constant where the layer is called.
+
+    They are unknown for any other mask. A mask per example is data: the mask of one example must
+    not change the cap of another.
+    """
+    if not isinstance(attention_mask, np.ndarray) or attention_mask.ndim != 2:
+        return None, None
+    queries, keys = attention_mask.shape
+    # `call` refuses other shapes.
+    return degrees_of(attention_mask) if queries == keys or 1 in (queries, keys) else (None, None)
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What is visible in one call, and what else enters the scores.
+
+    Attributes:
+        valid: Boolean `(B, T)`, false where a token is padding, or `None`.
+        attention_mask: Boolean, broadcastable to `(B, H, T, T)`, or `None`.
+        use_causal_mask: Whether later tokens are hidden.
+        sliding_window: `None`, or the distance from which on tokens are hidden.
+        log_weights: Logarithms of the weights of the tokens, `(B, T)`, or `None`.
+        relative_bias: `RelativeBias` of the scores, or `None`.
+    """
+
+    valid: Any = None
+    attention_mask: Any = None
+    use_causal_mask: bool = False
+    sliding_window: int | None = None
+    log_weights: Any = None
+    relative_bias: Any = None
+
+    @property
+    def hides_padding_only(self):
+        """Whether every valid token sees every valid token."""
+        return (
+            self.attention_mask is None and not self.use_causal_mask and self.sliding_window is None
+        )
+
+    def visible(self, rows, columns, attention_mask):
+        """Boolean tensor, broadcastable to `(B, H, R, T)`, of visible pairs; `None` if all are.
+
+        The diagonal is always visible: without it no Lipschitz constant exists.
+
+        Args:
+            rows: Positions of the queries, an integer tensor `(R,)`.
+            columns: Positions of the keys, an integer tensor `(T,)`.
+            attention_mask: The rows of the attention mask, or `None`.
+        """
+        lag = ops.expand_dims(rows, 1) - ops.expand_dims(columns, 0)
+        parts = []
+        if attention_mask is not None:
+            parts.append(attention_mask)
+        if self.use_causal_mask:
+            parts.append(lag >= 0)
+        if self.sliding_window is not None:
+            parts.append(ops.abs(lag) < self.sliding_window)
+        if not parts:
+            return None
+        visible = parts[0]
+        for part in parts[1:]:
+            visible = ops.logical_and(visible, part)
+        return ops.logical_or(visible, ops.equal(lag, 0))
+
+    def visible_pairs(self, length):
+        """`visible` for all pairs of `length` tokens: padding does not count."""
+        if self.hides_padding_only:
+            return None
+        positions = ops.arange(length, dtype="int32")
+        return self.visible(positions, positions, self.attention_mask)
+
+    def softmax(self, scores):
+        """Softmax of scores `(B, H, T, T)` over the keys that a query sees, padding hidden.
+
+        The row of a padded query may see nothing: it is uniform, and its output is set to zero.
+        """
+        visible = self.visible_pairs(ops.shape(scores)[-1])
+        if self.valid is not None:
+            keys = self.valid[:, None, None, :]
+            visible = keys if visible is None else ops.logical_and(visible, keys)
+        return masked_softmax(scores, visible)
+
+
+def masked_softmax(scores, visible):
+    """Softmax over the last axis, of a single entry too, where `visible`, or everywhere."""
+    if visible is not None:
+        scores = ops.where(visible, scores, HIDDEN)
+    if scores.shape[-1] == 1:
+        # Keras warns of a softmax over a single entry.
+        return ops.ones_like(scores)
+    return ops.softmax(scores, axis=-1)
+
+
+def check_masks(query_shape, axes, num_heads, token_masks, attention_mask):
+    """Raises a `ValueError` for a mask that does not fit the query.
+
+    Args:
+        query_shape: Static shape `(B, ..., D)`.
+        axes: `AttentionAxes` of the query.
+        num_heads: Number of heads.
+        token_masks: Masks per token by name, each a tensor or `None`.
+        attention_mask: A tensor or `None`.
+    """
+    for name, mask in token_masks.items():
+        if mask is None:
+            continue
+        # One mask may serve all examples.
+        shared = axes.is_plain and tuple(mask.shape)[:1] == (1,)
+        batch = 1 if shared else query_shape[0]
+        if not _fits(mask.shape, (batch, *query_shape[1:-1])):
+            raise ValueError(
+                f"`{name}` must have the shape of `query` without its last axis, "
+                f"{tuple(query_shape[:-1])}. Received: {name} of shape {tuple(mask.shape)}"
+            )
+    if attention_mask is None:
+        return
+    shape = tuple(attention_mask.shape)
+    legal = axes.mask_shapes(query_shape, num_heads)
+    if not _broadcasts(shape, legal.get(len(shape))):
+        *others, last = map(str, legal.values())
+        raise ValueError(
+            f"`attention_mask` must have shape {', '.join(others)} or {last}, or 1 in place of any "
+            f"of these sides. Received: attention_mask of shape {shape}"
+        )
+
+
+def _broadcasts(shape, full):
+    return full is not None and _fits(
+        shape, [1 if own == 1 else side for own, side in zip(shape, full, strict=True)]
+    )
+
+
+def _fits(shape, expected):
+    return len(shape) == len(expected) and all(
+        side is None or full is None or side == full
+        for side, full in zip(shape, expected, strict=True)
+    )
+
+
+def valid_tokens(masks):
+    """The tokens `(B, T)` that every given mask calls valid; `None` if none is given."""
+    valid = None
+    for mask in masks:
+        if mask is not None:
+            mask = ops.cast(mask, "bool")
+            valid = mask if valid is None else ops.logical_and(valid, mask)
+    return valid
+
+
+def check_token_weights(weights, lipschitz_bound):
+    """Raises a `ValueError` for negative weights, and for any weights under a cap."""
+    if lipschitz_bound is not None:
+        raise ValueError(
+            "`lipschitz_bound` caps a bound for tokens of equal weight: a layer that is called "
+            "with `token_weights` cannot have it. "
+            f"Received: lipschitz_bound={lipschitz_bound}"
+        )
+    if isinstance(weights, keras.KerasTensor) or not has_value(weights):
+        return
+    least = float(ops.min(weights)) if 0 not in weights.shape else 0.0
+    if least < 0.0:
+        raise ValueError(f"`token_weights` must not be negative. Received: a weight of {least}")
+
+
+def log_weights(weights, valid, dtype):
+    """What weights add to the scores of their keys, `(B, T)`.
+
+    In a graph a negative weight becomes NaN, and so does every output that sees it. At padded
+    tokens, those of weight 0 included, value and derivative are 0.
+    """
+    weights = ops.cast(weights, dtype)
+    return ops.log(ops.where(valid, weights, ops.ones_like(weights)))
