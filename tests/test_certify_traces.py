@@ -207,7 +207,7 @@ def test_a_rule_that_hides_what_examples_share_is_refuted(rules):
         return 100.0
 
     assert certify(model(Averages())).is_finite
-    with pytest.raises(CertificateRefuted, match="batch"):
+    with pytest.raises(CertificateRefuted, match="another example"):
         certify(model(Averages()), check=True)
 
 
@@ -216,7 +216,7 @@ def test_a_rule_whose_range_is_too_small_is_refuted(rules):
     def twice(layer, call):
         return LipschitzMap(constant=2.0, range=TokenRange(0.5))
 
-    with pytest.raises(CertificateRefuted, match="claimed"):
+    with pytest.raises(CertificateRefuted, match="certified range"):
         certify(model(Twice()), check=True)
 
 

@@ -294,7 +294,7 @@ def test_the_gradient_is_that_of_the_formula(norm):
 
     variables = [tf.Variable(kernel) for kernel in kernels_]
     with tf.GradientTape() as tape:
-        result = graph_formula(*variables, norm, unit, svd, keras.ops)
+        result = graph_formula(variables[0], variables[1], norm, unit, svd, keras.ops)
     gradients = tape.gradient(result, variables)
     directions = [rng.normal(size=kernel.shape) for kernel in kernels_]
     slope = sum(float(np.sum(g * d)) for g, d in zip(gradients, directions, strict=True))

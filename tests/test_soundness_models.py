@@ -109,7 +109,7 @@ def test_examples_that_depend_on_each_other_are_found(monkeypatch, capsys):
     monkeypatch.setattr(program, "random_subject", mixing_subject)
     with flagsaver.as_parsed(minutes="0", seed="4"):
         assert program.main(["soundness"]) == 1
-    assert "Examples depend on each other" in capsys.readouterr().out
+    assert "Examples of a batch depend on each other" in capsys.readouterr().out
 
 
 def test_a_model_is_the_same_for_the_same_seed():

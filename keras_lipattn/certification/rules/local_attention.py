@@ -111,7 +111,7 @@ def near_input(
 
 
 def _unknown(layer: L2MultiHeadAttention, call: LayerCall) -> str:
-    """Why the weights or masks of this call are not known; empty if they are."""
+    """The reason why the weights or masks of this call are not known, empty if they are."""
     if not layer.caps_are_exact():
         return UNSETTLED
     if layer.relative_bias is not None and not np.abs(layer.score_biases(np)).max() < _MOST_BIAS:
@@ -134,7 +134,7 @@ def _visible(
     layer: L2MultiHeadAttention, call: LayerCall, near: Enclosure
 ) -> tuple[np.ndarray, np.ndarray]:
     """Valid tokens `(S, T)`, and visible pairs or weights `(S or 1, H, T, T)`, of all sequences."""
-    axes = layer._axes
+    axes = layer.axes
     shape = near.value.shape
     masks = [_values(call.argument(name)) for name in _TOKEN_MASKS] + [
         _values(mask) for mask in call.keras_masks
