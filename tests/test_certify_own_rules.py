@@ -1,6 +1,7 @@
 """A custom layer with its own rule is certified like any other; a rule that lies is refuted."""
 
 import math
+from typing import Any
 
 import keras
 import numpy as np
@@ -196,7 +197,7 @@ def test_branches_of_an_own_rule_merge():
 @pytest.mark.parametrize("layer_class", [Doubled, Far])
 def test_an_own_rule_that_lies_is_refuted(layer_class, norm):
     built = model_of(layer_class())
-    options = {"input_radius": 1.0} if layer_class is Far else {}
+    options: dict[str, Any] = {"input_radius": 1.0} if layer_class is Far else {}
     assert certify(built, norm=norm, **options).is_finite
     with pytest.raises(CertificateRefuted):
         certify(built, norm=norm, check=True, **options)

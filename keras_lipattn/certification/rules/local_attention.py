@@ -134,7 +134,7 @@ def _visible(
     layer: L2MultiHeadAttention, call: LayerCall, near: Enclosure
 ) -> tuple[np.ndarray, np.ndarray]:
     """Valid tokens `(S, T)`, and visible pairs or weights `(S or 1, H, T, T)`, of all sequences."""
-    axes = layer._axes
+    axes = layer.axes
     shape = near.value.shape
     masks = [_values(call.argument(name)) for name in _TOKEN_MASKS] + [
         _values(mask) for mask in call.keras_masks
