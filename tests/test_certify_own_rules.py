@@ -106,9 +106,9 @@ def bend(layer, call: LayerCall):
 
 @register_rule(Turned)
 def turned(layer, call):
-    norm = np.linalg.norm(layer.matrix, 2)
+    norm = float(np.linalg.norm(layer.matrix, 2))
     if call.norm == "linf":
-        norm = np.abs(layer.matrix).sum(axis=0).max()
+        norm = float(np.abs(layer.matrix).sum(axis=0).max())
     turn = Affine(constant=norm, matrix=layer.matrix, theorem="norm of the matrix")
     return chain(turn, Elementwise(constant=1.0, value_at_zero=0.0, theorem="largest slope"))
 
@@ -172,7 +172,7 @@ def test_linear_maps_of_an_own_rule_merge_with_their_neighbors():
     for layer_class, matrix in ((Plain, Turned.matrix), (Unturned, inverse)):
         register_rule(layer_class)(
             lambda layer, call, m=matrix: Affine(
-                constant=np.linalg.norm(m, 2), matrix=m, theorem="norm of the matrix"
+                constant=float(np.linalg.norm(m, 2)), matrix=m, theorem="norm of the matrix"
             )
         )
     built = model_of(Plain(dtype="float64"), after=Unturned(dtype="float64"))
