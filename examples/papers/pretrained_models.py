@@ -155,7 +155,7 @@ def attend(x: np.ndarray, block: Block) -> np.ndarray:
 def _minilm(folder: pathlib.Path) -> Encoder:
     try:
         from safetensors.numpy import load_file
-        from tokenizers.implementations import BertWordPieceTokenizer
+        from tokenizers.implementations.bert_wordpiece import BertWordPieceTokenizer
     except ImportError as error:
         raise MissingPackage(
             "The files of MiniLM are read with safetensors and tokenizers: pip install safetensors "

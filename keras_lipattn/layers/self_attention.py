@@ -53,6 +53,10 @@ class SelfAttention(LipschitzLayer):
     Example, attention by the distance of positions. Its weights do not depend on the tokens and
     rows sum to one, so in the token norm its constant is that of a linear map:
 
+    >>> import math
+    >>> from typing import NamedTuple
+    >>> from keras import ops
+    >>> from keras_lipattn.layers import SelfAttention
     >>> class Folded(NamedTuple):
     ...     projection: object  # (D, H * v)
     ...     output: object  # (H * v, O)
@@ -76,6 +80,7 @@ class SelfAttention(LipschitzLayer):
     ...         scores = -ops.abs(position[:, None] - position)
     ...         pairs = mask.softmax(scores[None, None])
     ...         return ops.matmul(pairs[:, 0], ops.matmul(tokens, weights.projection)), None, pairs
+    ...
     >>> layer = PositionAttention(2, 4, lipschitz_bound=1.0, lipschitz_norm="token")
     >>> layer(keras.random.normal((2, 5, 8))).shape
     TensorShape([2, 5, 8])
