@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 from helpers.layer_cases import FEATURES, LENGTH, Case
 
-from keras_lipattn import CenterNormalization, L2MultiHeadAttention, SpectralDense
+import keras_lipattn as kl
 
 NORMS = ("l2", "token", "linf")
 
@@ -62,43 +62,43 @@ def x():
 def test_arguments_out_of_range_are_named_with_what_was_received(arguments):
     ((name, value),) = arguments.items()
     with pytest.raises(ValueError, match=f"`{name}` .*Received: {name}=") as raised:
-        L2MultiHeadAttention(**{"num_heads": 2, "key_dim": 3, **arguments})
+        kl.L2MultiHeadAttention(**{"num_heads": 2, "key_dim": 3, **arguments})
     shown = value[-1] if isinstance(value, tuple) else value
     assert str(shown) in str(raised.value)
 
 
 def test_the_gate_is_refused_with_its_reason_and_its_absence_accepted():
     with pytest.raises(ValueError, match=r"gate .* has no Lipschitz bound"):
-        L2MultiHeadAttention(2, 3, use_gate=True)
-    L2MultiHeadAttention(2, 3, use_gate=False)
+        kl.L2MultiHeadAttention(2, 3, use_gate=True)
+    kl.L2MultiHeadAttention(2, 3, use_gate=False)
     with pytest.raises(ValueError, match="no_such_argument"):
-        L2MultiHeadAttention(2, 3, no_such_argument=1)
+        kl.L2MultiHeadAttention(2, 3, no_such_argument=1)
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (4, 3)])
 def test_queries_need_three_axes(shape):
     with pytest.raises(ValueError, match=r"at least three axes.*Received: query_shape=\(.*\)$"):
-        L2MultiHeadAttention(2, 3).build(shape)
+        kl.L2MultiHeadAttention(2, 3).build(shape)
     if shape:
         with pytest.raises(ValueError, match="at least three axes"):
-            L2MultiHeadAttention(2, 3)(np.zeros(shape))
+            kl.L2MultiHeadAttention(2, 3)(np.zeros(shape))
 
 
 @pytest.mark.parametrize("features", [None, 0])
 def test_features_must_be_known(features):
     shape = (None, 4, features)
     with pytest.raises(ValueError, match=r"last axis .* static.*Received: query_shape=\(None, 4"):
-        L2MultiHeadAttention(2, 3).build(shape)
+        kl.L2MultiHeadAttention(2, 3).build(shape)
 
 
 @pytest.mark.parametrize("axes", [0, 2, -1, 5, -4, (1, 1), (1, -2), (0, 1)])
 def test_attention_axes_lie_between_batch_and_features(axes, x):
     with pytest.raises(ValueError, match=r"`attention_axes`.*Received: attention_axes=\("):
-        L2MultiHeadAttention(2, 3, attention_axes=axes)(x)
+        kl.L2MultiHeadAttention(2, 3, attention_axes=axes)(x)
 
 
 def test_a_built_layer_refuses_other_ranks_and_features(x):
-    layer = L2MultiHeadAttention(2, 3)
+    layer = kl.L2MultiHeadAttention(2, 3)
     layer(x)
     with pytest.raises(ValueError, match=r"expected axis -1 .* value 4, .*\(2, 5, 3\)"):
         layer(x[..., :3])
@@ -115,7 +115,7 @@ WRONG_PAIRS = [(5, 4), (4, 5), (6, 6), (5,), (2, 5, 4), (3, 5, 5), (2, 3, 5, 5),
 @pytest.mark.parametrize("kind", [np.ones, tf.ones])
 def test_masks_of_pairs_must_be_square_and_fit(shape, kind, x):
     mask = kind(shape, "bool" if kind is np.ones else tf.bool)
-    layer = L2MultiHeadAttention(2, 3)
+    layer = kl.L2MultiHeadAttention(2, 3)
     with pytest.raises(ValueError, match=r"`attention_mask` must .*Received: "):
         layer(x, attention_mask=mask)
 
@@ -123,13 +123,13 @@ def test_masks_of_pairs_must_be_square_and_fit(shape, kind, x):
 @pytest.mark.parametrize("name", ["query_mask", "value_mask", "key_mask"])
 @pytest.mark.parametrize("shape", [(5,), (2, 4), (3, 5), (2, 5, 1), (2,)], ids=str)
 def test_masks_of_tokens_must_fit(name, shape, x):
-    layer = L2MultiHeadAttention(2, 3)
+    layer = kl.L2MultiHeadAttention(2, 3)
     with pytest.raises(ValueError, match=rf"`{name}` must have the shape.*Received: {name} of"):
         layer(x, **{name: np.ones(shape, bool)})
 
 
 def test_masks_are_checked_when_a_graph_is_made():
-    layer = L2MultiHeadAttention(2, 3)
+    layer = kl.L2MultiHeadAttention(2, 3)
     inputs = keras.Input((LENGTH, FEATURES))
     with pytest.raises(ValueError, match=r"`attention_mask` must have shape"):
         layer(inputs, attention_mask=keras.Input((4, 4), dtype="bool"))
@@ -142,18 +142,18 @@ def test_masks_are_checked_when_a_graph_is_made():
 
 
 def test_a_cap_needs_a_length():
-    layer = L2MultiHeadAttention(2, 3, lipschitz_bound=1.0)
+    layer = kl.L2MultiHeadAttention(2, 3, lipschitz_bound=1.0)
     with pytest.raises(ValueError, match=r"Received: query_shape=\(None, None, 4\)"):
         layer(keras.Input((None, FEATURES)))
     with pytest.raises(ValueError, match=r"not empty\. Received: query_shape=\(2, 0, 4\)"):
-        L2MultiHeadAttention(2, 3, lipschitz_bound=1.0)(np.zeros((2, 0, FEATURES)))
-    several = L2MultiHeadAttention(2, 3, lipschitz_bound=1.0)
+        kl.L2MultiHeadAttention(2, 3, lipschitz_bound=1.0)(np.zeros((2, 0, FEATURES)))
+    several = kl.L2MultiHeadAttention(2, 3, lipschitz_bound=1.0)
     with pytest.raises(ValueError, match=r"Received: query_shape=\(None, 3, None, 4\)"):
         several(keras.Input((3, None, FEATURES)))
 
 
 def test_a_longer_static_input_is_refused_eagerly_and_in_graphs(x):
-    layer = L2MultiHeadAttention(2, 3, lipschitz_bound=1.0)
+    layer = kl.L2MultiHeadAttention(2, 3, lipschitz_bound=1.0)
     layer(x[:, :3])
     assert layer.max_sequence_length == 3
     message = r"at most 3 tokens .*Received: an input of 5 tokens"
@@ -164,16 +164,16 @@ def test_a_longer_static_input_is_refused_eagerly_and_in_graphs(x):
     with pytest.raises(ValueError, match=message):
         tf.function(layer)(x)
     with pytest.raises(ValueError, match=message):
-        L2MultiHeadAttention(2, 3, lipschitz_bound=1.0, max_sequence_length=3)(x)
+        kl.L2MultiHeadAttention(2, 3, lipschitz_bound=1.0, max_sequence_length=3)(x)
     # Without a cap the length is no limit, but the certificate speaks of the longer one.
-    free = L2MultiHeadAttention(2, 3, max_sequence_length=3)
+    free = kl.L2MultiHeadAttention(2, 3, max_sequence_length=3)
     free(x)
     assert free.lipschitz().value == free.lipschitz(5).value > free.lipschitz(3).value
 
 
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_a_longer_dynamic_input_gives_nan_and_no_number(x, jit_compile):
-    layer = L2MultiHeadAttention(2, 3, lipschitz_bound=1.0, max_sequence_length=3)
+    layer = kl.L2MultiHeadAttention(2, 3, lipschitz_bound=1.0, max_sequence_length=3)
     layer.build((None, None, FEATURES))
     signature = [tf.TensorSpec((2, None, FEATURES))]
     graph = tf.function(layer, input_signature=signature, jit_compile=jit_compile)
@@ -201,13 +201,15 @@ def test_a_longer_dynamic_input_gives_nan_and_no_number(x, jit_compile):
     ids=str,
 )
 def test_questions_out_of_range_are_refused(arguments, message, x):
-    layer = L2MultiHeadAttention(2, 3)
+    layer = kl.L2MultiHeadAttention(2, 3)
     layer(x)
     with pytest.raises(ValueError, match=message):
         layer.lipschitz(**arguments)
 
 
-@pytest.mark.parametrize("make", [lambda: L2MultiHeadAttention(2, 3), lambda: SpectralDense(3)])
+@pytest.mark.parametrize(
+    "make", [lambda: kl.L2MultiHeadAttention(2, 3), lambda: kl.SpectralDense(3)]
+)
 def test_an_unbuilt_layer_has_no_constant(make):
     layer = make()
     for ask in (layer.lipschitz, layer.condense, layer.warm_up):
@@ -217,14 +219,14 @@ def test_an_unbuilt_layer_has_no_constant(make):
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_an_unknown_length_is_infinite_with_a_reason(norm):
-    layer = L2MultiHeadAttention(2, 3)
+    layer = kl.L2MultiHeadAttention(2, 3)
     layer.build((None, None, FEATURES))
     bound = layer.lipschitz(norm=norm)
     assert bound.value == math.inf
     assert "sequence length" in bound.reason
     assert math.isfinite(layer.lipschitz(7, norm=norm).value)
     assert math.isfinite(layer.lipschitz(norm=norm, mask=np.eye(4)).value)
-    empty = L2MultiHeadAttention(2, 3)
+    empty = kl.L2MultiHeadAttention(2, 3)
     empty.build((None, 0, FEATURES))
     assert empty.lipschitz(norm=norm).value == math.inf
 
@@ -253,7 +255,11 @@ def test_broken_weights_have_no_constant_and_are_not_hidden(cap, value):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_broken_neighbors_have_no_constant_either(value, x):
-    for layer in (SpectralDense(3), SpectralDense(3, spectral_norm=None), CenterNormalization()):
+    for layer in (
+        kl.SpectralDense(3),
+        kl.SpectralDense(3, spectral_norm=None),
+        kl.CenterNormalization(),
+    ):
         layer(x)
         for weight in layer.trainable_variables:
             before = np.copy(weight)
@@ -279,7 +285,7 @@ def test_weights_too_large_for_the_dtype_have_no_constant():
 
 def test_quantization_leaves_the_layers_as_they_are(x):
     inputs = keras.Input((LENGTH, FEATURES))
-    attention, dense = L2MultiHeadAttention(2, 3), SpectralDense(3)
+    attention, dense = kl.L2MultiHeadAttention(2, 3), kl.SpectralDense(3)
     model = keras.Model(inputs, dense(attention(inputs)))
     before, bounds = np.asarray(model(x)), (attention.lipschitz(), dense.lipschitz())
     for layer in (attention, dense):

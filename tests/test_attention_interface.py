@@ -13,7 +13,7 @@ import pytest
 import tensorflow as tf
 from helpers.layer_cases import CAPS, FEATURES, HEADS, KEY_DIM, LENGTH, OPTIONS, Case, randomize
 
-from keras_lipattn import L2MultiHeadAttention, SpectralDense
+import keras_lipattn as kl
 
 NO_BOUND = "no Lipschitz bound exists for cross-attention"
 
@@ -34,7 +34,7 @@ class Block(keras.Model):
 
     def __init__(self, attention=None, way="value", **kwargs):
         super().__init__(**kwargs)
-        self.attention = attention or L2MultiHeadAttention(HEADS, KEY_DIM)
+        self.attention = attention or kl.L2MultiHeadAttention(HEADS, KEY_DIM)
         self.way = way
 
     def call(self, x, other=None):
@@ -60,7 +60,7 @@ class Block(keras.Model):
 def test_call_arguments_are_those_of_the_standard_layer():
     ours, standard = (
         list(inspect.signature(layer.call).parameters)
-        for layer in (L2MultiHeadAttention, keras.layers.MultiHeadAttention)
+        for layer in (kl.L2MultiHeadAttention, keras.layers.MultiHeadAttention)
     )
     # What the standard layer has not comes last.
     assert ours == [*standard, "token_weights"]
@@ -69,7 +69,7 @@ def test_call_arguments_are_those_of_the_standard_layer():
 def test_constructor_takes_what_the_standard_layer_takes_in_its_order():
     ours, standard = (
         list(inspect.signature(layer.__init__).parameters)
-        for layer in (L2MultiHeadAttention, keras.layers.MultiHeadAttention)
+        for layer in (kl.L2MultiHeadAttention, keras.layers.MultiHeadAttention)
     )
     # `use_gate` is refused, which takes no parameter.
     assert set(standard) - {"use_gate"} <= set(ours)
@@ -80,7 +80,7 @@ def test_constructor_takes_what_the_standard_layer_takes_in_its_order():
 @pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
 @pytest.mark.parametrize("kind", ["numpy", "tensor", "float64 numpy"])
 def test_self_attention_may_be_spelled_in_every_way(x, dtype, kind):
-    layer = L2MultiHeadAttention(HEADS, KEY_DIM, dtype=dtype)
+    layer = kl.L2MultiHeadAttention(HEADS, KEY_DIM, dtype=dtype)
     given = {"numpy": x, "tensor": tf.constant(x), "float64 numpy": x.astype("float64")}[kind]
     expected = layer(given)
     for output in (
@@ -95,7 +95,7 @@ def test_self_attention_may_be_spelled_in_every_way(x, dtype, kind):
 
 
 def test_masks_may_be_given_by_position(x):
-    layer = L2MultiHeadAttention(HEADS, KEY_DIM)
+    layer = kl.L2MultiHeadAttention(HEADS, KEY_DIM)
     valid = np.arange(LENGTH)[None] < np.array([[3], [5]])
     pairs = np.tril(np.ones((LENGTH, LENGTH), bool))
     t = tf.constant(x)
@@ -107,13 +107,13 @@ def test_masks_may_be_given_by_position(x):
 
 
 def test_shapes_of_the_standard_layer_build_it():
-    layer = L2MultiHeadAttention(HEADS, KEY_DIM)
+    layer = kl.L2MultiHeadAttention(HEADS, KEY_DIM)
     layer.build((2, LENGTH, FEATURES), (2, LENGTH, FEATURES))
     assert layer.built
     shape = (2, LENGTH, FEATURES)
     assert layer.compute_output_shape(shape, shape, shape) == shape
     with pytest.raises(ValueError, match=NO_BOUND):
-        L2MultiHeadAttention(HEADS, KEY_DIM).build((2, 5, 4), value_shape=(2, 6, 4))
+        kl.L2MultiHeadAttention(HEADS, KEY_DIM).build((2, 5, 4), value_shape=(2, 6, 4))
 
 
 # Cross-attention --------------------------------------------------------------
@@ -123,7 +123,7 @@ def test_shapes_of_the_standard_layer_build_it():
 @pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16", "mixed_float16"])
 @pytest.mark.parametrize("make", [np.copy, tf.constant, tf.identity, lambda x: x[:, :3]])
 def test_any_other_tensor_is_cross_attention(x, name, dtype, make):
-    layer = L2MultiHeadAttention(HEADS, KEY_DIM, dtype=dtype)
+    layer = kl.L2MultiHeadAttention(HEADS, KEY_DIM, dtype=dtype)
     with pytest.raises(ValueError, match=rf"{NO_BOUND}\. Received: {name}=\w+ of shape \(2,"):
         layer(x, **{name: make(x)})
 
@@ -131,19 +131,19 @@ def test_any_other_tensor_is_cross_attention(x, name, dtype, make):
 def test_cross_attention_is_refused_in_every_kind_of_model(x):
     inputs, other = keras.Input((LENGTH, FEATURES)), keras.Input((LENGTH, FEATURES))
     with pytest.raises(ValueError, match=f"{NO_BOUND}.*Received: value=KerasTensor"):
-        L2MultiHeadAttention(HEADS, KEY_DIM)(inputs, other)
+        kl.L2MultiHeadAttention(HEADS, KEY_DIM)(inputs, other)
     with pytest.raises(ValueError, match=NO_BOUND):
-        L2MultiHeadAttention(HEADS, KEY_DIM)(inputs, inputs + 0.0)
+        kl.L2MultiHeadAttention(HEADS, KEY_DIM)(inputs, inputs + 0.0)
     with pytest.raises(ValueError, match=NO_BOUND):
         Block(way="cross")(x, x.copy())
-    layer = L2MultiHeadAttention(HEADS, KEY_DIM)
+    layer = kl.L2MultiHeadAttention(HEADS, KEY_DIM)
     layer.build(x.shape)
     with pytest.raises(ValueError, match=NO_BOUND):
         tf.function(lambda x, y: layer(x, y))(x, x)
 
 
 def test_cross_attention_is_refused_where_keras_calls_without_call_dunder(x):
-    layer = L2MultiHeadAttention(HEADS, KEY_DIM)
+    layer = kl.L2MultiHeadAttention(HEADS, KEY_DIM)
     layer.build(x.shape)
     states = (layer.trainable_variables, layer.non_trainable_variables)
     x = tf.constant(x)
@@ -158,10 +158,10 @@ def test_cross_attention_is_refused_where_keras_calls_without_call_dunder(x):
 @pytest.mark.parametrize("way", ["value", "names"])
 @pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
 def test_models_which_pass_their_input_twice_work_and_reload(x, tmp_path, way, dtype):
-    block = Block(L2MultiHeadAttention(HEADS, KEY_DIM, dtype=dtype), way)
+    block = Block(kl.L2MultiHeadAttention(HEADS, KEY_DIM, dtype=dtype), way)
     inputs = keras.Input((LENGTH, FEATURES))
     functional = keras.Model(
-        inputs, L2MultiHeadAttention(HEADS, KEY_DIM, dtype=dtype)(inputs, inputs)
+        inputs, kl.L2MultiHeadAttention(HEADS, KEY_DIM, dtype=dtype)(inputs, inputs)
     )
     for model in (block, functional):
         expected = model(x)
@@ -184,16 +184,16 @@ def test_models_which_pass_their_input_twice_work_and_reload(x, tmp_path, way, d
 )
 def test_config_holds_every_argument(options, cap):
     case = Case(options, cap=cap, dtype="float32")
-    layer = L2MultiHeadAttention(**case.constructor, name="some")
+    layer = kl.L2MultiHeadAttention(**case.constructor, name="some")
     config = layer.get_config()
-    again = L2MultiHeadAttention.from_config(config)
+    again = kl.L2MultiHeadAttention.from_config(config)
     assert again.get_config() == config
-    arguments = set(inspect.signature(L2MultiHeadAttention.__init__).parameters)
+    arguments = set(inspect.signature(kl.L2MultiHeadAttention.__init__).parameters)
     assert arguments - {"self", "kwargs", "activity_regularizer"} <= set(config)
 
 
 def test_config_of_objects_survives():
-    layer = L2MultiHeadAttention(
+    layer = kl.L2MultiHeadAttention(
         2,
         3,
         kernel_initializer=keras.initializers.HeNormal(seed=1),
@@ -206,7 +206,7 @@ def test_config_of_objects_survives():
         flash_attention=True,
     )
     config = layer.get_config()
-    again = L2MultiHeadAttention.from_config(config)
+    again = kl.L2MultiHeadAttention.from_config(config)
     assert again.get_config() == config
     assert again.flash_attention
     assert float(again.activity_regularizer.l1) == pytest.approx(0.2)
@@ -257,7 +257,7 @@ def test_a_layer_can_be_copied_and_pickled(x):
 
 
 def test_one_model_serves_every_batch_and_length(x):
-    layer = L2MultiHeadAttention(HEADS, KEY_DIM, lipschitz_bound=0.5, max_sequence_length=9)
+    layer = kl.L2MultiHeadAttention(HEADS, KEY_DIM, lipschitz_bound=0.5, max_sequence_length=9)
     model = _functional(layer, length=None)
     graph = tf.function(model, input_signature=[tf.TensorSpec((None, None, FEATURES))])
     rng = np.random.default_rng(0)
@@ -271,7 +271,7 @@ def test_one_model_serves_every_batch_and_length(x):
 @pytest.mark.parametrize("options", OPTIONS)
 def test_symbolic_shapes_are_those_of_outputs(options):
     case = Case(options, dtype="float32")
-    layer = L2MultiHeadAttention(**case.constructor)
+    layer = kl.L2MultiHeadAttention(**case.constructor)
     x = case.inputs()
     symbolic = layer.compute_output_spec(keras.KerasTensor(x.shape), return_attention_scores=True)
     outputs = layer(x, return_attention_scores=True)
@@ -285,7 +285,7 @@ def test_symbolic_shapes_are_those_of_outputs(options):
 
 @pytest.mark.parametrize("built", [False, True])
 def test_shapes_that_no_call_accepts_have_no_output_shape(built):
-    layer = L2MultiHeadAttention(HEADS, KEY_DIM)
+    layer = kl.L2MultiHeadAttention(HEADS, KEY_DIM)
     shape = (None, LENGTH, FEATURES)
     if built:
         layer.build(shape)
@@ -302,7 +302,7 @@ def test_shapes_that_no_call_accepts_have_no_output_shape(built):
             layer.compute_output_shape(query)
         with pytest.raises(ValueError, match=r"Received: query_shape=\(None, "):
             layer.compute_output_spec(keras.KerasTensor(query))
-    axes = L2MultiHeadAttention(HEADS, KEY_DIM, attention_axes=2)
+    axes = kl.L2MultiHeadAttention(HEADS, KEY_DIM, attention_axes=2)
     with pytest.raises(ValueError, match=r"`attention_axes` must be .*Received"):
         axes.compute_output_shape(shape)
 
@@ -314,8 +314,8 @@ def test_masks_reach_the_layer_and_the_next_one(x):
     tokens = np.array([[1, 2, 3, 0, 0], [4, 5, 6, 7, 1]])
     inputs = keras.Input((LENGTH,), dtype="int32")
     embedded = keras.layers.Embedding(9, FEATURES, mask_zero=True)(inputs)
-    layer = L2MultiHeadAttention(HEADS, KEY_DIM, bias_initializer="ones")
-    hidden = SpectralDense(3)(layer(embedded))
+    layer = kl.L2MultiHeadAttention(HEADS, KEY_DIM, bias_initializer="ones")
+    hidden = kl.SpectralDense(3)(layer(embedded))
     pooled = keras.layers.GlobalAveragePooling1D()(hidden)
     model = keras.Model(inputs, [embedded, hidden, pooled])
     raw, hidden, pooled = model(tokens)
@@ -332,8 +332,8 @@ def test_a_mask_is_kept_through_sequential_models_and_low_precision(dtype):
     model = keras.Sequential(
         [
             keras.layers.Masking(0.0),
-            L2MultiHeadAttention(HEADS, KEY_DIM, dtype=dtype, bias_initializer="ones"),
-            L2MultiHeadAttention(HEADS, KEY_DIM, dtype=dtype, bias_initializer="ones"),
+            kl.L2MultiHeadAttention(HEADS, KEY_DIM, dtype=dtype, bias_initializer="ones"),
+            kl.L2MultiHeadAttention(HEADS, KEY_DIM, dtype=dtype, bias_initializer="ones"),
         ]
     )
     x = np.ones((1, LENGTH, FEATURES), "float32")
@@ -345,7 +345,7 @@ def test_a_mask_is_kept_through_sequential_models_and_low_precision(dtype):
 
 @pytest.mark.parametrize("cap", [None, "both"])
 def test_a_model_that_fit_builds_learns_and_keeps_masks(cap):
-    layer = L2MultiHeadAttention(**Case(cap=cap, dtype="float32").constructor)
+    layer = kl.L2MultiHeadAttention(**Case(cap=cap, dtype="float32").constructor)
     model = keras.Sequential([keras.layers.Masking(0.0), layer])
     x = np.random.default_rng(0).normal(size=(4, LENGTH, FEATURES)).astype("float32")
     x[:, 3:] = 0.0
@@ -359,7 +359,7 @@ def test_a_model_that_fit_builds_learns_and_keeps_masks(cap):
 
 
 def test_regularizers_and_constraints_act():
-    layer = L2MultiHeadAttention(
+    layer = kl.L2MultiHeadAttention(
         HEADS,
         KEY_DIM,
         kernel_regularizer=keras.regularizers.L2(0.5),
@@ -391,7 +391,7 @@ def test_regularizers_and_constraints_act():
     ],
 )
 def test_it_trains(x, cap, dtype, jit_compile):
-    layer = L2MultiHeadAttention(**{**Case(cap=cap, dtype=dtype).constructor, "dropout": 0.1})
+    layer = kl.L2MultiHeadAttention(**{**Case(cap=cap, dtype=dtype).constructor, "dropout": 0.1})
     model = _functional(layer)
     model.compile("adam", "mse", jit_compile=jit_compile)
     before = [np.copy(w) for w in layer.trainable_variables]

@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 from helpers.layer_cases import BATCH, FEATURES, LENGTH, Case, randomize
 
-from keras_lipattn import L2MultiHeadAttention, condensed
+import keras_lipattn as kl
 from keras_lipattn.layers import _distance_attention
 
 # Every path through the layer: with and without caps, norms from Gram iteration, from the cache,
@@ -38,7 +38,7 @@ def path(request, monkeypatch):
     def run(x, **call):
         return called(tf.convert_to_tensor(x), training=name == "training", **call)
 
-    with condensed(layer) if name == "condensed" else contextlib.nullcontext():
+    with kl.condensed(layer) if name == "condensed" else contextlib.nullcontext():
         yield run
 
 
@@ -190,7 +190,7 @@ def test_padding_a_batch_further_changes_nothing_in_a_model():
     tokens = np.array([[3, 1, 2], [4, 5, 0]])
     inputs = keras.Input((None,), dtype="int32")
     y = keras.layers.Embedding(9, FEATURES, mask_zero=True)(inputs)
-    layer = L2MultiHeadAttention(2, 3, lipschitz_bound=0.3, max_sequence_length=16)
+    layer = kl.L2MultiHeadAttention(2, 3, lipschitz_bound=0.3, max_sequence_length=16)
     model = keras.Model(inputs, layer(y))
     randomize(layer)
     short = model(tokens)

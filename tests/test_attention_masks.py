@@ -9,10 +9,10 @@ import tensorflow as tf
 from helpers import jacobians, loop_attention, loop_cosine
 from helpers.layer_cases import BATCH, FEATURES, LENGTH, Case, kernels
 
-from keras_lipattn import L2MultiHeadAttention, ScaledCosineAttention, certify, condensed
+import keras_lipattn as kl
 from keras_lipattn.layers import _distance_attention
 
-KINDS = (L2MultiHeadAttention, ScaledCosineAttention)
+KINDS = (kl.L2MultiHeadAttention, kl.ScaledCosineAttention)
 AXES = ("plain", "one token", "first axis", "last axis", "two axes", "outer axes")
 # Float64 attention loses a few digits to the expansion of the square.
 ATOL = 1e-11
@@ -30,7 +30,7 @@ def _masks(case, most=30):
 
 def _loops(case, layer, x, **call):
     arguments = {"axes": case.axes, **call}
-    if case.kind is L2MultiHeadAttention:
+    if case.kind is kl.L2MultiHeadAttention:
         return loop_attention.attend_over_axes(x, *kernels(layer), **arguments)
     attend = loop_cosine.attending(layer.temperature, layer.epsilon)
     weights = loop_cosine.weights(layer)
@@ -77,7 +77,7 @@ def test_a_mask_means_what_it_means_to_the_standard_layer(kind, options):
 @pytest.mark.parametrize("options", AXES)
 def test_shapes_of_scores_are_known_in_advance(options):
     case = Case(options, dtype="float32")
-    layer = L2MultiHeadAttention(**case.constructor)
+    layer = kl.L2MultiHeadAttention(**case.constructor)
     spec = keras.KerasTensor((None, *case.sides, FEATURES))
     _, scores = layer.compute_output_spec(spec, return_attention_scores=True)
     assert tuple(scores.shape) == (None, *case.score_shape[1:])
@@ -96,7 +96,7 @@ def path(request, monkeypatch):
         if request.param == "condensed":
 
             def run(*args, **kwargs):
-                with condensed(layer):
+                with kl.condensed(layer):
                     return layer(*args, **kwargs)
 
             return run
@@ -238,7 +238,9 @@ def test_a_mask_of_one_entry_says_nothing_of_the_tokens(kind, norm):
     for mask in (one, one[None], one[None, None]):
         for causal in (False, True):
             outputs = layer(inputs, attention_mask=mask, use_causal_mask=causal)
-            assert certify(keras.Model(inputs, outputs), norm=norm).total == pytest.approx(unknown)
+            assert kl.certify(keras.Model(inputs, outputs), norm=norm).total == pytest.approx(
+                unknown
+            )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -248,8 +250,8 @@ def test_certificates_do_not_take_axes_for_flattened_tokens(kind, causal):
     inputs = keras.Input((3, 3, FEATURES), dtype="float64")
     mask = np.ones((3, 3, 3, 3), bool)
     model = keras.Model(inputs, layer(inputs, attention_mask=mask, use_causal_mask=causal))
-    assert certify(model).total == pytest.approx(layer.lipschitz(mask="any").value)
+    assert kl.certify(model).total == pytest.approx(layer.lipschitz(mask="any").value)
     # With flattened tokens the degrees are known.
     flat = np.eye(9, dtype=bool)
     narrow = keras.Model(inputs, layer(inputs, attention_mask=flat, use_causal_mask=causal))
-    assert certify(narrow).total < certify(model).total
+    assert kl.certify(narrow).total < kl.certify(model).total

@@ -9,7 +9,7 @@ import tensorflow as tf
 from helpers import bounds_cases, jacobians
 from helpers.layer_cases import CALLS, CAPS, FEATURES, LENGTH, Case, cases, randomize
 
-from keras_lipattn import L2MultiHeadAttention, condensed
+import keras_lipattn as kl
 from keras_lipattn.bounds import s_star
 
 NORMS = ("l2", "token", "linf")
@@ -119,7 +119,9 @@ def test_no_pair_of_inputs_is_torn_further_apart(call, cap):
 @pytest.mark.parametrize("tokens", [3, 5, 9])
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_constant_of_the_token_norm_is_attained(tokens, causal):
-    layer = L2MultiHeadAttention(1, 1, use_bias=False, kernel_initializer="ones", dtype="float64")
+    layer = kl.L2MultiHeadAttention(
+        1, 1, use_bias=False, kernel_initializer="ones", dtype="float64"
+    )
     layer.build((1, tokens, 1))
     bound = layer.lipschitz(norm="token", mask="causal" if causal else "full").value
     # The last token in the center, the others half on each side: Theorem 4 of docs/theory.md.
@@ -170,7 +172,7 @@ def test_bounds_are_ordered(norm):
 
 
 def test_a_window_needs_no_length():
-    layer = L2MultiHeadAttention(2, 3, sliding_window=3)
+    layer = kl.L2MultiHeadAttention(2, 3, sliding_window=3)
     layer.build((None, None, FEATURES))
     wide, causal = layer.lipschitz(), layer.lipschitz(mask="causal")
     assert np.isfinite(wide.value) and causal.value <= wide.value
@@ -182,7 +184,7 @@ def test_a_window_needs_no_length():
 def test_condensed_certificates_are_for_the_very_constants(cap, dtype):
     case = Case(cap=cap, dtype=dtype)
     layer = case.layer(scale=1.5)
-    with condensed(layer) as variables:
+    with kl.condensed(layer) as variables:
         assert len(variables) == 2
         outputs = {}
         for norm in NORMS:
@@ -222,7 +224,7 @@ def test_random_layers_of_every_size_are_bounded():
     rng = np.random.default_rng(0)
     for _ in range(8):
         heads, key, value, out, width, tokens = rng.integers(1, [4, 4, 4, 4, 5, 6])
-        layer = L2MultiHeadAttention(
+        layer = kl.L2MultiHeadAttention(
             int(heads), int(key), int(value), output_shape=int(out), dtype="float64"
         )
         layer.build((1, int(tokens), int(width)))
@@ -241,7 +243,7 @@ def test_random_layers_of_every_size_are_bounded():
 
 def test_the_jacobian_is_that_of_the_formula():
     layer = Case().layer()
-    with condensed(layer) as (b, c):
+    with kl.condensed(layer) as (b, c):
         heads = np.asarray(b).reshape(FEATURES, 2, 3).transpose(1, 0, 2)
         out = np.asarray(c).reshape(2, 3, -1)
     x = np.random.default_rng(0).normal(size=(LENGTH, FEATURES))

@@ -7,7 +7,7 @@ import tensorflow as tf
 from helpers import loop_attention
 from helpers.layer_cases import CAPS, LENGTH, OPTIONS, Case, cases, kernels
 
-from keras_lipattn import L2MultiHeadAttention, condensed
+import keras_lipattn as kl
 
 # Relative to the largest output, or to 1. float64 leaves a few digits to the expansion of the
 # square; in bfloat16 and float16 every projection is rounded to 8 and 11 bits, and a weight of
@@ -105,7 +105,7 @@ def test_condensed_gives_what_the_layer_gives(cap, dtype):
     layer, x = case.layer(), case.inputs()
     layer.condense()
     exact = _numpy(case.run(layer, x))
-    with condensed(layer):
+    with kl.condensed(layer):
         inside = _numpy(case.run(layer, x))
     # The remembered norms carry an allowance of 1e-6, in a few factors.
     size = max(1.0, np.abs(exact).max())
@@ -191,7 +191,7 @@ def test_a_sequence_of_padding_is_a_sequence_of_zeros():
 
 
 def test_fans_of_the_initializer_are_those_of_the_matrices():
-    layer = L2MultiHeadAttention(8, 16, kernel_initializer="orthogonal")
+    layer = kl.L2MultiHeadAttention(8, 16, kernel_initializer="orthogonal")
     layer.build((None, 3, 128))
     for kernel in (layer.query_kernel, layer.value_kernel, layer.output_kernel):
         matrix = np.reshape(kernel, (128, 128))
@@ -199,6 +199,6 @@ def test_fans_of_the_initializer_are_those_of_the_matrices():
 
 
 def test_kernels_start_apart_unless_the_seed_says_otherwise():
-    layer = L2MultiHeadAttention(2, 4)
+    layer = kl.L2MultiHeadAttention(2, 4)
     layer.build((None, 3, 8))
     assert not np.allclose(layer.query_kernel, layer.value_kernel)

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 from helpers.layer_cases import CAPS, FEATURES, LENGTH, Case, randomize
 
-from keras_lipattn import L2MultiHeadAttention, SpectralDense, condensed
+import keras_lipattn as kl
 
 # Decompositions, and the loops and branches in which they or iterations could hide.
 FORBIDDEN = {"Svd", "SelfAdjointEigV2", "Cholesky", "Qr", "While", "StatelessWhile", "If"} | {
@@ -22,7 +22,7 @@ FORBIDDEN = {"Svd", "SelfAdjointEigV2", "Cholesky", "Qr", "While", "StatelessWhi
 def _model(dtype="float32", cap="both"):
     inputs = keras.Input((LENGTH, FEATURES))
     attention = Case(cap=cap, dtype=dtype).layer()
-    dense = SpectralDense(3, spectral_norm=0.5, dtype=dtype)
+    dense = kl.SpectralDense(3, spectral_norm=0.5, dtype=dtype)
     return keras.Model(inputs, dense(attention(inputs)))
 
 
@@ -48,7 +48,7 @@ def test_graphs_hold_no_norms(cap, call):
         return tf.function(lambda x: layer(x, **call)).get_concrete_function(spec).graph
 
     outside = _operations(trace())
-    with condensed(layer) as variables:
+    with kl.condensed(layer) as variables:
         graph = trace()
         inside = _operations(graph)
         captured = {id(v) for v in graph.variables}
@@ -67,7 +67,7 @@ def test_nothing_is_left_behind(x, dtype):
     weights = [np.copy(w) for w in model.weights]
     before = np.asarray(keras.ops.cast(model(x), "float32"))
     bounds = [layer.lipschitz() for layer in model.layers[1:]]
-    with condensed(model) as variables:
+    with kl.condensed(model) as variables:
         assert len(variables) == 3
         assert [layer.lipschitz() for layer in model.layers[1:]] == bounds
     np.testing.assert_array_equal(keras.ops.cast(model(x), "float32"), before)
@@ -78,7 +78,7 @@ def test_nothing_is_left_behind(x, dtype):
 def test_constants_stay_while_weights_move(x):
     model = _model()
     attention = model.layers[1]
-    with condensed(model):
+    with kl.condensed(model):
         before, bound = np.asarray(model(x)), attention.lipschitz()
         for weight in attention.trainable_variables[:3]:
             # Another function, not one that a cap scales back to the same.
@@ -93,7 +93,7 @@ def test_predict_is_condensed_inside_and_current_afterwards(x):
     model.compile("sgd", "mse")
     first = model.predict(x, verbose=0)
     outside = (model.predict_function, model.train_function)
-    with condensed(model):
+    with kl.condensed(model):
         model.predict(x, verbose=0)
         assert model.predict_function is not outside[0]
     assert (model.predict_function, model.train_function) == outside
@@ -105,7 +105,7 @@ def test_predict_is_condensed_inside_and_current_afterwards(x):
 
 def test_a_model_first_used_inside_is_not_stuck_there(x):
     model = _model()
-    with condensed(model):
+    with kl.condensed(model):
         model.predict(x, verbose=0)
     for weight in model.trainable_variables:
         weight.assign(-2.0 * weight)
@@ -119,7 +119,7 @@ def test_fit_goes_on_when_a_callback_condenses(x):
         seen = 0
 
         def on_train_batch_end(self, batch, logs=None):
-            with condensed(self.model):
+            with kl.condensed(self.model):
                 self.seen += bool(np.isfinite(self.model(x)).all())
 
     model.compile("sgd", "mse")
@@ -134,7 +134,7 @@ def test_an_error_inside_leaves_the_context(x):
     model = _model()
     before = np.asarray(model(x))
     with pytest.raises(RuntimeError, match="inside"):
-        with condensed(model):
+        with kl.condensed(model):
             raise RuntimeError("inside")
     np.testing.assert_array_equal(model(x), before)
     randomize(model.layers[1], seed=9)
@@ -143,15 +143,15 @@ def test_an_error_inside_leaves_the_context(x):
 
 def test_contexts_do_not_nest_and_need_weights(x):
     model = _model()
-    with condensed(model):
+    with kl.condensed(model):
         inside = np.asarray(model(x))
         with pytest.raises(ValueError, match=r"one context at a time\. Received: layer '"):
-            with condensed(model.layers[1]):
+            with kl.condensed(model.layers[1]):
                 pass
         np.testing.assert_array_equal(model(x), inside)
-    unbuilt = keras.Sequential([SpectralDense(3), L2MultiHeadAttention(2, 3)])
+    unbuilt = keras.Sequential([kl.SpectralDense(3), kl.L2MultiHeadAttention(2, 3)])
     with pytest.raises(ValueError, match=r"before condensing it\. Received: built=False"):
-        with condensed(unbuilt):
+        with kl.condensed(unbuilt):
             pass
 
 
@@ -165,7 +165,7 @@ def test_caps_hold_for_the_constants(cap, dtype, size):
     visible = np.random.default_rng(0).random((LENGTH, LENGTH)) < 0.5
     for mask in ("full", "causal", "any", visible):
         outside = layer.lipschitz(norm=layer.lipschitz_norm, mask=mask).value
-        with condensed(layer):
+        with kl.condensed(layer):
             inside = layer.lipschitz(norm=layer.lipschitz_norm, mask=mask).value
         assert inside == outside
         assert inside <= layer.lipschitz_bound

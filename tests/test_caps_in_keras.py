@@ -8,14 +8,7 @@ import pytest
 import tensorflow as tf
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
-from keras_lipattn import (
-    ContinuousDepth,
-    InvertibleResidual,
-    L2MultiHeadAttention,
-    LipschitzMonitor,
-    ScaledCosineAttention,
-    SpectralDense,
-)
+import keras_lipattn as kl
 
 LENGTH, FEATURES = 6, 8
 
@@ -26,9 +19,9 @@ class Block(keras.layers.Layer):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.attention = L2MultiHeadAttention(2, 4, lipschitz_bound=0.3)
-        self.cosine = ScaledCosineAttention(2, 4, spectral_norm=0.5)
-        self.dense = SpectralDense(FEATURES, spectral_norm=0.5)
+        self.attention = kl.L2MultiHeadAttention(2, 4, lipschitz_bound=0.3)
+        self.cosine = kl.ScaledCosineAttention(2, 4, spectral_norm=0.5)
+        self.dense = kl.SpectralDense(FEATURES, spectral_norm=0.5)
 
     def call(self, inputs, training=None):
         x = inputs + self.attention(inputs, training=training)
@@ -72,30 +65,33 @@ MODELS = {
 
 # Caps that are at work for the weights of `_trained`.
 LAYERS = {
-    "l2": lambda: L2MultiHeadAttention(2, 4, lipschitz_bound=0.1),
-    "token": lambda: L2MultiHeadAttention(2, 4, lipschitz_bound=0.1, lipschitz_norm="token"),
-    "linf": lambda: L2MultiHeadAttention(2, 4, lipschitz_bound=0.1, lipschitz_norm="linf"),
-    "spectral": lambda: L2MultiHeadAttention(2, 4, spectral_norm=0.2),
-    "both": lambda: L2MultiHeadAttention(2, 4, spectral_norm=0.2, lipschitz_bound=0.001),
-    "relative": lambda: L2MultiHeadAttention(2, 4, lipschitz_bound=0.1, max_relative_position=2),
-    "cosine": lambda: ScaledCosineAttention(2, 4, lipschitz_bound=0.1),
-    "cosine token": lambda: ScaledCosineAttention(
+    "l2": lambda: kl.L2MultiHeadAttention(2, 4, lipschitz_bound=0.1),
+    "token": lambda: kl.L2MultiHeadAttention(2, 4, lipschitz_bound=0.1, lipschitz_norm="token"),
+    "linf": lambda: kl.L2MultiHeadAttention(2, 4, lipschitz_bound=0.1, lipschitz_norm="linf"),
+    "spectral": lambda: kl.L2MultiHeadAttention(2, 4, spectral_norm=0.2),
+    "both": lambda: kl.L2MultiHeadAttention(2, 4, spectral_norm=0.2, lipschitz_bound=0.001),
+    "relative": lambda: kl.L2MultiHeadAttention(2, 4, lipschitz_bound=0.1, max_relative_position=2),
+    "cosine": lambda: kl.ScaledCosineAttention(2, 4, lipschitz_bound=0.1),
+    "cosine token": lambda: kl.ScaledCosineAttention(
         2, 4, lipschitz_bound=0.1, lipschitz_norm="token"
     ),
-    "cosine spectral": lambda: ScaledCosineAttention(2, 4, spectral_norm=0.2),
-    "dense": lambda: SpectralDense(FEATURES, spectral_norm=0.2),
-    "orthogonal": lambda: SpectralDense(
+    "cosine spectral": lambda: kl.ScaledCosineAttention(2, 4, spectral_norm=0.2),
+    "dense": lambda: kl.SpectralDense(FEATURES, spectral_norm=0.2),
+    "orthogonal": lambda: kl.SpectralDense(
         FEATURES, spectral_norm=0.2, kernel_initializer="orthogonal"
     ),
-    "invertible": lambda: InvertibleResidual(_branch(), coefficient=0.5),
-    "continuous": lambda: ContinuousDepth(_branch(), 0.5, steps=2),
+    "invertible": lambda: kl.InvertibleResidual(_branch(), coefficient=0.5),
+    "continuous": lambda: kl.ContinuousDepth(_branch(), 0.5, steps=2),
     "block": Block,
 }
 
 
 def _branch():
     return keras.Sequential(
-        [L2MultiHeadAttention(2, 4, spectral_norm=0.5), SpectralDense(FEATURES, spectral_norm=0.2)]
+        [
+            kl.L2MultiHeadAttention(2, 4, spectral_norm=0.5),
+            kl.SpectralDense(FEATURES, spectral_norm=0.2),
+        ]
     )
 
 
@@ -129,7 +125,7 @@ def test_a_block_without_build_is_built_and_capped(model, x):
     model = MODELS[model]()
     model(x)
     for layer in model._flatten_layers():
-        if isinstance(layer, L2MultiHeadAttention):
+        if isinstance(layer, kl.L2MultiHeadAttention):
             assert layer.lipschitz().value <= 0.3
             assert layer.caps_are_exact()
 
@@ -147,7 +143,7 @@ def test_a_block_without_build_is_trained(model, jit_compile, monitored, x):
         epochs=2,
         verbose=0,
         validation_data=(x, x),
-        callbacks=[LipschitzMonitor()] if monitored else [],
+        callbacks=[kl.LipschitzMonitor()] if monitored else [],
     ).history
     assert np.isfinite(history["val_loss"]).all()
     assert len(history["loss"]) == 2
@@ -160,7 +156,7 @@ def test_a_block_without_build_is_trained(model, jit_compile, monitored, x):
 def test_a_block_without_build_is_reloaded(model, x, tmp_path):
     model = MODELS[model]()
     model.compile("adam", "mse")
-    model.fit(x, x, verbose=0, callbacks=[LipschitzMonitor()])
+    model.fit(x, x, verbose=0, callbacks=[kl.LipschitzMonitor()])
     outputs = model.predict(x, verbose=0)
     model.save(tmp_path / "model.keras")
     again = keras.saving.load_model(tmp_path / "model.keras")
@@ -187,7 +183,7 @@ def test_a_block_without_build_is_trained_by_replicas(x, two_cpus):
 
 
 def test_a_stateless_call_writes_no_memory(x):
-    layer = L2MultiHeadAttention(2, 4, lipschitz_bound=0.1)
+    layer = kl.L2MultiHeadAttention(2, 4, lipschitz_bound=0.1)
     outputs = np.asarray(layer(x))
     kept = [np.copy(snapshot) for snapshot in layer._cache._snapshots]
     doubled = [2.0 * weight for weight in layer.trainable_variables]
@@ -258,7 +254,7 @@ def test_a_frozen_graph_has_constant_caps(layer, x):
 def test_broken_weights_are_frozen_as_they_are(x):
     from keras.src.export.onnx import get_concrete_fn
 
-    model = _functional(SpectralDense(FEATURES, spectral_norm=0.2))
+    model = _functional(kl.SpectralDense(FEATURES, spectral_norm=0.2))
     kernel = model.layers[1].kernel
     kernel.assign(np.full(kernel.shape, np.nan))
     function = get_concrete_fn(model, [tf.TensorSpec((None, LENGTH, FEATURES), "float32")])

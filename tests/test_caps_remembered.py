@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 from helpers.layer_cases import CAPS, FEATURES, LENGTH, Case, randomize, running_matrices
 
-from keras_lipattn import SpectralDense
+import keras_lipattn as kl
 from keras_lipattn.layers import _norms
 from keras_lipattn.layers._norms import ConvergedNorms
 
@@ -76,7 +76,7 @@ def test_any_change_of_a_weight_makes_the_memory_invalid(change, x, gram_used):
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "mixed_bfloat16", "mixed_float16"])
 def test_the_memory_serves_every_precision(dtype, x, gram_used):
-    for layer in (Case(cap="both", dtype=dtype).layer(), SpectralDense(3, dtype=dtype)):
+    for layer in (Case(cap="both", dtype=dtype).layer(), kl.SpectralDense(3, dtype=dtype)):
         assert gram_used(lambda layer=layer: layer(x))
         layer.condense()
         assert not gram_used(lambda layer=layer: layer(x))
@@ -164,7 +164,7 @@ def test_unremembered_factors_are_smaller_but_hardly(cap):
 
 
 def test_layers_without_caps_have_nothing_to_remember(x, gram_used):
-    for layer in (Case().layer(), SpectralDense(3, spectral_norm=None)):
+    for layer in (Case().layer(), kl.SpectralDense(3, spectral_norm=None)):
         before = np.asarray(layer(x))
         layer.condense()
         assert not gram_used(lambda layer=layer: layer(x))

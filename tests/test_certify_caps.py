@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 from helpers import jacobians
 
-import keras_lipattn
+import keras_lipattn as kl
 from keras_lipattn.bounds import s_star
 from keras_lipattn.certification import certify
 
@@ -42,7 +42,7 @@ def test_a_certificate_counts_the_cap_of_the_call_whatever_it_is_told(call, opti
     # A cap for fewer pairs scales down less. In a norm other than its own nothing else would tell.
     call, tokens = dict(call), 33
     window, kind = call.pop("window", None), call.pop("pairs", None)
-    layer = keras_lipattn.L2MultiHeadAttention(
+    layer = kl.L2MultiHeadAttention(
         1,
         2,
         use_bias=False,
@@ -76,9 +76,7 @@ def test_a_certificate_counts_the_cap_of_the_call_whatever_it_is_told(call, opti
         assert found[norm] <= certificate.total * (1.0 + 1e-6), norm
 
 
-@pytest.mark.parametrize(
-    "make", [keras_lipattn.L2MultiHeadAttention, keras_lipattn.ScaledCosineAttention]
-)
+@pytest.mark.parametrize("make", [kl.L2MultiHeadAttention, kl.ScaledCosineAttention])
 @pytest.mark.parametrize("causal", [False, True])
 def test_more_masks_never_have_the_smaller_constant(make, causal):
     inputs = keras.Input((9, 4), dtype="float64")

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import layers
 
-import keras_lipattn
+import keras_lipattn as kl
 from keras_lipattn.certification import Certificate, CertificateRow, certify
 from keras_lipattn.certification.classifier_head import MOST_PAIRED_CLASSES
 from keras_lipattn.certification.reasons import REPLACEMENTS
@@ -150,8 +150,8 @@ def test_logits_must_fit():
 
 def demo():
     x = keras.Input((8, 6), name="tokens")
-    y = keras_lipattn.L2MultiHeadAttention(2, 3, name="attention")(x)
-    y = keras_lipattn.Residual(0.5)([x, y])
+    y = kl.L2MultiHeadAttention(2, 3, name="attention")(x)
+    y = kl.Residual(0.5)([x, y])
     y = layers.LayerNormalization()(y)
     return keras.Model(x, layers.Dense(3)(layers.GlobalAveragePooling1D()(y)), name="demo")
 
@@ -341,7 +341,7 @@ def test_every_proposal_names_what_keras_or_this_package_has():
         names = set(re.findall(r"\b[A-Z]\w+", replacement)) - {"True"}
         assert names
         for name in names:
-            assert hasattr(keras_lipattn, name) or hasattr(layers, name), name
+            assert hasattr(kl, name) or hasattr(layers, name), name
 
 
 def test_places_of_one_cause_share_a_line():

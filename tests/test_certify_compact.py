@@ -11,7 +11,7 @@ from helpers import jacobians
 from helpers.certify_cases import default_dtype
 from keras import layers
 
-from keras_lipattn import certify
+import keras_lipattn as kl
 from keras_lipattn.bounds.compact import combine_heads, dot_product_constants
 
 TOKENS, WIDTH = 4, 5
@@ -55,7 +55,7 @@ def _model(source, call, rng, scale):
 
 def _row(model, source, norm):
     radius = RADIUS if source == "radius" else None
-    rows = certify(model, norm=norm, input_radius=radius).rows
+    rows = kl.certify(model, norm=norm, input_radius=radius).rows
     return next(row for row in rows if row.path == "attention")
 
 
@@ -152,7 +152,7 @@ def test_scales_of_the_normalization_count_one_by_one():
 def test_what_is_not_bounded_is_infinite_with_the_reason():
     rng = np.random.default_rng(2)
     model, _, _ = _model("radius", {}, rng, 1.0)
-    row = next(row for row in certify(model).rows if row.path == "attention")
+    row = next(row for row in kl.certify(model).rows if row.path == "attention")
     assert math.isinf(row.constant) and "input_radius" in row.reason
     with default_dtype("float64"):
         inputs = keras.Input((TOKENS, WIDTH), dtype="float64")
@@ -161,16 +161,16 @@ def test_what_is_not_bounded_is_infinite_with_the_reason():
         free = layers.Add()([x, inputs])
         attention = layers.MultiHeadAttention(2, 3, name="attention")
         model = keras.Model(inputs, attention(free, free))
-    row = next(row for row in certify(model).rows if row.path == "attention")
+    row = next(row for row in kl.certify(model).rows if row.path == "attention")
     assert math.isinf(row.constant) and "unbounded" in row.reason
     with default_dtype("float64"):
         inputs = keras.Input((None, WIDTH), dtype="float64")
         x = layers.LayerNormalization()(inputs)
         attention = layers.MultiHeadAttention(2, 3, name="attention")
         model = keras.Model(inputs, attention(x, x))
-    row = next(row for row in certify(model).rows if row.path == "attention")
+    row = next(row for row in kl.certify(model).rows if row.path == "attention")
     assert math.isinf(row.constant) and "sequence_length" in row.reason
-    known = certify(model, sequence_length=7)
+    known = kl.certify(model, sequence_length=7)
     assert math.isfinite(next(r for r in known.rows if r.path == "attention").constant)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
-import keras_lipattn
+import keras_lipattn as kl
 from keras_lipattn.certification import certify
 
 
@@ -93,7 +93,7 @@ GRAPHS = {
         dict(l2=0.25, linf=0.25),
     ),
     "convex residual": (
-        lambda: one_input(lambda x: keras_lipattn.Residual(0.25)([x, relu(2.0)(x)])),
+        lambda: one_input(lambda x: kl.Residual(0.25)([x, relu(2.0)(x)])),
         dict(l2=1.25, token=1.25, linf=1.25),
     ),
     "difference of equals": (
@@ -241,7 +241,7 @@ def test_sequential_models_of_any_kind():
 
 def test_dynamic_lengths_use_the_sequence_length():
     x = keras.Input((None, 8))
-    attention = keras_lipattn.L2MultiHeadAttention(2, 4)
+    attention = kl.L2MultiHeadAttention(2, 4)
     model = keras.Model(x, attention(x))
     open_ended = certify(model)
     assert not open_ended.is_finite
@@ -267,7 +267,7 @@ def test_a_shorter_sequence_never_breaks_the_certificate():
 
 def test_the_length_follows_concatenated_tokens():
     x: Any = keras.Input((None, 4))
-    attention = keras_lipattn.L2MultiHeadAttention(2, 2)
+    attention = kl.L2MultiHeadAttention(2, 2)
     token = np.zeros((1, 1, 4), np.float32)
     joined = ops.concatenate([ops.repeat(x[:, :1] * 0.0 + token, 2, axis=1), x], axis=1)
     model = keras.Model(x, attention(joined))
@@ -278,7 +278,7 @@ def test_the_length_follows_concatenated_tokens():
 
 def test_nested_models_see_the_sizes_they_are_called_with():
     x = keras.Input((None, 4))
-    attention = keras_lipattn.L2MultiHeadAttention(2, 2)
+    attention = kl.L2MultiHeadAttention(2, 2)
     inner = keras.Model(x, attention(x), name="inner")
     y = keras.Input((6, 4))
     row = certify(keras.Model(y, inner(y))).row(f"inner/{attention.name}")
@@ -330,7 +330,7 @@ def test_a_model_without_certified_inputs_is_not_certified():
 def test_masks_from_integers_are_fixed():
     ids = keras.Input((5,), dtype="int32")
     x = layers.Embedding(7, 4, mask_zero=True)(ids)
-    attention = keras_lipattn.L2MultiHeadAttention(2, 2)
+    attention = kl.L2MultiHeadAttention(2, 2)
     x = attention(x)
     valid = ops.cast(ops.expand_dims(ops.not_equal(ids, 0), -1), "float32")
     model = keras.Model(ids, layers.GlobalAveragePooling1D()(layers.Multiply()([x, valid])))

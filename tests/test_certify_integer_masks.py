@@ -8,7 +8,7 @@ import pytest
 from helpers.certify_cases import default_dtype, jacobian_norm, jacobians, randomize
 from keras import layers, ops
 
-from keras_lipattn import certify
+import keras_lipattn as kl
 
 TOKENS, WIDTH = 5, 4
 
@@ -98,7 +98,7 @@ def test_constants_hold_for_all_integers(name):
                 size = jacobian_norm(jacobian, norm, (WIDTH, shape[-1]))
                 found[norm] = max(found[norm], size)
     for norm, value in found.items():
-        certificate = certify(model, norm=norm)
+        certificate = kl.certify(model, norm=norm)
         assert certificate.is_finite, certificate.reasons
         # The rounding of a derivative in float64.
         assert 0.0 < value <= certificate.total * (1.0 + 1e-9)
@@ -106,7 +106,7 @@ def test_constants_hold_for_all_integers(name):
 
 def test_a_mask_of_zeros_and_ones_costs_nothing():
     for norm in ("l2", "token", "linf"):
-        assert certify(_model(_multiplied), norm=norm).total == pytest.approx(1.0, rel=1e-6)
+        assert kl.certify(_model(_multiplied), norm=norm).total == pytest.approx(1.0, rel=1e-6)
 
 
 def test_a_mask_that_may_wrap_around_is_not_bounded():
@@ -114,10 +114,10 @@ def test_a_mask_that_may_wrap_around_is_not_bounded():
         small = ops.cast(ops.not_equal(ids, 0), "uint8")
         return x * ops.cast(small - 2 * ops.ones_like(small), "float64")[..., None]
 
-    assert certify(_model(wrapped)).total == math.inf
+    assert kl.certify(_model(wrapped)).total == math.inf
 
 
 def test_division_by_what_may_be_zero_is_refused():
-    certificate = certify(_model(lambda x, ids: x / ops.expand_dims(_kept(ids), -1)))
+    certificate = kl.certify(_model(lambda x, ids: x / ops.expand_dims(_kept(ids), -1)))
     assert certificate.total == math.inf
     assert "close to 0" in " ".join(certificate.reasons)

@@ -11,8 +11,7 @@ import tensorflow as tf
 from helpers.certify_cases import default_dtype, jacobian_norm
 from keras import layers, ops
 
-import keras_lipattn
-from keras_lipattn import export_saved_model
+import keras_lipattn as kl
 from keras_lipattn.certification import Certificate, certify
 
 NORMS = ("l2", "token", "linf")
@@ -160,7 +159,7 @@ def test_gate_with_sigmoid_is_certified_for_every_way_to_write_it(name, way):
         if way == "operation":
             return getattr(ops, name)(y)
         if way == "own dense":
-            return keras_lipattn.SpectralDense(WIDTH, activation=name)(0.01 * y)
+            return kl.SpectralDense(WIDTH, activation=name)(0.01 * y)
         return layers.Activation(name)(y)
 
     check(model_of(lambda x: gated(x, gate(x))), examples(), finite=True)
@@ -677,7 +676,7 @@ def test_radius_in_an_export_holds_where_a_layer_looks_at_its_length(tmp_path):
     with default_dtype("float32"):
         y = layers.GlobalAveragePooling1D()(TimesPosition()(x))
         model = keras.Model(x, layers.Dense(2, kernel_initializer="identity")(y))
-    exported = export_saved_model(
+    exported = kl.export_saved_model(
         model, tmp_path, sequence_length=LONG, allow_uncertified=True, verbose=False
     )
     served = tf.saved_model.load(str(exported.path)).signatures
@@ -782,7 +781,7 @@ def test_batch_statistics_that_a_graph_keeps_on_are_not_certified(kind):
 
 @pytest.mark.parametrize("kind", ["layer", "functional model", "sequential model", "custom"])
 def test_running_norms_that_a_graph_keeps_on_are_refused_or_counted(kind):
-    dense = keras_lipattn.SpectralDense(8, spectral_norm=1.0, use_bias=False)
+    dense = kl.SpectralDense(8, spectral_norm=1.0, use_bias=False)
     layer = dense
     shape = (8,)
     if kind == "functional model":
@@ -1015,7 +1014,7 @@ def test_rows_outside_of_every_window_average_over_all_keys(window, by_input):
 @pytest.mark.parametrize("which", ["query", "value", "output", "all"])
 @pytest.mark.parametrize("call", [{}, {"use_causal_mask": True}], ids=["full", "causal"])
 def test_heads_of_sizes_far_apart_are_certified(ratio, which, call):
-    layer = keras_lipattn.L2MultiHeadAttention(2, 2)
+    layer = kl.L2MultiHeadAttention(2, 2)
     model = model_of(lambda x: layer(x, **call))
     for name in ("query", "value", "output"):
         if which in (name, "all"):
@@ -1030,7 +1029,7 @@ def test_heads_of_sizes_far_apart_are_certified(ratio, which, call):
 @pytest.mark.parametrize("ratio", [1e-100, 1e100])
 @pytest.mark.parametrize("which", ["value", "output"])
 def test_small_and_large_heads_have_positive_constants(ratio, which):
-    layer = keras_lipattn.L2MultiHeadAttention(2, 2)
+    layer = kl.L2MultiHeadAttention(2, 2)
     model = model_of(lambda x: layer(x))
     kernel = getattr(layer, f"{which}_kernel")
     sizes = np.ones(kernel.shape)
@@ -1045,7 +1044,7 @@ def test_small_and_large_heads_have_positive_constants(ratio, which):
 @pytest.mark.parametrize("ratio", [1e-100, 1e100])
 @pytest.mark.parametrize("which", ["query", "value", "output"])
 def test_cosine_heads_of_sizes_far_apart_are_certified(ratio, which):
-    layer = keras_lipattn.ScaledCosineAttention(2, 2)
+    layer = kl.ScaledCosineAttention(2, 2)
     model = model_of(lambda x: layer(x))
     kernel = getattr(layer, f"{which}_kernel")
     sizes = np.ones(kernel.shape)
@@ -1114,7 +1113,7 @@ MERGING = {
     "multiply": layers.Multiply,
     "concatenate": layers.Concatenate,
     "concatenate tokens": lambda: layers.Concatenate(axis=1),
-    "residual": keras_lipattn.Residual,
+    "residual": kl.Residual,
 }
 
 
@@ -1154,7 +1153,7 @@ CALLED_BY_KEYWORD = {
     "flatten": lambda x: layers.Flatten()(inputs=x),
     "reshape": lambda x: layers.Reshape((WIDTH, LENGTH))(inputs=x),
     "dropout": lambda x: layers.Dropout(0.5)(inputs=x),
-    "l2 attention": lambda x: keras_lipattn.L2MultiHeadAttention(2, 2)(query=x),
+    "l2 attention": lambda x: kl.L2MultiHeadAttention(2, 2)(query=x),
     "attention": lambda x: attend_by_keyword(bounded(x)),
     "time distributed": lambda x: layers.TimeDistributed(layers.Dense(3))(inputs=x),
     "functional model": lambda x: model_of(layers.Dense(3))(inputs=x),

@@ -10,7 +10,7 @@ import tensorflow as tf
 from helpers.certify_cases import array_of, default_dtype, layer_cases, model_of
 from keras import layers, ops
 
-import keras_lipattn
+import keras_lipattn as kl
 from keras_lipattn.certification import Certificate, LayerCall, LipschitzMap, certify, register_rule
 
 CASES = {case.name: case for case in layer_cases()}
@@ -85,7 +85,7 @@ REFUSED = {
     ),
     "computed attention mask": (
         lambda: model(
-            lambda x: keras_lipattn.L2MultiHeadAttention(2, 2)(
+            lambda x: kl.L2MultiHeadAttention(2, 2)(
                 x, attention_mask=ops.greater(ops.einsum("btd,bsd->bts", x, x), 0.0)
             )
         ),
@@ -119,9 +119,7 @@ REFUSED = {
         "tokens are unbounded",
     ),
     "attention scores": (
-        lambda: model(
-            lambda x: keras_lipattn.L2MultiHeadAttention(2, 2)(x, return_attention_scores=True)
-        ),
+        lambda: model(lambda x: kl.L2MultiHeadAttention(2, 2)(x, return_attention_scores=True)),
         "scores",
     ),
     "grouped queries": (
@@ -347,7 +345,7 @@ def test_masks_computed_from_inputs_may_be_assumed_fixed(build):
 
 
 def test_masking_before_attention():
-    masked = model(lambda x: keras_lipattn.L2MultiHeadAttention(2, 2)(layers.Masking()(x)))
+    masked = model(lambda x: kl.L2MultiHeadAttention(2, 2)(layers.Masking()(x)))
     assert not certify(masked).is_finite
     assert certify(masked, assume_fixed_mask=True).is_finite
 

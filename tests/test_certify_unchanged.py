@@ -8,7 +8,7 @@ import pytest
 from helpers.certify_cases import snapshot
 from keras import layers, ops
 
-import keras_lipattn
+import keras_lipattn as kl
 from keras_lipattn.certification import certify
 
 
@@ -47,10 +47,10 @@ class Subclassed(keras.Model):
 
 def functional():
     x = keras.Input((5, 4))
-    y = keras_lipattn.L2MultiHeadAttention(2, 2, spectral_norm=1.0)(x)
-    y = keras_lipattn.Residual(0.5, trainable_alpha=True)([x, y])
+    y = kl.L2MultiHeadAttention(2, 2, spectral_norm=1.0)(x)
+    y = kl.Residual(0.5, trainable_alpha=True)([x, y])
     y = layers.BatchNormalization()(Block(name="block")(y))
-    y = keras_lipattn.SpectralDense(4, kernel_regularizer="l2")(y)
+    y = kl.SpectralDense(4, kernel_regularizer="l2")(y)
     return keras.Model(x, layers.Dense(3)(layers.GlobalAveragePooling1D()(layers.Dropout(0.3)(y))))
 
 

@@ -17,17 +17,7 @@ from keras import ops
 from scipy.integrate import solve_ivp
 from scipy.linalg import expm
 
-from keras_lipattn import (
-    CenterNormalization,
-    ContinuousDepth,
-    L2MultiHeadAttention,
-    MaxMin,
-    PositionEmbedding,
-    SpectralDense,
-    certify,
-    condensed,
-    export_saved_model,
-)
+import keras_lipattn as kl
 from keras_lipattn.layers._runge_kutta import make_step
 
 ORDERS = {"euler": 1, "midpoint": 2, "rk4": 4}
@@ -35,21 +25,21 @@ NORMS = ("l2", "token", "linf")
 
 
 def attention(dtype="float64", **options):
-    return L2MultiHeadAttention(2, 3, bias_initializer="normal", dtype=dtype, **options)
+    return kl.L2MultiHeadAttention(2, 3, bias_initializer="normal", dtype=dtype, **options)
 
 
 def perceptron(dtype="float64"):
     return keras.Sequential(
         [
             attention(dtype),
-            SpectralDense(8, activation="tanh", spectral_norm=None, dtype=dtype),
-            SpectralDense(4, spectral_norm=None, dtype=dtype),
+            kl.SpectralDense(8, activation="tanh", spectral_norm=None, dtype=dtype),
+            kl.SpectralDense(4, spectral_norm=None, dtype=dtype),
         ]
     )
 
 
 def linear():
-    return SpectralDense(4, use_bias=False, spectral_norm=None, dtype="float64")
+    return kl.SpectralDense(4, use_bias=False, spectral_norm=None, dtype="float64")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +54,7 @@ class Case:
     def build(self, dtype="float64", **changes):
         """The layer, a mask or `None`, and inputs."""
         keras.utils.set_random_seed(5)
-        layer = ContinuousDepth(self.branch(dtype), **{**self.options, **changes}, dtype=dtype)
+        layer = kl.ContinuousDepth(self.branch(dtype), **{**self.options, **changes}, dtype=dtype)
         x = np.random.default_rng(6).normal(size=(2, 4, 4)).astype(keras.backend.floatx())
         x = x.astype("float64") if dtype == "float64" else x
         layer.build(x.shape)
@@ -98,7 +88,7 @@ def solution(layer, x, mask):
 
     def run(branch, state):
         for part in getattr(branch, "layers", [branch]):
-            if isinstance(part, L2MultiHeadAttention):
+            if isinstance(part, kl.L2MultiHeadAttention):
                 state = part(state, query_mask=mask, use_causal_mask=layer.use_causal_mask)
             else:
                 state = part(state)
@@ -132,7 +122,7 @@ def test_error_falls_with_the_order_of_the_method(case):
         errors = []
         for count in (8, 16):
             options = {**case.options, "steps": count, "method": method}
-            other = ContinuousDepth(layer.branch, **options, dtype="float64")
+            other = kl.ContinuousDepth(layer.branch, **options, dtype="float64")
             errors.append(np.abs(numpy(other(x, mask=mask)) - exact).max())
         # The next power of the step size still contributes.
         assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.4), method
@@ -142,7 +132,7 @@ def test_error_falls_with_the_order_of_the_method(case):
 @pytest.mark.parametrize("decay", [0.0, 0.8])
 def test_flow_of_a_linear_branch_is_the_exponential_of_its_matrix(decay):
     dense = linear()
-    layer = ContinuousDepth(dense, time=1.2, steps=200, decay=decay, dtype="float64")
+    layer = kl.ContinuousDepth(dense, time=1.2, steps=200, decay=decay, dtype="float64")
     x = np.random.default_rng(0).normal(size=(2, 3, 4))
     y = numpy(layer(x))
     matrix = numpy(dense.kernel) - decay * np.eye(4)
@@ -156,7 +146,7 @@ def test_one_step_is_the_formula_of_its_method():
     z = 0.6 * numpy(dense.kernel)
     x = np.random.default_rng(0).normal(size=(2, 4))
     for method, order in ORDERS.items():
-        layer = ContinuousDepth(dense, time=0.6, steps=1, method=method, dtype="float64")
+        layer = kl.ContinuousDepth(dense, time=0.6, steps=1, method=method, dtype="float64")
         terms = [np.linalg.matrix_power(z, k) / math.factorial(k) for k in range(order + 1)]
         np.testing.assert_allclose(numpy(layer(x)), x @ sum(terms), rtol=1e-12, atol=1e-12)
 
@@ -178,7 +168,7 @@ def test_constant_of_a_step_is_the_truncated_exponential_series(method):
 @pytest.mark.parametrize("method", ORDERS)
 def test_constant_is_attained_by_a_field_that_stretches_evenly(method):
     dense = linear()
-    layer = ContinuousDepth(dense, time=2.0, steps=3, method=method, decay=0.5, dtype="float64")
+    layer = kl.ContinuousDepth(dense, time=2.0, steps=3, method=method, decay=0.5, dtype="float64")
     layer.build((None, 3, 4))
     dense.kernel.assign(1.3 * np.eye(4))
     x = np.ones((1, 3, 4))
@@ -239,7 +229,7 @@ def test_decay_above_the_constant_of_the_branch_brings_all_inputs_together():
     branch = attention(lipschitz_bound=1.0)
     x = np.random.default_rng(0).normal(size=(2, 4, 4))
     for steps in (3, 30):
-        layer = ContinuousDepth(branch, time=15.0, steps=steps, decay=1.5, dtype="float64")
+        layer = kl.ContinuousDepth(branch, time=15.0, steps=steps, decay=1.5, dtype="float64")
         y = numpy(layer(x))
         # An explicit step of this size for the decay would be unstable.
         bound = layer.lipschitz().value
@@ -260,7 +250,7 @@ def test_reverse_undoes_the_flow_up_to_the_order(case):
 
 def test_flow_for_a_negative_time_is_the_reverse():
     layer, x, mask = BY_NAME["decay and padding"].build()
-    other = ContinuousDepth(layer.branch, time=-layer.time, decay=layer.decay, dtype="float64")
+    other = kl.ContinuousDepth(layer.branch, time=-layer.time, decay=layer.decay, dtype="float64")
     np.testing.assert_array_equal(numpy(other(x, mask=mask)), numpy(layer.reverse(x, mask=mask)))
     assert other.lipschitz().value == layer.reverse_lipschitz().value
 
@@ -268,7 +258,7 @@ def test_flow_for_a_negative_time_is_the_reverse():
 @pytest.mark.parametrize("name", ["attention", "causal", "decay and padding", "perceptron"])
 def test_half_the_time_twice_is_the_whole(name):
     layer, x, mask = BY_NAME[name].build(steps=4)
-    half = ContinuousDepth(
+    half = kl.ContinuousDepth(
         layer.branch,
         time=layer.time / 2,
         steps=2,
@@ -283,7 +273,7 @@ def test_half_the_time_twice_is_the_whole(name):
 
 def test_equal_depths_are_one():
     layer, x, _ = BY_NAME["attention"].build()
-    several = ContinuousDepth([layer.branch] * 3, dtype="float64")
+    several = kl.ContinuousDepth([layer.branch] * 3, dtype="float64")
     np.testing.assert_allclose(numpy(several(x)), numpy(layer(x)), rtol=1e-12, atol=1e-12)
     assert several.lipschitz().value == pytest.approx(layer.lipschitz().value, rel=1e-12)
 
@@ -344,11 +334,11 @@ def test_same_function_in_training_in_a_graph_and_compiled(name):
 def test_layer_trains_and_its_certificate_follows():
     layer, x, _ = BY_NAME["attention"].build("float32", steps=2, method="euler")
     model = keras.Sequential([keras.Input((4, 4)), layer])
-    before = certify(model).total
+    before = kl.certify(model).total
     model.compile(keras.optimizers.Adam(0.1), "mse")
     history = model.fit(np.repeat(x, 8, 0), 0.5 * np.repeat(x, 8, 0), epochs=3, verbose=0)
     assert history.history["loss"][-1] < history.history["loss"][0]
-    after = certify(model).total
+    after = kl.certify(model).total
     assert after != before
     # Each level of a certificate adds an allowance of 1e-9 for rounding.
     assert after == pytest.approx(layer.lipschitz().value, rel=1e-8)
@@ -382,12 +372,12 @@ def test_saved_model_is_the_same_function(name, tmp_path):
 
 
 def test_condensed_layer_certifies_what_it_runs_with():
-    layer = ContinuousDepth(attention("float32", lipschitz_bound=0.5), steps=2)
+    layer = kl.ContinuousDepth(attention("float32", lipschitz_bound=0.5), steps=2)
     model = keras.Sequential([keras.Input((4, 4)), layer])
     x = np.random.default_rng(0).normal(size=(1, 4, 4)).astype("float32")
     plain = numpy(model(x))
     outside = layer.lipschitz().value
-    with condensed(model):
+    with kl.condensed(model):
         inside = layer.lipschitz().value
         found = jacobians.ascend(layer, x[0], "l2", steps=3)
         np.testing.assert_allclose(numpy(model(x)), plain, rtol=0, atol=0.02)
@@ -398,36 +388,36 @@ def test_condensed_layer_certifies_what_it_runs_with():
 def test_exported_model_is_the_condensed_flow(tmp_path):
     layer, x, _ = BY_NAME["attention"].build("float32", steps=1)
     model = keras.Sequential(
-        [keras.Input((4, 4)), layer, keras.layers.GlobalAveragePooling1D(), SpectralDense(3)]
+        [keras.Input((4, 4)), layer, keras.layers.GlobalAveragePooling1D(), kl.SpectralDense(3)]
     )
-    certificate, path = export_saved_model(model, tmp_path / "model")
+    certificate, path = kl.export_saved_model(model, tmp_path / "model")
     served = tf.saved_model.load(str(path))
     (output,) = served.signatures["serving_default"](tf.constant(x)).values()
     np.testing.assert_allclose(output, numpy(model(x)), rtol=0, atol=1e-4)
-    assert certificate.total == pytest.approx(certify(model).total, rel=1e-3)
+    assert certificate.total == pytest.approx(kl.certify(model).total, rel=1e-3)
 
 
 def test_every_kind_of_part_can_stand_in_a_branch():
     parts = [
-        PositionEmbedding(),
-        CenterNormalization(),
+        kl.PositionEmbedding(),
+        kl.CenterNormalization(),
         attention("float32"),
-        MaxMin(),
+        kl.MaxMin(),
         keras.layers.Activation("softplus"),
     ]
-    layer = ContinuousDepth(keras.Sequential(parts), time=0.2)
+    layer = kl.ContinuousDepth(keras.Sequential(parts), time=0.2)
     x = np.random.default_rng(0).normal(size=(2, 4, 4)).astype("float32")
     assert np.isfinite(numpy(layer(x))).all()
     assert math.exp(0.2) > 1.0 < layer.lipschitz().value < 1e6
 
 
 def test_certificate_knows_its_length():
-    layer = ContinuousDepth(attention("float32"))
+    layer = kl.ContinuousDepth(attention("float32"))
     model = keras.Sequential([keras.Input((None, 4)), layer])
-    unknown = certify(model)
+    unknown = kl.certify(model)
     assert math.isinf(unknown.total)
     assert "length" in unknown.rows[0].reason
-    known = certify(model, sequence_length=6)
+    known = kl.certify(model, sequence_length=6)
     assert known.total == pytest.approx(layer.lipschitz(6).value, rel=1e-8)
     assert known.threat_model.max_tokens == 6
     assert layer.lipschitz(6).value < layer.lipschitz(60).value
@@ -462,21 +452,21 @@ BAD = {
 def test_bad_arguments_are_refused(name):
     arguments, message = BAD[name]
     with pytest.raises(ValueError, match=message):
-        ContinuousDepth(**{"branch": attention(), **arguments})
+        kl.ContinuousDepth(**{"branch": attention(), **arguments})
 
 
 def test_bad_branches_and_shapes_are_refused():
     with pytest.raises(ValueError, match=r"shape of its input.*Received: \(None, 4, 5\)"):
-        ContinuousDepth(SpectralDense(5)).build((None, 4, 4))
+        kl.ContinuousDepth(kl.SpectralDense(5)).build((None, 4, 4))
     with pytest.raises(ValueError, match=r"Received: .*dropout=0.1"):
-        ContinuousDepth(attention("float32", dropout=0.1)).build((None, 4, 4))
+        kl.ContinuousDepth(attention("float32", dropout=0.1)).build((None, 4, 4))
     with pytest.raises(ValueError, match=r"compute in float32.*Received: .*'float64'"):
-        ContinuousDepth(attention()).build((None, 4, 4))
+        kl.ContinuousDepth(attention()).build((None, 4, 4))
     with pytest.raises(ValueError, match=r"Received: layer .* of class Dense"):
-        ContinuousDepth(keras.layers.Dense(4)).build((None, 4, 4))
+        kl.ContinuousDepth(keras.layers.Dense(4)).build((None, 4, 4))
     with pytest.raises(ValueError, match=r"static last axis.*Received"):
-        ContinuousDepth(attention("float32")).build((None, 4, None))
-    layer = ContinuousDepth(attention("float32"))
+        kl.ContinuousDepth(attention("float32")).build((None, 4, None))
+    layer = kl.ContinuousDepth(attention("float32"))
     for method in (layer.lipschitz, layer.reverse_lipschitz, layer.flow_lipschitz):
         with pytest.raises(ValueError, match="Received: built=False"):
             method()

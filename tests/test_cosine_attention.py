@@ -13,14 +13,7 @@ import tensorflow as tf
 from helpers import loop_attention, loop_cosine
 from helpers.layer_cases import BATCH, CAPS, COMMON_OPTIONS, FEATURES, LENGTH, Case, cases
 
-from keras_lipattn import (
-    LipschitzMonitor,
-    ScaledCosineAttention,
-    SpectralDense,
-    certify,
-    condensed,
-    export_saved_model,
-)
+import keras_lipattn as kl
 from keras_lipattn.layers import Tracking
 
 ONE_CAP = [cap for cap in CAPS if cap != "both"]
@@ -29,7 +22,7 @@ TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "mixed_bfloat16": 0.1, "mixed_fl
 
 
 def _case(*args, **fields):
-    return Case(*args, **fields, kind=ScaledCosineAttention)
+    return Case(*args, **fields, kind=kl.ScaledCosineAttention)
 
 
 def _numpy(tensor):
@@ -52,17 +45,17 @@ def _close(found, expected, dtype):
 @pytest.mark.parametrize(
     "case",
     [
-        *cases(options=("plain",), kind=ScaledCosineAttention),
+        *cases(options=("plain",), kind=kl.ScaledCosineAttention),
         *cases(
             options=[name for name in COMMON_OPTIONS if name != "plain"],
             calls=("causal", "everything"),
-            kind=ScaledCosineAttention,
+            kind=kl.ScaledCosineAttention,
         ),
         *cases(
             options=("plain",),
             calls=("everything",),
             dtypes=("float32", "mixed_bfloat16", "mixed_float16"),
-            kind=ScaledCosineAttention,
+            kind=kl.ScaledCosineAttention,
         ),
     ],
     ids=str,
@@ -85,7 +78,7 @@ def test_caps_hold_and_condensing_changes_nothing(cap, dtype):
     loose, tight = case.run(layer, x), 0.0
     layer.condense()
     remembered = case.run(layer, x)
-    with condensed(layer) as variables:
+    with kl.condensed(layer) as variables:
         assert len(variables) == 2
         constants = case.run(layer, x)
         if layer.lipschitz_bound is not None:
@@ -108,18 +101,18 @@ def test_caps_hold_and_condensing_changes_nothing(cap, dtype):
 
 def test_both_caps_at_once_are_refused():
     with pytest.raises(ValueError, match=r"Received: spectral_norm=1.0, lipschitz_bound=2.0"):
-        ScaledCosineAttention(2, 3, spectral_norm=1.0, lipschitz_bound=2.0)
+        kl.ScaledCosineAttention(2, 3, spectral_norm=1.0, lipschitz_bound=2.0)
 
 
 @pytest.mark.parametrize("name", ["temperature", "epsilon"])
 @pytest.mark.parametrize("value", [0.0, -1.0, math.inf, None, "1"])
 def test_numbers_out_of_range_are_refused(name, value):
     with pytest.raises(ValueError, match=f"`{name}` must be.*Received: {name}="):
-        ScaledCosineAttention(2, 3, **{name: value})
+        kl.ScaledCosineAttention(2, 3, **{name: value})
 
 
 def test_any_other_tensor_is_cross_attention():
-    layer = ScaledCosineAttention(2, 3)
+    layer = kl.ScaledCosineAttention(2, 3)
     x = np.ones((2, LENGTH, FEATURES), "float32")
     for name in ("value", "key"):
         with pytest.raises(ValueError, match=f"`{name}` must be omitted.*Received: {name}="):
@@ -129,10 +122,10 @@ def test_any_other_tensor_is_cross_attention():
 
 
 def test_a_cap_needs_a_length_and_keeps_it():
-    layer = ScaledCosineAttention(2, 3, lipschitz_bound=1.0)
+    layer = kl.ScaledCosineAttention(2, 3, lipschitz_bound=1.0)
     with pytest.raises(ValueError, match=r"needs the number of tokens.*Received: query_shape"):
         layer.build((None, None, FEATURES))
-    layer = ScaledCosineAttention(2, 3, lipschitz_bound=1.0)
+    layer = kl.ScaledCosineAttention(2, 3, lipschitz_bound=1.0)
     x = np.ones((1, LENGTH + 1, FEATURES), "float32")
     layer(x[:, 1:])
     with pytest.raises(ValueError, match=f"Received: an input of {LENGTH + 1} tokens"):
@@ -154,7 +147,7 @@ def path(request):
     def run(x, **call):
         return called(tf.convert_to_tensor(x), training=name == "training", **call)
 
-    with condensed(layer) if name == "condensed" else contextlib.nullcontext():
+    with kl.condensed(layer) if name == "condensed" else contextlib.nullcontext():
         yield run
 
 
@@ -189,7 +182,7 @@ def test_what_a_token_may_not_see_does_not_reach_it(path):
 @pytest.mark.parametrize("cap", [None, "token", "spectral"])
 def test_models_train_and_reload_bit_for_bit(tmp_path, cap):
     layer = _case(cap=cap, dtype="float32").layer(temperature=3.0, epsilon=0.5)
-    model = keras.Sequential([keras.Input((LENGTH, FEATURES)), layer, SpectralDense(2)])
+    model = keras.Sequential([keras.Input((LENGTH, FEATURES)), layer, kl.SpectralDense(2)])
     model.compile(keras.optimizers.Adam(0.01), "mse")
     rng = np.random.default_rng(0)
     x = rng.normal(size=(16, LENGTH, FEATURES)).astype("float32")
@@ -206,7 +199,7 @@ def test_models_train_and_reload_bit_for_bit(tmp_path, cap):
 def test_config_holds_every_argument():
     for option in COMMON_OPTIONS:
         layer = _case(option).layer(epsilon=0.2, temperature=7.0)
-        copy = ScaledCosineAttention.from_config(layer.get_config())
+        copy = kl.ScaledCosineAttention.from_config(layer.get_config())
         assert copy.get_config() == layer.get_config()
         assert (copy.epsilon, copy.temperature) == (0.2, 7.0)
 
@@ -237,7 +230,7 @@ def test_a_monitor_sees_it_and_its_penalty_lowers_the_bound():
     model.compile(keras.optimizers.Adam(0.05), "mse")
     before = layer.lipschitz().value
     x = np.random.default_rng(0).normal(size=(16, LENGTH, FEATURES)).astype("float32")
-    monitor = LipschitzMonitor(penalty=1.0, target=before / 4.0)
+    monitor = kl.LipschitzMonitor(penalty=1.0, target=before / 4.0)
     logs = model.fit(x, x, epochs=15, verbose=0, callbacks=[monitor]).history
     assert logs[f"lipschitz_{layer.name}"][-1] == pytest.approx(layer.lipschitz().value)
     assert layer.lipschitz().value < 0.6 * before
@@ -248,8 +241,8 @@ def test_it_is_exported_with_its_certificate(tmp_path):
     inputs = keras.Input((LENGTH, FEATURES))
     x = layer(inputs, use_causal_mask=True)
     model = keras.Model(inputs, keras.layers.Dense(3)(keras.layers.GlobalAveragePooling1D()(x)))
-    certificate, path = export_saved_model(model, tmp_path / "model")
-    assert certificate.total == pytest.approx(certify(model).total, rel=1e-3)
+    certificate, path = kl.export_saved_model(model, tmp_path / "model")
+    assert certificate.total == pytest.approx(kl.certify(model).total, rel=1e-3)
     x = np.random.default_rng(0).normal(size=(4, LENGTH, FEATURES)).astype("float32")
     served = tf.saved_model.load(str(path)).signatures["serving_default"](tf.constant(x))
     # Served with constants: without the thousandth that Gram iteration shrinks too much.
@@ -266,18 +259,18 @@ def test_certify_asks_the_layer_with_the_mask_of_the_graph():
         ({"attention_mask": pairs}, pairs),
     ):
         for norm in ("l2", "token", "linf"):
-            total = certify(keras.Model(inputs, layer(inputs, **call)), norm=norm).total
+            total = kl.certify(keras.Model(inputs, layer(inputs, **call)), norm=norm).total
             assert total == pytest.approx(layer.lipschitz(norm=norm, mask=mask).value)
     scores = _case().layer()(inputs, return_attention_scores=True)
-    assert certify(keras.Model(inputs, scores)).total == math.inf
-    free = ScaledCosineAttention(2, 3)
+    assert kl.certify(keras.Model(inputs, scores)).total == math.inf
+    free = kl.ScaledCosineAttention(2, 3)
     inputs = keras.Input((None, FEATURES))
     # Where all see all, columns are bounded whatever the length.
-    assert math.isfinite(certify(keras.Model(inputs, free(inputs))).total)
+    assert math.isfinite(kl.certify(keras.Model(inputs, free(inputs))).total)
     unknown = keras.Model(inputs, free(inputs, use_causal_mask=True))
-    assert certify(unknown).total == math.inf
-    assert "sequence_length" in str(certify(unknown))
-    assert math.isfinite(certify(unknown, sequence_length=9).total)
+    assert kl.certify(unknown).total == math.inf
+    assert "sequence_length" in str(kl.certify(unknown))
+    assert math.isfinite(kl.certify(unknown, sequence_length=9).total)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -9,7 +9,7 @@ import pytest
 from helpers import jacobians
 from helpers.layer_cases import FEATURES, LENGTH, Case, cases
 
-from keras_lipattn import ScaledCosineAttention
+import keras_lipattn as kl
 from keras_lipattn.bounds.compact import column_mass
 from keras_lipattn.bounds.cosine import certified_cosine_bound, fold
 from keras_lipattn.linalg import SAFETY, operator_norm
@@ -48,17 +48,17 @@ def _attacks(layer, shape, rng):
 @pytest.mark.parametrize(
     "case",
     [
-        *cases(options=("plain",), kind=ScaledCosineAttention),
+        *cases(options=("plain",), kind=kl.ScaledCosineAttention),
         *cases(
             options=("window", "value dim", "two axes"),
             calls=("everything",),
-            kind=ScaledCosineAttention,
+            kind=kl.ScaledCosineAttention,
         ),
         *cases(
             options=("plain",),
             calls=("causal",),
             caps=("l2", "token", "linf", "spectral"),
-            kind=ScaledCosineAttention,
+            kind=kl.ScaledCosineAttention,
         ),
     ],
     ids=str,
@@ -78,7 +78,7 @@ def test_no_jacobian_exceeds_the_bound(case):
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("call", ["no mask", "causal"])
 def test_no_ascent_climbs_over_the_bound(call, norm):
-    case = Case("one head", call, kind=ScaledCosineAttention)
+    case = Case("one head", call, kind=kl.ScaledCosineAttention)
     layer = case.layer(temperature=3.0)
     bound = layer.lipschitz(norm=norm, mask=case.visible()).value
     run = functools.partial(case.run_copies, layer)
@@ -90,7 +90,7 @@ def test_no_ascent_climbs_over_the_bound(call, norm):
 @pytest.mark.parametrize("norm", ["l2", "token"])
 def test_averaging_attention_attains_the_bound_of_its_values(norm):
     # Without queries and keys all weights are equal; at the origin values are steepest.
-    layer = ScaledCosineAttention(
+    layer = kl.ScaledCosineAttention(
         1, 3, temperature=1e-6, epsilon=0.25, use_bias=False, output_shape=3, dtype="float64"
     )
     layer.build((1, LENGTH, FEATURES))
@@ -101,7 +101,7 @@ def test_averaging_attention_attains_the_bound_of_its_values(norm):
 
 def test_queries_alone_attain_their_share():
     # One query at the origin, where it turns fastest; keys and values far away, at opposite poles.
-    layer = ScaledCosineAttention(
+    layer = kl.ScaledCosineAttention(
         1, 1, temperature=2.0, epsilon=1.0, output_shape=1, use_bias=False, dtype="float64"
     )
     layer.build((1, 3, 2))
@@ -142,7 +142,7 @@ def test_is_never_above_theorem_7_2(seed):
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_bounds_are_ordered(norm):
-    layer = Case(kind=ScaledCosineAttention).layer(temperature=0.5)
+    layer = Case(kind=kl.ScaledCosineAttention).layer(temperature=0.5)
     full, causal, free = (
         layer.lipschitz(norm=norm, mask=mask).value for mask in ("full", "causal", "any")
     )
@@ -161,7 +161,7 @@ def test_bounds_are_ordered(norm):
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_the_bound_scales_as_the_function_does(norm):
-    layer = Case(kind=ScaledCosineAttention).layer()
+    layer = Case(kind=kl.ScaledCosineAttention).layer()
     before = layer.lipschitz(norm=norm).value
     x = Case().inputs()
     value = np.asarray(layer(x))
@@ -176,12 +176,12 @@ def test_the_bound_scales_as_the_function_does(norm):
 
 
 def test_a_window_needs_no_length():
-    layer = ScaledCosineAttention(2, 3, sliding_window=3)
+    layer = kl.ScaledCosineAttention(2, 3, sliding_window=3)
     layer.build((None, None, FEATURES))
     assert np.isfinite(layer.lipschitz().value)
     assert layer.lipschitz(mask="causal").value <= layer.lipschitz().value
     assert layer.lipschitz().value == pytest.approx(layer.lipschitz(100_000).value)
-    free = ScaledCosineAttention(2, 3)
+    free = kl.ScaledCosineAttention(2, 3)
     free.build((None, None, FEATURES))
     assert math.isinf(free.lipschitz(mask="causal").value)
     # Column sums are bounded for every length, and the token norm has none.
@@ -190,7 +190,7 @@ def test_a_window_needs_no_length():
 
 @pytest.mark.parametrize("call", ["no mask", "everything"])
 def test_float32_stays_under_the_bound(call):
-    case = Case(call=call, cap="l2", dtype="float32", kind=ScaledCosineAttention)
+    case = Case(call=call, cap="l2", dtype="float32", kind=kl.ScaledCosineAttention)
     layer = case.layer()
     layer.condense()
     bound = layer.lipschitz(mask=case.visible()).value

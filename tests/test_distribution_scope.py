@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 from helpers import monitor_models
 
-from keras_lipattn import LipschitzMonitor
+import keras_lipattn as kl
 
 MESSAGE = (
     "has variables which were created outside of the strategy it runs under: build the model "
@@ -26,15 +26,15 @@ def test_fit_under_a_strategy_needs_a_model_created_in_its_scope(make_model, str
         monitor_models.fit(model)
     assert (monitor_models.weights(model) == before).all()
     # The model can still be trained outside.
-    monitor_models.fit(model, LipschitzMonitor())
+    monitor_models.fit(model, kl.LipschitzMonitor())
 
 
 @pytest.mark.parametrize("penalty", [None, 0.1])
 def test_a_monitor_raises_before_the_first_step(penalty, strategy):
     model = monitor_models.compiled(monitor_models.functional())
     with strategy.scope(), pytest.raises(ValueError, match=f"Model 'functional' {MESSAGE}"):
-        monitor_models.fit(model, LipschitzMonitor(penalty=penalty))
-    monitor_models.fit(model, LipschitzMonitor(penalty=penalty))
+        monitor_models.fit(model, kl.LipschitzMonitor(penalty=penalty))
+    monitor_models.fit(model, kl.LipschitzMonitor(penalty=penalty))
 
 
 def test_the_monitor_finds_a_keras_layer_created_elsewhere(strategy):
@@ -52,7 +52,7 @@ def test_the_monitor_finds_a_keras_layer_created_elsewhere(strategy):
             )
         )
     with pytest.raises(ValueError, match=MESSAGE):
-        monitor_models.fit(model, LipschitzMonitor())
+        monitor_models.fit(model, kl.LipschitzMonitor())
 
 
 def test_inference_and_the_certificate_need_no_strategy(strategy):

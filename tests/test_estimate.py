@@ -9,8 +9,7 @@ import pytest
 from helpers.certify_cases import jacobian_norm, snapshot
 from keras import layers, ops
 
-import keras_lipattn
-from keras_lipattn import estimate_lipschitz
+import keras_lipattn as kl
 
 NORMS = ("l2", "token", "linf")
 
@@ -25,7 +24,7 @@ def test_it_reaches_the_operator_norm_of_a_linear_map(norm):
 
     # As many starts as outputs: each row is tried.
     x = rng.normal(size=(3, 4, 3))
-    found = estimate_lipschitz(linear, x, norm, steps=60, restarts=6)
+    found = kl.estimate_lipschitz(linear, x, norm, steps=60, restarts=6)
     exact = jacobian_norm(matrix.T, norm, (3, 3))
     assert exact * (1.0 - 1e-3) <= found.value <= exact * (1.0 + 1e-9)
     # The pair that is returned gives the value: the map is its own derivative.
@@ -43,16 +42,16 @@ def test_it_reaches_the_operator_norm_of_a_linear_map(norm):
 def test_the_search_finds_the_point_of_the_largest_slope():
     # The slope of sin(x) is 1 at 0, and 0.07 at the start.
     x = np.full((1, 1), 1.5)
-    assert estimate_lipschitz(ops.sin, x, restarts=1).value >= 1.0 - 1e-3
+    assert kl.estimate_lipschitz(ops.sin, x, restarts=1).value >= 1.0 - 1e-3
     # x**2 / 2 is steepest at the boundary of the ball.
-    found = estimate_lipschitz(lambda x: x * x / 2.0, x, input_radius=2.0)
+    found = kl.estimate_lipschitz(lambda x: x * x / 2.0, x, input_radius=2.0)
     np.testing.assert_allclose(found.value, 2.0, rtol=1e-9)
 
 
 @pytest.mark.parametrize("mask", ["full", "causal", "given"])
 def test_it_stays_below_the_certificate_of_attention(mask):
     rng = np.random.default_rng(5)
-    layer = keras_lipattn.L2MultiHeadAttention(2, 3, dtype="float64")
+    layer = kl.L2MultiHeadAttention(2, 3, dtype="float64")
     x = rng.normal(size=(2, 5, 4))
     layer.build(x.shape)
     visible = np.eye(5, dtype=bool) | (rng.random((5, 5)) < 0.5)
@@ -62,18 +61,20 @@ def test_it_stays_below_the_certificate_of_attention(mask):
         "given": {"attention_mask": visible},
     }[mask]
     for norm in NORMS:
-        found = estimate_lipschitz(layer, x, norm, steps=15, restarts=2, call_kwargs=kwargs)
+        found = kl.estimate_lipschitz(layer, x, norm, steps=15, restarts=2, call_kwargs=kwargs)
         certified = layer.lipschitz(norm=norm, mask=visible if mask == "given" else mask).value
         # Rounding in float64 is far below 1e-9. A short search finds a tenth of the bound.
         assert 0.1 * certified < found.value <= certified * (1.0 + 1e-9)
 
 
 def test_masks_of_the_batch_are_taken():
-    layer = keras_lipattn.L2MultiHeadAttention(1, 2, dtype="float64")
+    layer = kl.L2MultiHeadAttention(1, 2, dtype="float64")
     x = np.random.default_rng(0).normal(size=(3, 4, 2))
     layer.build(x.shape)
     padding = np.zeros((3, 4), bool)
-    found = estimate_lipschitz(layer, x, steps=3, restarts=2, call_kwargs={"query_mask": padding})
+    found = kl.estimate_lipschitz(
+        layer, x, steps=3, restarts=2, call_kwargs={"query_mask": padding}
+    )
     # Every token is padding, so the output is constant.
     assert found.value == 0.0
 
@@ -83,11 +84,11 @@ def test_the_model_is_unchanged_and_the_result_repeats():
     x = layers.Dropout(0.5, seed=1)(inputs)
     x = layers.Dense(3, activity_regularizer="l2")(x)
     x = layers.BatchNormalization()(x)
-    model = keras.Model(inputs, keras_lipattn.L2MultiHeadAttention(1, 2)(x))
+    model = keras.Model(inputs, kl.L2MultiHeadAttention(1, 2)(x))
     points = np.random.default_rng(0).normal(size=(2, 4, 3)).astype("float32")
     model(points)
     before = snapshot(model)
-    first, second = (estimate_lipschitz(model, points, steps=5, seed=7) for _ in range(2))
+    first, second = (kl.estimate_lipschitz(model, points, steps=5, seed=7) for _ in range(2))
     after = snapshot(model)
     for key in ("values", "losses", "nodes", "numpy", "python", "keras", "tensorflow", "built"):
         assert after[key] == before[key], key
@@ -119,5 +120,5 @@ def test_the_model_is_unchanged_and_the_result_repeats():
 def test_bad_input_is_an_error_that_says_what_was_received(change, message):
     arguments = {"function": ops.tanh, "x": np.ones((2, 3)), "steps": 2, "restarts": 1, **change}
     with pytest.raises(ValueError, match=message) as error:
-        estimate_lipschitz(**arguments)
+        kl.estimate_lipschitz(**arguments)
     assert "Received: " in str(error.value)

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from keras_lipattn import Certificate
+import keras_lipattn as kl
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
@@ -44,7 +44,7 @@ def test_the_certificate_is_that_of_the_export(demo):
     text = (out_dir / "certificate.json").read_text()
     exported = out_dir / "saved_model" / "1" / "assets.extra" / "certificate.json"
     assert json.loads(text) == json.loads(exported.read_text())
-    assert Certificate.from_json(text).is_finite
+    assert kl.Certificate.from_json(text).is_finite
 
 
 def test_the_history_has_the_bounds(demo):
@@ -57,7 +57,7 @@ def test_the_history_has_the_bounds(demo):
 
 def test_the_report_says_what_the_files_say(demo):
     out_dir, printed = demo
-    certificate = Certificate.from_json((out_dir / "certificate.json").read_text())
+    certificate = kl.Certificate.from_json((out_dir / "certificate.json").read_text())
     total = re.search(r"certified Lipschitz constant +(\S+)", printed)
     assert total
     # Printed with four digits.
@@ -71,7 +71,7 @@ def test_the_report_says_what_the_files_say(demo):
 
 def test_served_radii_are_certified(demo):
     out_dir, printed = demo
-    certificate = Certificate.from_json((out_dir / "certificate.json").read_text())
+    certificate = kl.Certificate.from_json((out_dir / "certificate.json").read_text())
     with np.load(out_dir / "requests.npz") as requests:
         allowed = certificate.certified_radius(requests["logits"])
     _, served = printed.split("Served by another process")

@@ -10,7 +10,7 @@ import tensorflow as tf
 from helpers.invertible_cases import BY_NAME, CASES, flat_jacobian
 from keras import ops
 
-from keras_lipattn import InvertibleSequential, certify, condensed
+import keras_lipattn as kl
 
 # Solutions have a residual of a few rounding errors, which the inverse magnifies by at most 10 for
 # the coefficient 0.9, and the next layer of the transformer by 2 more.
@@ -86,7 +86,7 @@ def test_certificates_hold_for_the_map_and_its_inverse(case):
 def test_certificate_of_a_model_is_the_product_of_its_layers(norm):
     layer, _, _ = BY_NAME["transformer"].build("float32")
     model = keras.Sequential([keras.Input((None, 4)), layer, keras.layers.Rescaling(3.0)])
-    certificate = certify(model, norm=norm)
+    certificate = kl.certify(model, norm=norm)
     assert certificate.total == pytest.approx(3.0 * layer.lipschitz(norm=norm).value, rel=1e-6)
     assert certificate.threat_model.max_tokens == 5
 
@@ -195,7 +195,7 @@ def test_condensed_layer_inverts_and_certifies_what_it_runs_with():
     layer, x, _ = BY_NAME["transformer"].build("float32")
     model = keras.Sequential([keras.Input((5, 4)), layer])
     plain = numpy(model(x))
-    with condensed(model):
+    with kl.condensed(model):
         y = model(x)
         assert layer.lipschitz().value <= 1.5 * 1.9 * (1.0 + 1e-6)
         back = layer.inverse(y).solution
@@ -220,8 +220,8 @@ def test_saved_model_is_the_same_function(name, tmp_path):
 
 def test_nested_sequences_add_up():
     layer, x, _ = BY_NAME["transformer"].build()
-    inner = InvertibleSequential(layer.layers, dtype="float64")
-    nested = InvertibleSequential([inner], dtype="float64")
+    inner = kl.InvertibleSequential(layer.layers, dtype="float64")
+    nested = kl.InvertibleSequential([inner], dtype="float64")
     np.testing.assert_array_equal(numpy(nested(x)), numpy(layer(x)))
     assert nested.inverse_constant == pytest.approx(layer.inverse_constant)
     found, other = (each.inverse(layer(x)) for each in (nested, layer))

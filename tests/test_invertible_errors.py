@@ -8,11 +8,7 @@ import pytest
 import tensorflow as tf
 from helpers.invertible_cases import BY_NAME, attention, dense
 
-from keras_lipattn import (
-    InvertibleResidual,
-    InvertibleSequential,
-    Residual,
-)
+import keras_lipattn as kl
 from keras_lipattn.layers import InversionError
 
 
@@ -34,7 +30,7 @@ BAD_ARGUMENTS = {
 def test_bad_arguments_are_named(name):
     options, received = BAD_ARGUMENTS[name]
     with pytest.raises(ValueError, match=f"Received: .*{re.escape(received)}"):
-        InvertibleResidual(attention("float32"), **options)
+        kl.InvertibleResidual(attention("float32"), **options)
 
 
 BAD_BRANCHES = {
@@ -54,23 +50,23 @@ BAD_BRANCHES = {
 def test_branches_without_an_inverse_are_rejected(name):
     branch, received = BAD_BRANCHES[name]
     with pytest.raises(ValueError, match=f"Received: .*{re.escape(received)}"):
-        InvertibleResidual(branch()).build((None, 5, 4))
+        kl.InvertibleResidual(branch()).build((None, 5, 4))
 
 
 def test_unknown_or_exceeded_lengths_are_rejected(layer):
     with pytest.raises(ValueError, match=r"max_sequence_length.*Received: input_shape"):
-        InvertibleResidual(attention("float32")).build((None, None, 4))
+        kl.InvertibleResidual(attention("float32")).build((None, None, 4))
     with pytest.raises(ValueError, match="Received: an input of 9 tokens"):
         layer[0](np.zeros((1, 9, 4), "float32"))
     with pytest.raises(ValueError, match="Received: an input of 9 tokens"):
         layer[0].inverse(np.zeros((1, 9, 4), "float32"))
-    bounded = InvertibleResidual(attention("float32"), max_sequence_length=7)
+    bounded = kl.InvertibleResidual(attention("float32"), max_sequence_length=7)
     bounded.build((None, None, 4))
     assert bounded(np.ones((1, 7, 4), "float32")).shape == (1, 7, 4)
 
 
 def test_methods_before_build_say_so():
-    layer = InvertibleResidual(attention("float32"))
+    layer = kl.InvertibleResidual(attention("float32"))
     for method in (layer.inverse, layer.log_det_jacobian):
         with pytest.raises(ValueError, match="Received: built=False"):
             method(np.zeros((1, 5, 4), "float32"))
@@ -141,11 +137,11 @@ def test_inverse_has_no_certificate_in_a_norm_without_contraction():
 
 def test_sequences_reject_layers_without_an_inverse():
     with pytest.raises(ValueError, match=r"Received: layers=\[\]"):
-        InvertibleSequential([])
+        kl.InvertibleSequential([])
     with pytest.raises(ValueError, match=r"Received: layer .* of class Residual"):
-        InvertibleSequential([Residual()])
-    blocks = [InvertibleResidual(attention("float32"), norm=norm) for norm in ("l2", "token")]
+        kl.InvertibleSequential([kl.Residual()])
+    blocks = [kl.InvertibleResidual(attention("float32"), norm=norm) for norm in ("l2", "token")]
     with pytest.raises(ValueError, match=r"Received: .'l2', 'token'."):
-        InvertibleSequential(blocks)
+        kl.InvertibleSequential(blocks)
     with pytest.raises(ValueError, match="compute dtype 'float32'"):
-        InvertibleSequential(blocks[:1], dtype="float64")
+        kl.InvertibleSequential(blocks[:1], dtype="float64")

@@ -10,7 +10,7 @@ import tensorflow as tf
 from helpers.invertible_cases import BY_NAME
 from keras import ops
 
-from keras_lipattn import InvertibleResidual
+import keras_lipattn as kl
 from keras_lipattn.layers._log_determinant import terms_for, truncation_error
 
 DRAWS = 1000
@@ -25,7 +25,7 @@ ESTIMATORS = {
 def hard_layer():
     """A layer whose Jacobian is close to its constant, so that all terms of the series matter."""
     layer, x, _ = BY_NAME["perceptron"].build()
-    hard = InvertibleResidual(layer.branch, coefficient=0.8, seed=11, dtype="float64")
+    hard = kl.InvertibleResidual(layer.branch, coefficient=0.8, seed=11, dtype="float64")
     x = 0.3 * x[:1, :2]
     hard(x)
     return hard, x
@@ -141,7 +141,7 @@ def test_change_of_variables_integrates_to_one():
     # The density of y = layer(x) for standard normal x, on a grid of the plane.
     keras.utils.set_random_seed(2)
     layer, _, _ = BY_NAME["vector"].build("float64")
-    flow = InvertibleResidual(
+    flow = kl.InvertibleResidual(
         type(layer.branch)(2, activation="tanh", spectral_norm=None, dtype="float64"),
         dtype="float64",
     )

@@ -9,12 +9,7 @@ import pytest
 import tensorflow as tf
 from keras import ops
 
-from keras_lipattn import (
-    InvertibleResidual,
-    InvertibleSequential,
-    L2MultiHeadAttention,
-    SpectralDense,
-)
+import keras_lipattn as kl
 from keras_lipattn.layers import InversionError
 from keras_lipattn.layers._fixed_point import example_norm, solve_fixed_point
 
@@ -103,19 +98,19 @@ def invertible_transformer(coefficient):
     for seed in range(BLOCKS):
         perceptron = keras.Sequential(
             [
-                SpectralDense(2 * FEATURES, activation="relu", spectral_norm=None),
-                SpectralDense(FEATURES, spectral_norm=None),
+                kl.SpectralDense(2 * FEATURES, activation="relu", spectral_norm=None),
+                kl.SpectralDense(FEATURES, spectral_norm=None),
             ]
         )
         layers += [
-            InvertibleResidual(L2MultiHeadAttention(4, 16), coefficient),
-            InvertibleResidual(perceptron, coefficient),
+            kl.InvertibleResidual(kl.L2MultiHeadAttention(4, 16), coefficient),
+            kl.InvertibleResidual(perceptron, coefficient),
         ]
         layers[-1].build((None, TOKENS, FEATURES))
         kernel = keras.initializers.Orthogonal(seed=seed)((FEATURES, 2 * FEATURES))
         perceptron.layers[0].kernel.assign(kernel)
         perceptron.layers[1].kernel.assign(ops.transpose(kernel))
-    stack = InvertibleSequential(layers)
+    stack = kl.InvertibleSequential(layers)
     stack.build((None, TOKENS, FEATURES))
     return stack
 
@@ -136,9 +131,9 @@ def test_eight_blocks_are_inverted_in_single_precision_with_half_the_steps():
 def slow_layer():
     """A layer whose plain iteration converges only by the factor 0.99 per step, and inputs."""
     keras.utils.set_random_seed(0)
-    dense = SpectralDense(4, kernel_initializer="identity", spectral_norm=None)
+    dense = kl.SpectralDense(4, kernel_initializer="identity", spectral_norm=None)
     x = np.random.default_rng(0).normal(size=(4, 8, 4)).astype("float32")
-    return InvertibleResidual(dense, coefficient=0.99), x
+    return kl.InvertibleResidual(dense, coefficient=0.99), x
 
 
 def test_ten_accelerated_steps_solve_what_a_hundred_plain_steps_do_not():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import bounds_cases as cases
 
-from keras_lipattn import CenterNormalization, certify
+import keras_lipattn as kl
 from keras_lipattn.bounds import layer_constants as constants
 from keras_lipattn.linalg import operator_norm
 
@@ -28,7 +28,9 @@ def jacobian(function, x):
 
 def certified(layer, shape, norm):
     """The certificate of a model of one layer."""
-    return certify(keras.Sequential([keras.Input(shape, dtype="float64"), layer]), norm=norm).total
+    return kl.certify(
+        keras.Sequential([keras.Input(shape, dtype="float64"), layer]), norm=norm
+    ).total
 
 
 @pytest.mark.parametrize("name", sorted(set(constants.ACTIVATIONS) - {"softmax"}))
@@ -200,7 +202,7 @@ def normalizations(rng, width):
     variance = rng.random(width)
     layer.set_weights([gamma, np.zeros(width), np.zeros(width), variance])
     yield layer, lambda n: constants.batch_normalization_constant(gamma, variance, epsilon)
-    layer = CenterNormalization(dtype="float64")
+    layer = kl.CenterNormalization(dtype="float64")
     layer.build((None, 2, width))
     layer.set_weights([gamma, np.zeros(width)])
     yield layer, functools.partial(constants.center_normalization_constant, gamma)
@@ -319,12 +321,12 @@ def test_concatenations_stay_below_their_constants(norm, last_axis):
     for _ in range(5):
         for branch in branches:
             branch.kernel.assign(rng.normal(size=(4, 2)))
-        bound = certify(model, norm=norm).total
+        bound = kl.certify(model, norm=norm).total
         # At the origin the derivative of tanh is 1.
         jac = jacobian(model, np.zeros((2, 4)))
         assert cases.attained(jac, norm)[0] <= (1 + ROUNDING) * bound
     branches[1].kernel.assign(np.full((4, 2), np.nan))
-    assert certify(model, norm=norm).total == math.inf
+    assert kl.certify(model, norm=norm).total == math.inf
 
 
 def test_norms_convert_by_their_largest_ratio():

@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-import keras_lipattn
+import keras_lipattn as kl
 
-PACKAGE = pathlib.Path(keras_lipattn.__file__).parent
+PACKAGE = pathlib.Path(kl.__file__).parent
 CONTRIBUTING = PACKAGE.parent / "CONTRIBUTING.md"
 
 

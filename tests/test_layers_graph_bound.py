@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 from helpers.layer_cases import FEATURES, LENGTH, Case, randomize
 
-from keras_lipattn import CenterNormalization, SpectralDense, condensed
+import keras_lipattn as kl
 
 NORMS = ("l2", "token", "linf")
 # Remembered norms of caps carry an allowance of 1e-6 each, sums in float32 a few roundings;
@@ -20,8 +20,11 @@ def _layers(dtype):
     for cap in (None, "both"):
         yield Case("value dim", cap=cap, dtype=dtype).layer()
         yield Case("relative", cap=cap, dtype=dtype).layer()
-    neighbors = (SpectralDense(5, dtype=dtype), SpectralDense(5, spectral_norm=None, dtype=dtype))
-    for layer in (*neighbors, CenterNormalization(dtype=dtype)):
+    neighbors = (
+        kl.SpectralDense(5, dtype=dtype),
+        kl.SpectralDense(5, spectral_norm=None, dtype=dtype),
+    )
+    for layer in (*neighbors, kl.CenterNormalization(dtype=dtype)):
         layer.build((None, LENGTH, FEATURES))
         yield layer
 
@@ -37,11 +40,11 @@ def test_it_is_not_below_the_certified_bound(norm, dtype):
                 layer.condense()
             exact = layer.lipschitz(norm=norm, mask=mask).value
             assert float(layer.graph_bound(norm=norm, mask=mask)) >= exact * (1.0 - BELOW[dtype])
-            with condensed(layer):
+            with kl.condensed(layer):
                 # With constants it is the certified number itself, but for biases.
                 if getattr(layer, "relative_bias", None) is not None:
                     assert layer.graph_bound(norm=norm, mask=mask) >= exact
-                elif not isinstance(layer, CenterNormalization):
+                elif not isinstance(layer, kl.CenterNormalization):
                     assert layer.graph_bound(norm=norm, mask=mask) == exact
 
 

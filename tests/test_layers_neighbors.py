@@ -12,7 +12,7 @@ import tensorflow as tf
 from helpers import jacobians
 from helpers.layer_cases import randomize
 
-from keras_lipattn import CenterNormalization, Residual, SpectralDense, condensed
+import keras_lipattn as kl
 from keras_lipattn.linalg import operator_norm
 
 NORMS = ("l2", "token", "linf")
@@ -21,9 +21,9 @@ DTYPES = ("float64", "float32", "mixed_bfloat16", "mixed_float16")
 # Of the largest output: roundings of the inputs, the weights and the sums.
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "mixed_bfloat16": 0.03, "mixed_float16": 0.005}
 LAYERS = {
-    "dense": lambda **k: SpectralDense(UNITS, **k),
-    "dense without cap": lambda **k: SpectralDense(UNITS, spectral_norm=None, **k),
-    "dense with all": lambda **k: SpectralDense(
+    "dense": lambda **k: kl.SpectralDense(UNITS, **k),
+    "dense without cap": lambda **k: kl.SpectralDense(UNITS, spectral_norm=None, **k),
+    "dense with all": lambda **k: kl.SpectralDense(
         UNITS,
         activation="tanh",
         use_bias=False,
@@ -34,9 +34,9 @@ LAYERS = {
         activity_regularizer="l1",
         **k,
     ),
-    "center": lambda **k: CenterNormalization(**k),
-    "center without weights": lambda **k: CenterNormalization(center=False, scale=False, **k),
-    "center with initializers": lambda **k: CenterNormalization(
+    "center": lambda **k: kl.CenterNormalization(**k),
+    "center without weights": lambda **k: kl.CenterNormalization(center=False, scale=False, **k),
+    "center with initializers": lambda **k: kl.CenterNormalization(
         gamma_initializer="ones", beta_initializer=keras.initializers.Constant(2.0), **k
     ),
 }
@@ -48,7 +48,7 @@ def x():
 
 
 def _expected(layer, x):
-    if isinstance(layer, SpectralDense):
+    if isinstance(layer, kl.SpectralDense):
         kernel = np.asarray(layer.kernel, np.float64)
         if layer.spectral_norm is not None:
             kernel = kernel * min(1.0, layer.spectral_norm / np.linalg.norm(kernel, 2))
@@ -68,7 +68,7 @@ def test_values_are_those_of_the_formula(name, dtype, scale, x):
     layer = LAYERS[name](dtype=dtype)
     layer(x)
     randomize(layer, scale=scale)
-    if isinstance(layer, SpectralDense):
+    if isinstance(layer, kl.SpectralDense):
         layer.condense()
     y = layer(x + 3.0)
     assert y.dtype == layer.compute_dtype
@@ -116,7 +116,7 @@ def test_constants_are_never_exceeded_and_attained_by_linear_layers(name, norm, 
     layer = LAYERS[name](dtype="float64")
     layer(x)
     randomize(layer, seed=seed)
-    if isinstance(layer, SpectralDense):
+    if isinstance(layer, kl.SpectralDense):
         layer.condense()
     bound = layer.lipschitz(norm=norm)
     assert bound.kind == "certified" and bound.norm == norm
@@ -132,11 +132,11 @@ def test_constants_are_never_exceeded_and_attained_by_linear_layers(name, norm, 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "silu", "sigmoid", "softmax", "selu"])
 @pytest.mark.parametrize("norm", NORMS)
 def test_activations_count(activation, norm):
-    layer = SpectralDense(UNITS, activation=activation, dtype="float64")
+    layer = kl.SpectralDense(UNITS, activation=activation, dtype="float64")
     layer.build((None, TOKENS, FEATURES))
     randomize(layer, scale=3.0)
     bound = layer.lipschitz(norm=norm).value
-    linear = SpectralDense(UNITS, dtype="float64")
+    linear = kl.SpectralDense(UNITS, dtype="float64")
     linear.build((None, TOKENS, FEATURES))
     linear.set_weights(layer.get_weights())
     rng = np.random.default_rng(0)
@@ -153,7 +153,7 @@ def test_unknown_activations_have_no_constant(x):
         return 9.0 * y
 
     for activation in ("exponential", "hard_shrink", relu, keras.layers.LeakyReLU(3.0)):
-        layer = SpectralDense(UNITS, activation=activation)
+        layer = kl.SpectralDense(UNITS, activation=activation)
         layer(x)
         bound = layer.lipschitz()
         assert bound.value == math.inf and bound.reason
@@ -162,7 +162,7 @@ def test_unknown_activations_have_no_constant(x):
 @pytest.mark.parametrize("width", [2, 3, 50])
 @pytest.mark.parametrize("norm", NORMS)
 def test_the_constant_of_center_normalization_is_exact(width, norm):
-    layer = CenterNormalization(dtype="float64")
+    layer = kl.CenterNormalization(dtype="float64")
     layer.build((None, width))
     # With gamma = 1 the map is width / (width - 1) times a projection.
     factor = width / (width - 1)
@@ -177,17 +177,17 @@ def test_the_constant_of_center_normalization_is_exact(width, norm):
 def test_center_normalization_ignores_a_shift_in_every_precision():
     x = np.array([[1.0, 2.0, 4.0, 5.0]], "float32")
     for dtype in DTYPES:
-        layer = CenterNormalization(dtype=dtype)
+        layer = kl.CenterNormalization(dtype=dtype)
         np.testing.assert_allclose(layer(x + 64.0), layer(x), rtol=1e-2)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16", "mixed_float16"])
 @pytest.mark.parametrize("cap", [None, 0.5])
 def test_condensed_dense_layers_are_certified_as_they_run(dtype, cap, x):
-    layer = SpectralDense(UNITS, spectral_norm=cap, use_bias=False, dtype=dtype)
+    layer = kl.SpectralDense(UNITS, spectral_norm=cap, use_bias=False, dtype=dtype)
     layer(x)
     randomize(layer, scale=2.0)
-    with condensed(layer) as (kernel,):
+    with kl.condensed(layer) as (kernel,):
         bound = layer.lipschitz().value
         rows = layer(np.eye(FEATURES))
     run = keras.ops.convert_to_numpy(keras.ops.cast(kernel.value, layer.compute_dtype))
@@ -200,30 +200,36 @@ def test_condensed_dense_layers_are_certified_as_they_run(dtype, cap, x):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SpectralDense(0), r"`units` .*Received: units=0"),
-        (lambda: SpectralDense(2.0), r"Received: units=2.0"),
-        (lambda: SpectralDense(2, spectral_norm=0.0), r"Received: spectral_norm=0.0"),
-        (lambda: SpectralDense(2, spectral_norm=math.nan), r"Received: spectral_norm=nan"),
-        (lambda: SpectralDense(2)(np.zeros(3)), r"Received: input_shape=\(3,\)"),
-        (lambda: SpectralDense(2)(keras.Input((None,))), r"Received: input_shape=\(None, None\)"),
-        (lambda: CenterNormalization()(np.zeros((2, 1))), r"Received: input_shape=\(2, 1\)"),
-        (lambda: CenterNormalization()(keras.Input((None,))), r"input_shape=\(None, None\)"),
-        (lambda: CenterNormalization().lipschitz(), r"Received: built=False"),
-        (lambda: Residual(alpha=1.5), r"Received: alpha=1.5"),
-        (lambda: Residual(alpha=-0.1), r"Received: alpha=-0.1"),
-        (lambda: Residual(alpha=math.nan), r"Received: alpha=nan"),
-        (lambda: Residual(trainable_alpha=True), r"Received: alpha=None"),
-        (lambda: Residual(alpha=1.0, trainable_alpha=True), r"Received: alpha=1.0"),
-        (lambda: Residual()(np.zeros((2, 3))), r"list of two.*input_shape=\(2, 3\)"),
-        (lambda: Residual()([np.zeros((2, 3))]), r"Received: input_shape=\[\(2, 3\)\]"),
-        (lambda: Residual()([np.zeros((2, 3))] * 3), r"Received: input_shape=\["),
-        (lambda: Residual()([np.zeros((2, 3)), np.zeros((2, 1))]), r"\(2, 3\), \(2, 1\)"),
-        (lambda: Residual()([np.zeros((2, 3)), np.zeros((1, 3))]), r"\(2, 3\), \(1, 3\)"),
-        (lambda: Residual()([np.zeros((2, 3)), np.zeros(3)]), r"\(2, 3\), \(3,\)"),
-        (lambda: Residual()([1.0, 2.0]), r"Received: input_shape=\[None, None\]"),
-        (lambda: Residual()(*[np.zeros((2, 3))] * 2), r"\[x, f\(x\)\].*: 2 positional arguments"),
-        (lambda: Residual()(*[keras.Input((3,))] * 2), r"Received: 2 positional arguments"),
-        (lambda: Residual().compute_output_shape((2, 3)), r"Received: input_shape=\(2, 3\)"),
+        (lambda: kl.SpectralDense(0), r"`units` .*Received: units=0"),
+        (lambda: kl.SpectralDense(2.0), r"Received: units=2.0"),
+        (lambda: kl.SpectralDense(2, spectral_norm=0.0), r"Received: spectral_norm=0.0"),
+        (lambda: kl.SpectralDense(2, spectral_norm=math.nan), r"Received: spectral_norm=nan"),
+        (lambda: kl.SpectralDense(2)(np.zeros(3)), r"Received: input_shape=\(3,\)"),
+        (
+            lambda: kl.SpectralDense(2)(keras.Input((None,))),
+            r"Received: input_shape=\(None, None\)",
+        ),
+        (lambda: kl.CenterNormalization()(np.zeros((2, 1))), r"Received: input_shape=\(2, 1\)"),
+        (lambda: kl.CenterNormalization()(keras.Input((None,))), r"input_shape=\(None, None\)"),
+        (lambda: kl.CenterNormalization().lipschitz(), r"Received: built=False"),
+        (lambda: kl.Residual(alpha=1.5), r"Received: alpha=1.5"),
+        (lambda: kl.Residual(alpha=-0.1), r"Received: alpha=-0.1"),
+        (lambda: kl.Residual(alpha=math.nan), r"Received: alpha=nan"),
+        (lambda: kl.Residual(trainable_alpha=True), r"Received: alpha=None"),
+        (lambda: kl.Residual(alpha=1.0, trainable_alpha=True), r"Received: alpha=1.0"),
+        (lambda: kl.Residual()(np.zeros((2, 3))), r"list of two.*input_shape=\(2, 3\)"),
+        (lambda: kl.Residual()([np.zeros((2, 3))]), r"Received: input_shape=\[\(2, 3\)\]"),
+        (lambda: kl.Residual()([np.zeros((2, 3))] * 3), r"Received: input_shape=\["),
+        (lambda: kl.Residual()([np.zeros((2, 3)), np.zeros((2, 1))]), r"\(2, 3\), \(2, 1\)"),
+        (lambda: kl.Residual()([np.zeros((2, 3)), np.zeros((1, 3))]), r"\(2, 3\), \(1, 3\)"),
+        (lambda: kl.Residual()([np.zeros((2, 3)), np.zeros(3)]), r"\(2, 3\), \(3,\)"),
+        (lambda: kl.Residual()([1.0, 2.0]), r"Received: input_shape=\[None, None\]"),
+        (
+            lambda: kl.Residual()(*[np.zeros((2, 3))] * 2),
+            r"\[x, f\(x\)\].*: 2 positional arguments",
+        ),
+        (lambda: kl.Residual()(*[keras.Input((3,))] * 2), r"Received: 2 positional arguments"),
+        (lambda: kl.Residual().compute_output_shape((2, 3)), r"Received: input_shape=\(2, 3\)"),
     ],
 )
 def test_bad_input_is_named_with_what_was_received(make, message):
@@ -246,14 +252,14 @@ def test_empty_inputs_give_empty_outputs():
         width = UNITS if name.startswith("dense") else FEATURES
         assert make()(np.zeros((0, TOKENS, FEATURES))).shape == (0, TOKENS, width)
     empty = np.zeros((0, 2))
-    assert Residual(alpha=0.5)([empty, empty]).shape == (0, 2)
+    assert kl.Residual(alpha=0.5)([empty, empty]).shape == (0, 2)
 
 
 # Residual --------------------------------------------------------------------
 
 
 def test_a_built_residual_still_looks_at_its_inputs():
-    layer = Residual()
+    layer = kl.Residual()
     a = np.ones((2, 3), "float32")
     np.testing.assert_array_equal(layer(inputs=(a, a)), 2.0 * a)
     # The rows of one tensor are no list, and other shapes must not broadcast.
@@ -266,17 +272,17 @@ def test_a_built_residual_still_looks_at_its_inputs():
 @pytest.mark.parametrize("alpha", [None, 0.0, 0.3, 1.0])
 def test_residuals_add_or_interpolate(alpha, dtype, x):
     branch = x[::-1].copy()
-    layer = Residual(alpha, dtype=dtype)
+    layer = kl.Residual(alpha, dtype=dtype)
     found = keras.ops.convert_to_numpy(keras.ops.cast(layer([x, branch]), "float64"))
     expected = x + branch if alpha is None else (1.0 - alpha) * x + alpha * branch
     np.testing.assert_allclose(found, expected, atol=TOLERANCE[dtype] * np.abs(expected).max())
     assert layer.alpha_value() == alpha
-    assert Residual.from_config(layer.get_config()).alpha == alpha
+    assert kl.Residual.from_config(layer.get_config()).alpha == alpha
 
 
 @pytest.mark.parametrize("logit", [-1000.0, -20.0, 0.0, 3.0, 20.0, 1000.0])
 def test_a_learned_weight_stays_between_zero_and_one(logit, x):
-    layer = Residual(alpha=0.25, trainable_alpha=True)
+    layer = kl.Residual(alpha=0.25, trainable_alpha=True)
     inputs = [x, x[::-1].copy()]
     layer(inputs)
     assert layer.alpha_value() == pytest.approx(0.25)
@@ -288,7 +294,7 @@ def test_a_learned_weight_stays_between_zero_and_one(logit, x):
 
 
 def test_a_broken_weight_is_no_number():
-    layer = Residual(alpha=0.5, trainable_alpha=True)
+    layer = kl.Residual(alpha=0.5, trainable_alpha=True)
     layer([np.zeros((1, 2)), np.zeros((1, 2))])
     layer.alpha_logit.assign(np.nan)
     assert math.isnan(layer.alpha_value())
@@ -296,7 +302,7 @@ def test_a_broken_weight_is_no_number():
 
 def test_a_learned_weight_learns_and_is_saved(x, tmp_path):
     inputs = keras.Input((TOKENS, FEATURES))
-    layer = Residual(alpha=0.5, trainable_alpha=True)
+    layer = kl.Residual(alpha=0.5, trainable_alpha=True)
     model = keras.Model(inputs, layer([inputs, keras.layers.Rescaling(3.0)(inputs)]))
     model.compile(keras.optimizers.SGD(1.0), "mse")
     model.fit(x, 3.0 * x, epochs=20, verbose=0)
@@ -312,7 +318,7 @@ def test_the_constant_of_a_residual_is_attained(alpha):
     rng = np.random.default_rng(0)
     weights = rng.normal(size=(FEATURES, FEATURES))
     symmetric = tf.constant(weights @ weights.T)
-    layer = Residual(alpha, dtype="float64")
+    layer = kl.Residual(alpha, dtype="float64")
 
     def block(x):
         return layer([x, tf.matmul(x, tf.broadcast_to(symmetric, (len(x), FEATURES, FEATURES)))])
@@ -326,11 +332,11 @@ def test_the_constant_of_a_residual_is_attained(alpha):
 def test_residuals_carry_the_mask_of_the_skip(x):
     x[:, 2:] = 0.0
     masked = keras.layers.Masking(0.0)(x)
-    branch = SpectralDense(FEATURES)(masked)
-    np.testing.assert_array_equal(Residual()([masked, branch])._keras_mask, masked._keras_mask)
+    branch = kl.SpectralDense(FEATURES)(masked)
+    np.testing.assert_array_equal(kl.Residual()([masked, branch])._keras_mask, masked._keras_mask)
 
 
 def test_one_side_of_a_residual_may_know_more_of_its_shape():
     inputs = keras.Input((None, FEATURES))
     known = keras.layers.Reshape((TOKENS, FEATURES))(inputs)
-    assert Residual()([inputs, known]).shape[-1] == FEATURES
+    assert kl.Residual()([inputs, known]).shape[-1] == FEATURES

@@ -11,11 +11,11 @@ import pytest
 import tensorflow as tf
 from helpers.layer_cases import CAPS, FEATURES, LENGTH, Case, randomize
 
-from keras_lipattn import L2MultiHeadAttention, SpectralDense
+import keras_lipattn as kl
 from keras_lipattn.layers import Tracking
 
 VECTORS = {
-    L2MultiHeadAttention: {
+    kl.L2MultiHeadAttention: {
         "query_vector": (6,),
         "value_vector": (6,),
         "output_vector": (4,),
@@ -23,7 +23,7 @@ VECTORS = {
         "stacked_output_vector": (4,),
         "head_query_vector": (2, 3),
     },
-    SpectralDense: {"kernel_vector": (3,)},
+    kl.SpectralDense: {"kernel_vector": (3,)},
 }
 SCALARS = ("running_bound", "penalty_coefficient", "penalty_log_target")
 
@@ -38,7 +38,7 @@ def _layers(dtype="float64"):
     for cap in (None, *CAPS):
         yield Case(cap=cap, dtype=dtype).layer()
     for norm in (None, 0.5):
-        dense = SpectralDense(3, spectral_norm=norm, dtype=dtype)
+        dense = kl.SpectralDense(3, spectral_norm=norm, dtype=dtype)
         dense.build((2, LENGTH, FEATURES))
         randomize(dense)
         yield dense
@@ -121,7 +121,7 @@ def test_the_running_bound_follows_the_length_it_is_asked_for(x):
         values.append(float(layer.running_bound))
     assert values == sorted(values)
     layer.tracking = None
-    free = L2MultiHeadAttention(2, 3)
+    free = kl.L2MultiHeadAttention(2, 3)
     model = keras.Model(inputs := keras.Input((None, FEATURES)), free(inputs))
     free.tracking = Tracking()
     with pytest.raises(ValueError, match=r"needs a number of tokens.*an input of unknown length"):
@@ -129,7 +129,7 @@ def test_the_running_bound_follows_the_length_it_is_asked_for(x):
 
 
 def test_vectors_recover_from_kernels_of_zeros_and_nan(x):
-    dense = [layer for layer in _layers() if isinstance(layer, SpectralDense)]
+    dense = [layer for layer in _layers() if isinstance(layer, kl.SpectralDense)]
     for layer in (Case().layer(), Case(cap="both").layer(), *dense):
         layer.tracking = Tracking(penalize=True)
         kernels = [np.copy(kernel) for kernel in layer.kernels]
@@ -187,7 +187,7 @@ def test_the_penalty_is_the_hinge_of_the_logarithm_in_training_only(x):
 
 @pytest.mark.parametrize("norm", ["l2", "token", "linf"])
 def test_the_penalty_lowers_the_certified_bound(x, norm):
-    for layer in (Case().layer(), next(d for d in _layers() if isinstance(d, SpectralDense))):
+    for layer in (Case().layer(), next(d for d in _layers() if isinstance(d, kl.SpectralDense))):
         before = layer.lipschitz(norm=norm).value
         layer.tracking = Tracking(norm=norm, penalize=True)
         layer.penalty_coefficient.assign(1.0)
@@ -238,7 +238,7 @@ def test_the_gradient_of_the_penalty_is_that_of_the_certified_logarithm(x):
 
 
 def test_a_layer_without_a_constant_is_recorded_and_not_penalized(x):
-    layer = SpectralDense(3, activation="exponential")
+    layer = kl.SpectralDense(3, activation="exponential")
     layer.build(x.shape)
     layer.tracking = Tracking(penalize=True)
     layer.penalty_coefficient.assign(1.0)
@@ -250,6 +250,6 @@ def test_a_layer_without_a_constant_is_recorded_and_not_penalized(x):
 
 
 def test_tracking_takes_nothing_else():
-    layer = SpectralDense(3)
+    layer = kl.SpectralDense(3)
     with pytest.raises(ValueError, match="Received: True"):
         layer.tracking = True

@@ -13,7 +13,7 @@ import zipfile
 
 import pytest
 
-import keras_lipattn
+import keras_lipattn as kl
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SETUP = configparser.ConfigParser()
@@ -56,7 +56,7 @@ def test_the_wheel_says_what_it_is(wheel):
         metadata = archive.read(name).decode()
     for line in (
         "Name: keras-lipattn",
-        f"Version: {keras_lipattn.__version__}",
+        f"Version: {kl.__version__}",
         "License-Expression: Apache-2.0",
         "Requires-Python: >=3.11",
         "Provides-Extra: examples",
@@ -167,14 +167,14 @@ NAMESPACES = ("callbacks", "certification", "distribution", "layers", "losses", 
 
 @pytest.mark.parametrize("namespace", [None, *NAMESPACES])
 def test_everything_public_exists_and_is_documented(namespace):
-    module = getattr(keras_lipattn, namespace) if namespace else keras_lipattn
+    module = getattr(kl, namespace) if namespace else kl
     assert sorted(module.__all__) == list(module.__all__)
     for name in module.__all__:
         assert name == "__version__" or getattr(module, name).__doc__
 
 
 def test_namespaces_are_public_and_the_readme_lists_them():
-    assert set(NAMESPACES) < set(keras_lipattn.__all__)
+    assert set(NAMESPACES) < set(kl.__all__)
     table = re.findall(r"^\| `keras_lipattn\.(\w+)` \|", (ROOT / "README.md").read_text(), re.M)
     assert sorted(table) == sorted(NAMESPACES)
 

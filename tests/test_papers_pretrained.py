@@ -13,7 +13,7 @@ import pretrained
 import pretrained_models
 import pytest
 
-from keras_lipattn import certify, estimate_lipschitz
+import keras_lipattn as kl
 
 KEPT = pathlib.Path(__file__).parents[1] / "docs" / "papers" / "pretrained.json"
 
@@ -177,9 +177,9 @@ def test_rebuilt_blocks_are_the_formulas_and_their_bounds_ordered(before):
     inside = np.linalg.lstsq(axes.T, (x - center).T, rcond=None)[0]
     np.testing.assert_allclose(axes.T @ inside, (x - center).T, atol=1e-8)
     assert np.linalg.norm(inside, axis=0).max() <= 1.0 + 1e-8
-    certified = next(r for r in certify(model).rows if r.path == "attention").constant
+    certified = next(r for r in kl.certify(model).rows if r.path == "attention").constant
     earlier, ball = pretrained.bounds_on_balls(block, 4)
-    lower = estimate_lipschitz(
+    lower = kl.estimate_lipschitz(
         lambda x: attention(x, x), x[None], steps=5, restarts=1, step_size=1e-9
     )
     np.testing.assert_allclose(lower.point, x, atol=1e-6)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from keras import ops
 from scipy.special import lambertw
 
-from keras_lipattn import L2MultiHeadAttention, LipschitzMonitor, certify, condensed
+import keras_lipattn as kl
 from keras_lipattn.bounds.key_weights import (
     KeyWeights,
     log_lambert,
@@ -35,7 +35,7 @@ def layer_with(table, *, features=4, tokens=6, key_dim=3, **options):
     table = np.asarray(table, "float64")
     heads, sides = table.shape
     options = {"dtype": "float64", "max_relative_position": sides // 2, **options}
-    layer = L2MultiHeadAttention(heads, key_dim, **options)
+    layer = kl.L2MultiHeadAttention(heads, key_dim, **options)
     layer.build((None, tokens, features))
     rng = np.random.default_rng(0)
     for weight in layer.trainable_variables:
@@ -130,8 +130,8 @@ def test_lambert_is_bounded_from_above(dtype):
 @pytest.mark.parametrize("call", [{}, {"use_causal_mask": True}, {"training": True}])
 def test_biases_begin_as_none(call):
     x = np.random.default_rng(0).normal(size=(2, 6, 4))
-    plain = L2MultiHeadAttention(2, 3, dtype="float64")
-    relative = L2MultiHeadAttention(2, 3, max_relative_position=2, dtype="float64")
+    plain = kl.L2MultiHeadAttention(2, 3, dtype="float64")
+    relative = kl.L2MultiHeadAttention(2, 3, max_relative_position=2, dtype="float64")
     expected = plain(x, **call)
     relative(x)
     for ours, weight in zip(kernels_of(relative), kernels_of(plain), strict=True):
@@ -268,7 +268,7 @@ def test_any_length_takes_no_time():
 
 def relative_model(**options):
     inputs = keras.Input((6, 4))
-    y = L2MultiHeadAttention(2, 3, max_relative_position=3, **options)(inputs)
+    y = kl.L2MultiHeadAttention(2, 3, max_relative_position=3, **options)(inputs)
     return keras.Model(inputs, keras.layers.GlobalAveragePooling1D()(y))
 
 
@@ -276,7 +276,7 @@ def relative_model(**options):
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_capped_models_train_and_predict(norm, jit_compile):
     model = relative_model(lipschitz_bound=0.5, lipschitz_norm=norm)
-    monitor = LipschitzMonitor(norm, penalty=0.1, target=0.2)
+    monitor = kl.LipschitzMonitor(norm, penalty=0.1, target=0.2)
     model.compile("adam", "mse", jit_compile=jit_compile)
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(16, 6, 4)).astype("float32"), rng.normal(size=(16, 4))
@@ -303,7 +303,7 @@ def test_condensing_does_not_change_what_a_graph_divides_by(norm):
     layer = layer_with([[2.0, 1.0, 3.0, -1.0], [0.0, -2.0, 5.0, 0.0]], tokens=12)
     for mask in MASKS:
         graph = float(layer.graph_bound(norm=norm, mask=mask))
-        with condensed(layer):
+        with kl.condensed(layer):
             # Norms from Gram iteration exceed the exact ones by a thousandth.
             assert layer.graph_bound(norm=norm, mask=mask) == pytest.approx(graph, rel=2e-3)
 
@@ -330,7 +330,7 @@ def test_a_condensed_layer_keeps_its_biases(cap):
     layer = layer_with(table, lipschitz_bound=cap)
     x = np.random.default_rng(0).normal(size=(1, 6, 4))
     before, bound = layer(x), layer.lipschitz().value
-    with condensed(layer):
+    with kl.condensed(layer):
         inside = tf.function(lambda x: layer(x), autograph=False)(x)
         # Caps of the graph come from Gram iteration, a thousandth below the exact ones.
         np.testing.assert_allclose(inside, before, rtol=2e-3)
@@ -341,11 +341,11 @@ def test_a_condensed_layer_keeps_its_biases(cap):
 
 
 def test_without_a_length_the_reason_is_told():
-    layer = L2MultiHeadAttention(1, 2, max_relative_position=2)
+    layer = kl.L2MultiHeadAttention(1, 2, max_relative_position=2)
     layer.build((None, None, 4))
     assert "number of tokens is not known" in layer.lipschitz().reason
     assert math.isfinite(layer.lipschitz(7).value)
-    windowed = L2MultiHeadAttention(1, 2, max_relative_position=2, sliding_window=4)
+    windowed = kl.L2MultiHeadAttention(1, 2, max_relative_position=2, sliding_window=4)
     windowed.build((None, None, 4))
     assert math.isfinite(windowed.lipschitz().value)
 
@@ -373,17 +373,17 @@ def test_huge_biases_have_a_constant_or_a_reason(norm):
 
 def test_a_model_with_relative_positions_is_certified_saved_and_loaded(tmp_path):
     inputs = keras.Input((6, 4))
-    attention = L2MultiHeadAttention(2, 3, max_relative_position=4, sliding_window=5)
+    attention = kl.L2MultiHeadAttention(2, 3, max_relative_position=4, sliding_window=5)
     model = keras.Model(inputs, attention(inputs, use_causal_mask=True))
     table = np.random.default_rng(0).normal(size=(2, 8))
     attention.relative_bias.assign(table)
-    certificate = certify(model)
+    certificate = kl.certify(model)
     assert certificate.rows[0].theorem == "Theorem 5.1 with Theorem 3.E"
     expected = attention.lipschitz(6, mask="causal").value
     assert certificate.total == pytest.approx(expected, rel=1e-8)
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
-    assert certify(loaded).total == certificate.total
+    assert kl.certify(loaded).total == certificate.total
     x = np.random.default_rng(1).normal(size=(2, 6, 4)).astype("float32")
     np.testing.assert_array_equal(loaded(x), model(x))
 
@@ -391,4 +391,4 @@ def test_a_model_with_relative_positions_is_certified_saved_and_loaded(tmp_path)
 def test_bad_reach_is_refused():
     for reach in (0, -1, 1.5, "far"):
         with pytest.raises(ValueError, match="Received: max_relative_position="):
-            L2MultiHeadAttention(1, 2, max_relative_position=reach)
+            kl.L2MultiHeadAttention(1, 2, max_relative_position=reach)

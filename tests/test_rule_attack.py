@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 from keras import layers, ops
 
-from keras_lipattn import register_rule
+import keras_lipattn as kl
 from keras_lipattn.certification.registry import LAYER_RULES, OPERATION_RULES
 from keras_lipattn.certification.tracing import EXPANSIONS
 from tools.soundness.rules.attack import attack, range_fault
@@ -69,7 +69,7 @@ class WithoutMean(layers.Layer):
         return 0.5 * inputs - 0.1 * ops.mean(inputs, axis=0)
 
 
-@register_rule(Tripled, WithoutMean)
+@kl.register_rule(Tripled, WithoutMean)
 def lie(layer, call):
     return 2.0
 

@@ -8,7 +8,7 @@ import pytest
 from absl.testing import flagsaver
 from keras import layers
 
-from keras_lipattn import certify, register_rule
+import keras_lipattn as kl
 from tools.soundness import __main__ as program
 from tools.soundness.attack import attack
 from tools.soundness.generate import Subject, random_subject
@@ -22,7 +22,7 @@ class Tripled(layers.Layer):
         return 3.0 * inputs
 
 
-@register_rule(Tripled)
+@kl.register_rule(Tripled)
 def lie(layer, call):
     return 2.0
 
@@ -43,7 +43,7 @@ class Failing(layers.Layer):
         return 1.0 * inputs
 
 
-@register_rule(Failing)
+@kl.register_rule(Failing)
 def fail(layer, call):
     raise RuntimeError("a rule that fails")
 
@@ -54,7 +54,7 @@ class Mixing(layers.Layer):
         return 0.1 * inputs + 0.1 * keras.ops.mean(inputs, axis=0, keepdims=True)
 
 
-@register_rule(Mixing)
+@kl.register_rule(Mixing)
 def hide(layer, call):
     return 1.0
 
@@ -82,7 +82,7 @@ def test_no_attack_passes_the_certificate_of_a_whole_model(index):
 def test_whole_models_are_legal_of_every_family_and_mostly_certified():
     subjects = [whole_subject(3, index) for index in range(16)]
     assert {one.case for one in subjects} == {"sequence", "image", "subclassed", "decoder"}
-    certified = [certify(one.model, **one.options).is_finite for one in subjects]
+    certified = [kl.certify(one.model, **one.options).is_finite for one in subjects]
     assert sum(certified) >= 6
 
 

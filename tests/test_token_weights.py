@@ -13,7 +13,7 @@ from helpers import jacobians, layer_cases, loop_attention
 from helpers.layer_cases import Case, cases
 from keras import ops
 
-from keras_lipattn import L2MultiHeadAttention, certify
+import keras_lipattn as kl
 from keras_lipattn.bounds.key_weights import weighted_constants, weights_of_tokens
 from keras_lipattn.bounds.unit_head import token_norm_bound
 
@@ -178,7 +178,7 @@ def test_low_precision(policy):
 def weighted_model(weights=None, **options):
     """Attention whose weights are a second input, or are written down."""
     x, w = keras.Input((5, 4), dtype="float64"), keras.Input((5,), dtype="float64")
-    layer = L2MultiHeadAttention(2, 3, dtype="float64", **options)
+    layer = kl.L2MultiHeadAttention(2, 3, dtype="float64", **options)
     if weights is not None:
         return keras.Model(x, layer(x, token_weights=weights)), layer
     return keras.Model([x, w], layer(x, token_weights=w)), layer
@@ -194,7 +194,7 @@ def test_weights_as_an_input_of_a_model(tmp_path):
         keras.models.load_model(tmp_path / "model.keras")([x, weights]), y
     )
     for norm in ("l2", "token"):
-        certificate = certify(model, norm=norm, inputs=[model.inputs[0].name])
+        certificate = kl.certify(model, norm=norm, inputs=[model.inputs[0].name])
         assert math.isinf(certificate.total)
         assert "weights of its tokens" in certificate.rows[0].reason
 
@@ -203,7 +203,7 @@ def test_weights_as_an_input_of_a_model(tmp_path):
 def test_weights_written_down_have_a_certificate(norm):
     weights = weights_for(PLAIN)[:1]
     model, layer = weighted_model(weights)
-    certificate = certify(model, norm=norm)
+    certificate = kl.certify(model, norm=norm)
     expected = layer.lipschitz(norm=norm, token_weights=weights).value
     assert certificate.total == pytest.approx(expected, rel=1e-8)
 
@@ -230,7 +230,7 @@ def test_constant_of_whole_weights_is_that_of_copies():
 @pytest.mark.parametrize("tokens", [2, 5])
 def test_no_attack_passes_the_constant(ratio, tokens):
     rng = np.random.default_rng(int(10 * ratio) + tokens)
-    layer = L2MultiHeadAttention(1, 2, use_bias=False, dtype="float64")
+    layer = kl.L2MultiHeadAttention(1, 2, use_bias=False, dtype="float64")
     layer.build((None, tokens, 2))
     # The unit head.
     layer.query_kernel.assign(2**0.25 * np.eye(2)[:, None])
@@ -258,7 +258,7 @@ def test_constant_is_attained_by_two_groups_of_equal_weight():
     bound = weighted_token_bound(weights)
     distance = math.sqrt((bound - 1.0) / 4.0 + 1.5)
     x = np.array([[distance], [-distance], [0.0]])
-    layer = L2MultiHeadAttention(1, 1, use_bias=False, dtype="float64")
+    layer = kl.L2MultiHeadAttention(1, 1, use_bias=False, dtype="float64")
     layer.build((None, 3, 1))
     for kernel in (layer.query_kernel, layer.value_kernel, layer.output_kernel):
         kernel.assign(np.ones(kernel.shape))

@@ -12,7 +12,7 @@ import tensorflow as tf
 from keras import layers, ops
 from keras.src.random.seed_generator import global_seed_generator
 
-import keras_lipattn
+import keras_lipattn as kl
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +235,7 @@ def _normalization_cases():
         ),
         _case("rescaling", (3, 4), _layer(layers.Rescaling, -0.5, offset=1.0), ALL),
         _case("rescaling_list", (3, 2), _layer(layers.Rescaling, [0.5, 2.0]), ALL),
-        _case("center_norm", (3, 5), _layer(keras_lipattn.CenterNormalization), ALL),
+        _case("center_norm", (3, 5), _layer(kl.CenterNormalization), ALL),
         _case(
             "ops_layer_norm", (3, 4), lambda x: ops.layer_normalization(x), EUCLID, points=(1.0,)
         ),
@@ -334,13 +334,13 @@ def _merging_cases():
         _case(
             "residual_linear",
             (3, 4),
-            lambda x: keras_lipattn.Residual()([x, layers.Dense(4)(x)]),
+            lambda x: kl.Residual()([x, layers.Dense(4)(x)]),
             ALL,
         ),
         _case(
             "residual_convex",
             (3, 4),
-            lambda x: keras_lipattn.Residual(0.3)([x, layers.Dense(4)(x)]),
+            lambda x: kl.Residual(0.3)([x, layers.Dense(4)(x)]),
             ALL,
         ),
         _case("dense_dense", (3, 4), lambda x: layers.Dense(4)(layers.Dense(6)(x)), ALL),
@@ -755,7 +755,7 @@ def _cross_masked(context):
 
 
 def _own_cases():
-    attention = keras_lipattn.L2MultiHeadAttention
+    attention = kl.L2MultiHeadAttention
     return [
         _case("l2_attention", (4, 4), _layer(attention, 2, 2)),
         _case("l2_attention_wide", (3, 4), _layer(attention, 1, 4), spread=2.0),
@@ -766,23 +766,21 @@ def _own_cases():
             lambda x: attention(2, 2)(x, attention_mask=np.tri(4, k=1, dtype=bool)),
         ),
         _case("l2_attention_capped", (4, 4), _layer(attention, 2, 2, lipschitz_bound=1.0)),
-        _case("cosine_attention", (4, 4), _layer(keras_lipattn.ScaledCosineAttention, 2, 2)),
+        _case("cosine_attention", (4, 4), _layer(kl.ScaledCosineAttention, 2, 2)),
         _case(
             "cosine_attention_causal",
             (4, 4),
-            lambda x: keras_lipattn.ScaledCosineAttention(2, 2)(x, use_causal_mask=True),
+            lambda x: kl.ScaledCosineAttention(2, 2)(x, use_causal_mask=True),
         ),
         _case(
             "cosine_attention_capped",
             (4, 4),
-            _layer(keras_lipattn.ScaledCosineAttention, 2, 2, lipschitz_bound=1.0),
+            _layer(kl.ScaledCosineAttention, 2, 2, lipschitz_bound=1.0),
         ),
-        _case("max_min", (3, 4), _layer(keras_lipattn.MaxMin), ALL),
-        _case("position_embedding", (3, 4), _layer(keras_lipattn.PositionEmbedding), ALL),
-        _case("spectral_dense", (3, 4), _layer(keras_lipattn.SpectralDense, 5), ("l2", "token")),
-        _case(
-            "spectral_dense_free", (3, 4), _layer(keras_lipattn.SpectralDense, 5, None, True, None)
-        ),
+        _case("max_min", (3, 4), _layer(kl.MaxMin), ALL),
+        _case("position_embedding", (3, 4), _layer(kl.PositionEmbedding), ALL),
+        _case("spectral_dense", (3, 4), _layer(kl.SpectralDense, 5), ("l2", "token")),
+        _case("spectral_dense_free", (3, 4), _layer(kl.SpectralDense, 5, None, True, None)),
         _case(
             "dot_attention",
             (4, 4),

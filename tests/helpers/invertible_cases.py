@@ -10,15 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_lipattn import (
-    CenterNormalization,
-    InvertibleResidual,
-    InvertibleSequential,
-    L2MultiHeadAttention,
-    MaxMin,
-    PositionEmbedding,
-    SpectralDense,
-)
+import keras_lipattn as kl
 
 BATCH = 2
 
@@ -47,11 +39,11 @@ class Case:
 
 
 def attention(dtype, **options):
-    return L2MultiHeadAttention(2, 3, dtype=dtype, bias_initializer="normal", **options)
+    return kl.L2MultiHeadAttention(2, 3, dtype=dtype, bias_initializer="normal", **options)
 
 
 def dense(dtype, units=4, spectral_norm=None, **options):
-    return SpectralDense(
+    return kl.SpectralDense(
         units, spectral_norm=spectral_norm, dtype=dtype, bias_initializer="normal", **options
     )
 
@@ -67,51 +59,53 @@ def perceptron(dtype):
 
 
 CASES = [
-    Case("attention", lambda dtype: InvertibleResidual(attention(dtype), dtype=dtype)),
+    Case("attention", lambda dtype: kl.InvertibleResidual(attention(dtype), dtype=dtype)),
     Case(
         "causal",
-        lambda dtype: InvertibleResidual(attention(dtype), use_causal_mask=True, dtype=dtype),
+        lambda dtype: kl.InvertibleResidual(attention(dtype), use_causal_mask=True, dtype=dtype),
     ),
-    Case("padded", lambda dtype: InvertibleResidual(attention(dtype), dtype=dtype), padded=True),
+    Case("padded", lambda dtype: kl.InvertibleResidual(attention(dtype), dtype=dtype), padded=True),
     Case(
         "token norm",
-        lambda dtype: InvertibleResidual(attention(dtype), norm="token", dtype=dtype),
+        lambda dtype: kl.InvertibleResidual(attention(dtype), norm="token", dtype=dtype),
     ),
     Case(
         "window and caps",
-        lambda dtype: InvertibleResidual(
+        lambda dtype: kl.InvertibleResidual(
             attention(dtype, sliding_window=2, spectral_norm=0.5), 0.5, dtype=dtype
         ),
     ),
-    Case("image", lambda dtype: InvertibleResidual(attention(dtype), 0.5, dtype=dtype), (2, 2, 4)),
+    Case(
+        "image", lambda dtype: kl.InvertibleResidual(attention(dtype), 0.5, dtype=dtype), (2, 2, 4)
+    ),
     Case(
         "one axis of an image",
-        lambda dtype: InvertibleResidual(attention(dtype, attention_axes=2), 0.5, dtype=dtype),
+        lambda dtype: kl.InvertibleResidual(attention(dtype, attention_axes=2), 0.5, dtype=dtype),
         (2, 3, 4),
     ),
     Case(
         "vector",
-        lambda dtype: InvertibleResidual(dense(dtype, activation="tanh"), dtype=dtype),
+        lambda dtype: kl.InvertibleResidual(dense(dtype, activation="tanh"), dtype=dtype),
         (4,),
     ),
     Case(
         "dense with a cap",
-        lambda dtype: InvertibleResidual(dense(dtype, spectral_norm=0.3), 0.5, dtype=dtype),
+        lambda dtype: kl.InvertibleResidual(dense(dtype, spectral_norm=0.3), 0.5, dtype=dtype),
     ),
     Case(
         "perceptron",
-        lambda dtype: InvertibleResidual(perceptron(dtype), dtype=dtype),
+        lambda dtype: kl.InvertibleResidual(perceptron(dtype), dtype=dtype),
         padded=True,
     ),
     Case(
         "mixed branch",
-        lambda dtype: InvertibleResidual(
+        lambda dtype: kl.InvertibleResidual(
             keras.Sequential(
                 [
-                    PositionEmbedding(dtype=dtype),
-                    CenterNormalization(dtype=dtype),
+                    kl.PositionEmbedding(dtype=dtype),
+                    kl.CenterNormalization(dtype=dtype),
                     attention(dtype),
-                    MaxMin(dtype=dtype),
+                    kl.MaxMin(dtype=dtype),
                     keras.layers.Activation("softplus", dtype=dtype),
                 ]
             ),
@@ -121,10 +115,10 @@ CASES = [
     ),
     Case(
         "transformer",
-        lambda dtype: InvertibleSequential(
+        lambda dtype: kl.InvertibleSequential(
             [
-                InvertibleResidual(attention(dtype), coefficient=0.5, dtype=dtype),
-                InvertibleResidual(perceptron(dtype), coefficient=0.9, dtype=dtype),
+                kl.InvertibleResidual(attention(dtype), coefficient=0.5, dtype=dtype),
+                kl.InvertibleResidual(perceptron(dtype), coefficient=0.9, dtype=dtype),
             ],
             dtype=dtype,
         ),

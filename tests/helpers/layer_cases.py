@@ -13,7 +13,7 @@ import keras
 import numpy as np
 from helpers import loop_attention
 
-from keras_lipattn import L2MultiHeadAttention
+import keras_lipattn as kl
 from keras_lipattn.layers._masks import MaskClass
 
 BATCH, LENGTH, FEATURES, HEADS, KEY_DIM = 2, 5, 4, 2, 3
@@ -111,7 +111,7 @@ class Case:
     call: str = "no mask"
     cap: str | None = None
     dtype: str = "float64"
-    kind: Any = L2MultiHeadAttention
+    kind: Any = kl.L2MultiHeadAttention
 
     def __str__(self):
         parts = (self.options, self.call, self.cap and f"cap {self.cap}", self.dtype)
@@ -264,7 +264,7 @@ def cases(
     calls=tuple(CALLS),
     caps=(None,),
     dtypes=("float64",),
-    kind=L2MultiHeadAttention,
+    kind=kl.L2MultiHeadAttention,
 ):
     """The product of what is asked for, as a list of `Case`."""
     return [

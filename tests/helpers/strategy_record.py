@@ -20,7 +20,7 @@ import numpy as np
 import tensorflow as tf
 from helpers import monitor_fits, monitor_models
 
-from keras_lipattn import LipschitzMonitor, certify, export_saved_model
+import keras_lipattn as kl
 from keras_lipattn.distribution import SharedBackup, is_chief, multi_worker
 from keras_lipattn.layers import lipschitz_layers
 
@@ -76,7 +76,7 @@ def train(strategy, folder, killed):
             multi_worker(monitor_models.capped()), learning_rate=0.05, metrics=["accuracy"]
         )
     x, y = monitor_models.data(EXAMPLES)
-    monitor = LipschitzMonitor(penalty=penalty, target=0.1, running_freq=1)
+    monitor = kl.LipschitzMonitor(penalty=penalty, target=0.1, running_freq=1)
     callbacks = [monitor]
     if is_chief(strategy):
         log = keras.callbacks.CSVLogger(str(folder / "history.csv"), append=True)
@@ -112,7 +112,7 @@ def record(model, monitor, history):
             results[f"running_{variable.path}"] = variable.numpy()
     results["evaluated"] = np.array(model.evaluate(x, y, batch_size=BATCH, verbose=0))
     results["predicted"] = model.predict(x[:PREDICTED], batch_size=BATCH, verbose=0)
-    results["certified"] = np.array(certify(model).total)
+    results["certified"] = np.array(kl.certify(model).total)
     results["resumed_from"] = np.array(monitor.epochs[0])
     return results
 
@@ -137,7 +137,7 @@ def main(name, folder, mode):
         with strategy.scope():
             results["gradient"] = monitor_fits.penalty_gradient()
         if is_chief(strategy):
-            export_saved_model(model, folder / "saved_model")
+            kl.export_saved_model(model, folder / "saved_model")
     index, _ = task(strategy)
     np.savez(folder / f"record-{index}.npz", **results)  # pyright: ignore[reportArgumentType]
 
