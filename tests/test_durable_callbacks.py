@@ -13,6 +13,7 @@ from helpers import monitor_models
 from keras.src.callbacks import backup_and_restore
 
 import keras_lipattn as kl
+from keras_lipattn import _whole_file
 from keras_lipattn._whole_file import whole_file
 
 
@@ -190,7 +191,7 @@ def test_a_full_disk_keeps_the_old_files_and_training_continues(tmp_path, monkey
     class Fill(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
             if epoch == 0:
-                monkeypatch.setattr(kl._whole_file.os, "replace", full_disk)
+                monkeypatch.setattr(_whole_file.os, "replace", full_disk)
 
     with pytest.warns(UserWarning, match="Training continues.*No space left") as caught:
         history = fit(model, tmp_path, Fill(), epochs=3)
@@ -208,7 +209,7 @@ def test_a_history_that_could_not_be_written_is_written_with_the_next_epoch(tmp_
 
     class Fill(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):
-            monkeypatch.setattr(kl._whole_file.os, "replace", full_disk if epoch == 1 else replace)
+            monkeypatch.setattr(_whole_file.os, "replace", full_disk if epoch == 1 else replace)
 
     with pytest.warns(UserWarning, match="Training continues"):
         fit(model_with_dropout(), tmp_path, Fill(), epochs=3)
@@ -319,7 +320,7 @@ def test_a_checkpoint_is_the_old_one_or_the_new_one(tmp_path, monkeypatch, name)
     monitor_models.fit(model, kl.LipschitzMonitor(), checkpoint)
     before = (tmp_path / name).read_bytes()
     model.load_weights(tmp_path / name)
-    monkeypatch.setattr(kl._whole_file.os, "replace", full_disk)
+    monkeypatch.setattr(_whole_file.os, "replace", full_disk)
     with pytest.raises(OSError, match=r"as it was\. Received: .*No space left"):
         monitor_models.fit(model, kl.LipschitzMonitor(), checkpoint)
     assert (tmp_path / name).read_bytes() == before
