@@ -6,8 +6,9 @@ A new rule needs a case here, or the suite fails.
 import dataclasses
 import functools
 import inspect
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -16,6 +17,7 @@ from keras.src.activations.activations import Mish
 from keras.src.ops.numpy import Abs
 
 import keras_lipattn
+from keras_lipattn.layers import SelfAttention
 from keras_lipattn.layers.lipschitz_layer import LipschitzLayer
 
 # An argument that is not passed.
@@ -606,6 +608,14 @@ def _attention_layers():
                     keras_lipattn.ScaledCosineAttention,
                     dict(temperature=[1.0, 4.0], lipschitz_bound=[ABSENT, ABSENT, 0.5]),
                 ),
+                (
+                    SelfAttention,
+                    dict(
+                        make=PositionAttention,
+                        lipschitz_bound=[ABSENT, ABSENT, 0.5],
+                        spectral_norm=[ABSENT, 1.0],
+                    ),
+                ),
             )
             for tensors, masks in (
                 (("query",), ("query_mask",)),
@@ -731,6 +741,42 @@ def _equalization_of_models():
             return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
 
     return Equalization
+
+
+class FoldedAverage(NamedTuple):
+    """Projections of `PositionAttention`."""
+
+    projection: Any
+    output: Any
+
+
+class PositionAttention(SelfAttention):
+    """A custom kind of attention, with the weights `softmax_j(-|i - j|)`."""
+
+    def add_kernels(self):
+        heads, size = self.num_heads, self.value_dim
+        self.add_attention_kernel("value_kernel", (self.features, heads * size))
+        self.add_attention_kernel("output_kernel", (heads * size, *self.output_token))
+
+    def fold(self, kernels, factors, xp):
+        return FoldedAverage(*(k * factor for k, factor in zip(kernels, factors, strict=True)))
+
+    def matrices(self, weights, norm, xp):
+        return {"product": xp.matmul(weights.projection, weights.output)}
+
+    def bound(self, weights, norms, norm, tokens, mask, xp):
+        if norm == "token":
+            return norms["product"]
+        if norm == "l2":
+            # Rows sum to one, columns to at most the number of tokens.
+            return math.inf if tokens is None else math.sqrt(tokens) * norms["product"]
+        return xp.max(xp.sum(xp.abs(xp.matmul(weights.projection, weights.output)), axis=0))
+
+    def attend(self, tokens, weights, mask, training, return_scores):
+        position = ops.arange(ops.shape(tokens)[1], dtype=tokens.dtype)
+        scores = -ops.abs(ops.expand_dims(position, 1) - position)
+        pairs = mask.softmax(scores[None, None])
+        return ops.matmul(pairs[:, 0], ops.matmul(tokens, weights.projection)), None, pairs
 
 
 class Halved(LipschitzLayer):
