@@ -30,7 +30,7 @@ def _layer(case, rng, **options):
         kernel.assign(kernel * rng.choice([0.1, 1.0, 4.0]))
     if rng.integers(2):
         # Around the origin, where normalizing is steepest.
-        for bias in layer._biases()[:3]:
+        for bias in (layer.query_bias, layer.key_bias, layer.value_bias):
             if bias is not None:
                 bias.assign(0.0 * bias)
     return layer
@@ -166,7 +166,7 @@ def test_the_bound_scales_as_the_function_does(norm):
     x = Case().inputs()
     value = np.asarray(layer(x))
     t = 3.0
-    for weight in (*layer.kernels[:3], *layer._biases()[:3]):
+    for weight in (*layer.kernels[:3], layer.query_bias, layer.key_bias, layer.value_bias):
         weight.assign(t * weight)
     layer.epsilon *= t**2
     np.testing.assert_allclose(layer(x), value, rtol=1e-10, atol=1e-12)

@@ -2,6 +2,7 @@
 
 import math
 
+import ml_dtypes
 import numpy as np
 from keras import ops
 
@@ -9,11 +10,17 @@ from keras_lipattn.linalg.precision import UNIT_ROUNDOFF
 
 # A cap aims this much below itself, so that float32 roundings of the scaled weights stay under it.
 CAP_MARGIN = 1e-6
+# numpy knows bfloat16 only through ml_dtypes.
+_HALF = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
 
 def cast_to_compute_dtype(weight, dtype):
     """A variable or array as float64 numpy, rounded to the dtype a layer computes in."""
     value = getattr(weight, "value", weight)
+    if isinstance(value, np.ndarray) and dtype in _HALF:
+        # Without operations of the backend, which give no numbers while a graph is traced.
+        with np.errstate(over="ignore", invalid="ignore"):
+            return value.astype(np.float32).astype(_HALF[dtype]).astype(np.float64)
     return ops.convert_to_numpy(ops.cast(value, dtype)).astype(np.float64)
 
 
@@ -39,6 +46,6 @@ def cap_margin(dtype, shape):
     `u |W|_F`, which is at most `u sqrt(min(rows, columns))` times the norm, and sums of absolute
     entries by at most `2 u`.
     """
-    if dtype not in ("bfloat16", "float16"):
+    if dtype not in _HALF:
         return CAP_MARGIN
     return CAP_MARGIN + UNIT_ROUNDOFF[dtype] * max(2.0, math.sqrt(min(shape)))

@@ -77,7 +77,7 @@ class LipschitzLayer(keras.layers.Layer):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self._kernels = []
+        self._kernels = {}
         self._operator_shapes = {}
         # Annotated, so that Keras does not take them for weights of the layer.
         self._tracking: Any = None
@@ -146,7 +146,8 @@ class LipschitzLayer(keras.layers.Layer):
             **kwargs: Arguments of `add_weight`.
         """
         kernel = self.add_weight(name=name, shape=shape, **kwargs)
-        self._kernels.append(kernel)
+        # By name: Keras may build a layer twice, in a trace and outside.
+        self._kernels[name] = kernel
         self._operator_shapes[name.removesuffix("_kernel")] = tuple(operator_shape or shape)
         return kernel
 
@@ -173,7 +174,7 @@ class LipschitzLayer(keras.layers.Layer):
         shapes = self._cap_shapes()
         if shapes:
             self._layout = NormLayout(shapes)
-            kernels = [kernel.shape for kernel in self._kernels]
+            kernels = [kernel.shape for kernel in self.kernels]
             self._cache = NormCache(kernels, self._layout, self._norm_dtype)
 
     def _norm_shapes(self):
@@ -193,7 +194,7 @@ class LipschitzLayer(keras.layers.Layer):
     def _matrix_shapes(self, norm):
         with ignore_floating_point_errors():
             weights = self.fold(
-                [np.zeros(kernel.shape, np.float32) for kernel in self._kernels],
+                [np.zeros(kernel.shape, np.float32) for kernel in self.kernels],
                 [1.0] * len(self._kernels),
                 np,
             )
@@ -473,7 +474,7 @@ class LipschitzLayer(keras.layers.Layer):
     @property
     def kernels(self):
         """The weights made by `add_kernel`, in the order of their creation."""
-        return list(self._kernels)
+        return list(self._kernels.values())
 
     @property
     def _norm_dtype(self):
@@ -484,12 +485,12 @@ class LipschitzLayer(keras.layers.Layer):
         """The kernels, cast to the compute dtype, then to the norm dtype."""
         return [
             ops.cast(ops.cast(kernel, self.compute_dtype), self._norm_dtype)
-            for kernel in self._kernels
+            for kernel in self.kernels
         ]
 
     def host_kernels(self):
         """The kernels in float64 numpy, rounded to the compute dtype, without caps."""
-        return [cast_to_compute_dtype(kernel, self.compute_dtype) for kernel in self._kernels]
+        return [cast_to_compute_dtype(kernel, self.compute_dtype) for kernel in self.kernels]
 
     def _rounded(self, matrix, xp):
         """A matrix made from kernels, rounded to the compute dtype where that is a low one."""
