@@ -107,7 +107,7 @@ def test_the_running_bound_approaches_the_certified_one(x, norm):
         # One scaling of the heads instead of the best one: never smaller, and by 20 % at most here.
         # The allowances of the caps, 1e-5 at most, are on one side only.
         assert exact * (1.0 - 1e-5) <= warm <= 1.2 * exact
-        if norm != "linf" and not layer._capped_norms():
+        if norm != "linf" and not layer.has_caps:
             # Lower bounds of all norms: from below. (A cap that sees too little lets through more.)
             assert cold <= warm * (1.0 + 1e-6)
 
