@@ -8,7 +8,7 @@ from helpers import monitor_models
 import keras_lipattn as kl
 
 MESSAGE = (
-    "has variables which were created outside of the strategy it runs under: build the model "
+    "has variables that were created outside of the strategy it runs under: build the model "
     r"within `strategy.scope\(\)`. Received: variable '.*' under MirroredStrategy"
 )
 
