@@ -59,22 +59,25 @@ def layer_matrices(
     """
     if norm == "linf":
         return {"head_query": b}
-    sizes = (None, None)
+    # Frobenius norms, which only power steps need.
+    of_heads = of_query = of_output = None
     if scale is None:
-        scale, *sizes = scaling_and_norms(b, c, xp)
+        scale, of_heads, of_outputs = scaling_and_norms(b, c, xp)
+        of_query = _root_of_squares(scale * of_heads, xp)
+        of_output = _root_of_squares(of_outputs / scale, xp)
     heads, features, key_dim = b.shape
     stacked = ScaledMatrix(
         xp.reshape(c, (heads * key_dim, c.shape[2])),
         rows=_per_feature(1.0 / scale, key_dim, xp),
-        frobenius=sizes[1],
+        frobenius=of_output,
     )
     if norm == "token":
         # The norm of `[s_h B_h]` would be smaller and wrong.
-        return {"stacked_output": stacked, "head_query": b}
+        return {"stacked_output": stacked, "head_query": ScaledMatrix(b, frobenius=of_heads)}
     concatenated = ScaledMatrix(
         xp.reshape(xp.transpose(b, (1, 0, 2)), (features, heads * key_dim)),
         columns=_per_feature(scale, key_dim, xp),
-        frobenius=sizes[0],
+        frobenius=of_query,
     )
     return {"concatenated_query": concatenated, "stacked_output": stacked}
 
@@ -425,6 +428,12 @@ def _linf(
     errors = dict(query_error=query, product_error=error)
     norms = exact_norms(layer_matrices(b, c, "linf", np))
     return float(bound_linf(b, c, row_constant, score_constant, norms, np, **errors))
+
+
+def _root_of_squares(sizes, xp):
+    """`sqrt(sum_h size_h^2)`, by a product: XLA compiles it faster than a reduction."""
+    squares = xp.matmul(xp.expand_dims(sizes, 0), xp.expand_dims(sizes, 1))
+    return xp.sqrt(xp.reshape(squares, ()))
 
 
 def _per_feature(scale, key_dim, xp):

@@ -77,6 +77,8 @@ def power_step(matrix, vector):
         size = ops.max(ops.abs(image), axis=-1, keepdims=True)
     else:
         frobenius = ops.stop_gradient(matrix.frobenius)
+        # Out of range: no floor then.
+        frobenius = ops.where(frobenius < np.inf, frobenius, ops.zeros_like(frobenius))
         size = ops.reshape(frobenius, (*batch, 1, 1))
     smallest = float(np.finfo(keras.backend.standardize_dtype(image.dtype)).tiny)
     size = ops.maximum(size, smallest)
