@@ -103,7 +103,8 @@ def scaling_and_norms(b: typing.Any, c: typing.Any, xp: typing.Any) -> tuple[typ
 
         return (scale, of_b, of_c), gradient
 
-    scale, of_b, of_c = scaling(b, c)
+    found: typing.Any = scaling(b, c)
+    scale, of_b, of_c = found
     return scale, ops.stop_gradient(of_b), ops.stop_gradient(of_c)
 
 
