@@ -54,3 +54,12 @@ def test_a_subpackage_imports_only_what_stands_to_its_right(subpackage):
             if name is not None and name.startswith("keras_lipattn.")
         }
         assert not imported & set(left), f"{path} imports {sorted(imported & set(left))}"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)
+def test_no_module_has_the_name_of_a_function_in_it(path):
+    # A function would hide its module where both are imported.
+    functions = [
+        node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)
+    ]
+    assert path.stem not in functions

@@ -23,8 +23,8 @@ from keras_lipattn.certification.keras_models import (
     sibling_names,
 )
 from keras_lipattn.certification.reasons import NOT_QUANTIZED, Cause, Reason
+from keras_lipattn.certification.restoring import conversions_as_on_data, restored
 from keras_lipattn.certification.trace import Trace, TracedCall, TraceError, symbols_in
-from keras_lipattn.certification.untouched import conversions_as_on_data, untouched
 
 # Errors that code written for data may raise on symbols.
 TRACE_ERRORS = (
@@ -97,7 +97,7 @@ def trace(
     tracer = _Tracer(model, keras.tree.flatten(symbols), batch, refusal_of)
     for tensor, shape in zip(tracer.trace.inputs, flexible or [], strict=bool(flexible)):
         tracer.trace.flexible[id(tensor)] = (tensor.shape[0], *shape)
-    with untouched(model), conversions_as_on_data(), warnings.catch_warnings():
+    with restored(model), conversions_as_on_data(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         scope = keras.StatelessScope(collect_losses=True)
         with scope:

@@ -32,7 +32,7 @@ _THEOREM = {
 
 
 @register_rule(keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
-def convolution(layer, call):
+def convolution_layer(layer, call):
     refusal = quantized(layer)
     if refusal is not None:
         return refusal

@@ -20,7 +20,7 @@ _THEOREM = "its output is a certified input: the integers stay fixed"
 
 
 @register_rule(keras.layers.Embedding)
-def embedding(layer, call):
+def embedding_layer(layer, call):
     return _lookup(layer, call)
 
 

@@ -11,7 +11,7 @@ from keras_lipattn.certification.trace import TraceError
 
 
 @contextlib.contextmanager
-def untouched(model: keras.Model) -> Iterator[None]:
+def restored(model: keras.Model) -> Iterator[None]:
     """Restores everything that a symbolic call changes on a model and its inner layers."""
     layers = model._flatten_layers()
     operations = {id(one): one for one in layers} | recorded_operations(model)
