@@ -130,3 +130,16 @@ def test_the_monitor_penalizes_it():
     monitor = kl.LipschitzMonitor(norm="token", penalty=0.1)
     logs = model.fit(x, np.zeros((8, 1)), epochs=2, verbose=0, callbacks=[monitor]).history
     assert any("own" in key for key in logs)
+
+
+@pytest.mark.parametrize("make", [lambda: built("none"), lambda: kl.ScaledCosineAttention(2, 4)])
+@pytest.mark.parametrize("symbolic", [False, True])
+def test_weights_of_tokens_are_refused_where_no_bound_covers_them(make, symbolic):
+    x = np.zeros((1, TOKENS, FEATURES))
+    weights = np.ones((1, TOKENS))
+    if symbolic:
+        x, weights = keras.Input((TOKENS, FEATURES)), keras.Input((TOKENS,))
+    with pytest.raises(
+        ValueError, match=r"not support `token_weights`.*Received: token_weights"
+    ):
+        make()(x, token_weights=weights)

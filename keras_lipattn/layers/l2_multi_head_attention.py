@@ -160,6 +160,7 @@ class L2MultiHeadAttention(SelfAttention):
     """
 
     _not_cross = "no Lipschitz bound exists for cross-attention"
+    _weighs_tokens = True
 
     def __init__(
         self,

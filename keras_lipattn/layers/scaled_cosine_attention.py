@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lipattn._arguments import describe, require_positive
+from keras_lipattn._arguments import require_positive
 from keras_lipattn.bounds.cosine import (
     certified_cosine_bound,
     cosine_layer_bound,
@@ -212,15 +212,6 @@ class ScaledCosineAttention(SelfAttention):
             mask=mask.mask,
             n_queries=mask.n_queries,
         )
-
-    def _check_call(self, query, token_masks, attention_mask, axes):
-        if token_masks.get("token_weights") is not None:
-            raise ValueError(
-                "`token_weights` are not supported: no bound is known for cosine attention with "
-                "them. Received: token_weights="
-                f"{describe(token_masks['token_weights'])}"
-            )
-        super()._check_call(query, token_masks, attention_mask, axes)
 
     def attend(self, tokens, weights, mask, training, return_scores):
         projected = ops.matmul(tokens, weights.projection)

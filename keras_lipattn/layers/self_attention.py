@@ -90,6 +90,8 @@ class SelfAttention(LipschitzLayer):
 
     # Why another tensor is refused as value or key.
     _not_cross = "its Lipschitz bound is one for self-attention"
+    # Whether the score and the bound take `token_weights` into account.
+    _weighs_tokens = False
 
     def __init__(
         self,
@@ -508,8 +510,15 @@ class SelfAttention(LipschitzLayer):
     def _check_call(self, query, token_masks, attention_mask, axes):
         self._check_length(axes.length(query.shape))
         check_masks(query.shape, axes, self.num_heads, token_masks, attention_mask)
-        if token_masks.get("token_weights") is not None:
-            check_token_weights(token_masks["token_weights"], self.lipschitz_bound)
+        token_weights = token_masks.get("token_weights")
+        if token_weights is None:
+            return
+        if not self._weighs_tokens:
+            raise ValueError(
+                f"{type(self).__name__} does not support `token_weights`: its bound is for tokens "
+                f"of equal weight. Received: token_weights={describe(token_weights)}"
+            )
+        check_token_weights(token_weights, self.lipschitz_bound)
 
     # Keras ------------------------------------------------------------------------------------
 
