@@ -139,7 +139,5 @@ def test_weights_of_tokens_are_refused_where_no_bound_covers_them(make, symbolic
     weights = np.ones((1, TOKENS))
     if symbolic:
         x, weights = keras.Input((TOKENS, FEATURES)), keras.Input((TOKENS,))
-    with pytest.raises(
-        ValueError, match=r"not support `token_weights`.*Received: token_weights"
-    ):
+    with pytest.raises(ValueError, match=r"not support `token_weights`.*Received: token_weights"):
         make()(x, token_weights=weights)
