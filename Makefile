@@ -89,5 +89,5 @@ TORCH_FLAGS ?=
 		"is needed. Received: PYTHON='$(PYTHON)' (name one with make PYTHON=/path/to/python)" >&2; exit 1; }
 	rm -f $@
 	"$(PYTHON)" -m venv --clear .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[examples,dev]' -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[examples,dev,runtimes]' -c constraints.txt
 	touch $@

@@ -113,7 +113,7 @@ _DISTRIBUTIONS = {"absl": "absl-py", "sklearn": "scikit-learn"}
 _REQUIRED = _requirements(SETUP["options"]["install_requires"])
 _EXTRAS = {name: _requirements(lines) for name, lines in SETUP["options.extras_require"].items()}
 # Tests and examples that use them are skipped without them.
-_OPTIONAL = {"keras-hub", "onnxruntime"}
+_OPTIONAL = {"keras-hub", *_EXTRAS["runtimes"]}
 # Commands, plugins, and modules that other packages import.
 _NOT_IMPORTED = {
     "codespell",

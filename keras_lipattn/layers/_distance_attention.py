@@ -52,7 +52,7 @@ def attend_by_distance(
     # Distances do not change under a shift, their expansion loses digits far from the origin.
     x = ops.cast(tokens, norm_dtype)
     center = ops.stop_gradient(_center(x, mask))
-    near = _split_heads(ops.matmul(ops.cast(x - center, dtype), kernel), num_heads)
+    near = _split_heads(ops.matmul(ops.cast(x - center, dtype), kernel), num_heads, x)
     shift = ops.matmul(ops.cast(center, dtype), kernel)
     y = ops.cast(near, norm_dtype)
     if not (dropout or return_scores):
@@ -75,7 +75,7 @@ def attend_by_distance(
         return _join_heads(ops.matmul(weights, near)), shift, weights
     kept = keras.random.dropout(weights, dropout, seed=seed)
     # Rows no longer sum to one: the center must be weighted like the tokens.
-    heads = ops.matmul(kept, near + _split_heads(shift, num_heads))
+    heads = ops.matmul(kept, near + _split_heads(shift, num_heads, center))
     return _join_heads(heads), None, weights
 
 
@@ -93,8 +93,8 @@ def decode_by_distance(new, cache, position, mask, num_heads):
     norm_dtype = "float64" if dtype == "float64" else "float32"
     # Every token sees the first one: the origin that the full pass takes.
     origin = ops.cast(cache[:, :1], norm_dtype)
-    y = _split_heads(ops.cast(cache, norm_dtype) - origin, num_heads)
-    rows = _split_heads(ops.cast(new, norm_dtype) - origin, num_heads)
+    y = _split_heads(ops.cast(cache, norm_dtype) - origin, num_heads, cache)
+    rows = _split_heads(ops.cast(new, norm_dtype) - origin, num_heads, new)
     positions = position + ops.arange(rows.shape[2], dtype="int32")
     columns = ops.arange(y.shape[2], dtype="int32")
     scores = _scores(rows, y, mask)
@@ -128,10 +128,11 @@ def _join_heads(heads):
     return ops.reshape(ops.transpose(heads, (0, 2, 1, 3)), (batch, length, num_heads * size))
 
 
-def _split_heads(projected, num_heads):
-    # The batch is spelled out: an empty tensor leaves no size to infer.
-    batch, length, size = ops.shape(projected)
-    heads = ops.reshape(projected, (batch, length, num_heads, size // num_heads))
+def _split_heads(projected, num_heads, tokens):
+    # The batch is spelled out: an empty tensor leaves no size to infer. Sizes are those of
+    # `tokens`, which were projected: tf2onnx gets the shape of a product wrong.
+    batch, length = ops.shape(tokens)[:2]
+    heads = ops.reshape(projected, (batch, length, num_heads, projected.shape[-1] // num_heads))
     return ops.transpose(heads, (0, 2, 1, 3))
 
 

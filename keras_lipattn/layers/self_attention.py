@@ -473,18 +473,18 @@ class SelfAttention(LipschitzLayer):
             output = ops.where(too_long, ops.cast(np.nan, output.dtype), output)
         if mask.valid is not None:
             output = ops.where(ops.expand_dims(mask.valid, -1), output, ops.zeros_like(output))
-        output = self.shape_outputs(self.axes.restore(output, query))
+        output = self.shape_outputs(self.axes.restore(output, query), query)
         if not return_scores:
             return output
         if mask.valid is not None:
             scores = ops.where(mask.valid[:, None, :, None], scores, ops.zeros_like(scores))
         return output, self.axes.restore_scores(scores, query)
 
-    def shape_outputs(self, output):
-        """Output tokens `(..., O)` in their own shape, `(..., *output_shape)`."""
+    def shape_outputs(self, output, tokens):
+        """Output tokens `(..., O)` in their own shape, for inputs `tokens`, `(..., D)`."""
         if len(self.output_token) == 1:
             return output
-        return ops.reshape(output, (*ops.shape(output)[:-1], *self.output_token))
+        return ops.reshape(output, (*ops.shape(tokens)[:-1], *self.output_token))
 
     def _in_compute_dtype(self, weights):
         return dataclasses.replace(

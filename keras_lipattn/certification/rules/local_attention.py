@@ -101,7 +101,7 @@ def near_input(
     value = layer.axes.restore(
         keras.ops.convert_to_tensor(outputs), keras.ops.convert_to_tensor(near.value)
     )
-    value = _array(layer.shape_outputs(value))
+    value = _array(layer.shape_outputs(value, value))
     center = CenterValue(value=value, rounding_error=math.hypot(*errors_made))
     layer_map = dataclasses.replace(layer_map, center=center)
     local = max(constants, default=math.inf)
