@@ -13,6 +13,7 @@ import pytest
 from helpers import export_cases as cases
 from helpers.serving_client import ServingClient, in_float64
 from keras import layers
+from tensorflow.core.protobuf import saved_model_pb2
 
 import keras_lipattn as lip
 from keras_lipattn.certification import Certificate
@@ -151,13 +152,18 @@ def subject(request, tmp_path_factory) -> Subject:
     return Subject(request.param, path, certificate, record, exactly)
 
 
+def signature_of(model: pathlib.Path, signature: str) -> Any:
+    """A `SignatureDef` of a SavedModel, with the names of its tensors."""
+    content = saved_model_pb2.SavedModel()
+    content.ParseFromString((model / "saved_model.pb").read_bytes())
+    return content.meta_graphs[0].signature_def[signature]
+
+
 class RuntimeContract:
     """Tests of a runtime. A subclass has `start` and may name what the runtime cannot do."""
 
     # Names of requests that the runtime refuses by an error.
     refused: tuple[str, ...] = ()
-    # Whether the runtime takes the certificate from the folder of the export.
-    reads_folder = True
 
     def start(self, subject: Subject, folder: pathlib.Path) -> Any:
         """A function from named arrays to the named outputs of the signature `certified`."""
