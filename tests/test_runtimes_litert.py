@@ -1,6 +1,5 @@
 """Exports in LiteRT, converted by TensorFlow."""
 
-import numpy as np
 import pytest
 import tensorflow as tf
 from helpers.runtime_contract import RuntimeContract, subject  # noqa: F401
