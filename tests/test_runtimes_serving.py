@@ -44,10 +44,16 @@ def predict(server, **content):
     return answer
 
 
-class TestColumns(RuntimeContract):
+class JsonContract(RuntimeContract):
     # In JSON an empty batch has no other sizes.
     refused = ("empty batch",)
 
+    def test_an_empty_batch_is_an_error(self, subject, serve):  # noqa: F811
+        with pytest.raises(RuntimeError):
+            serve(subject.request(0))
+
+
+class TestColumns(JsonContract):
     @pytest.fixture(scope="class")
     @classmethod
     def serve(cls, subject, server):  # noqa: F811
@@ -61,9 +67,7 @@ class TestColumns(RuntimeContract):
         return serve
 
 
-class TestRows(RuntimeContract):
-    refused = ("empty batch",)
-
+class TestRows(JsonContract):
     @pytest.fixture(scope="class")
     @classmethod
     def serve(cls, subject, server):  # noqa: F811
