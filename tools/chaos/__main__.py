@@ -15,11 +15,10 @@ with `tf.train.CheckpointManager`, --whose=orbax with `keras.callbacks.OrbaxChec
 """
 
 import os
-import pathlib
-import tempfile
 
 from absl import app, flags
 
+from keras_lipattn._temporary_names import temporary_folder
 from tools.chaos.attack import attack
 
 _KILLS = flags.DEFINE_integer("kills", 20, "Number of kills.", lower_bound=1)
@@ -35,9 +34,9 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Expected flags only. Received: {argv[1:]}")
     seed = _SEED.value if _SEED.value is not None else int.from_bytes(os.urandom(4), "big")
-    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
+    with temporary_folder("chaos") as folder:
         return attack(
-            pathlib.Path(folder),
+            folder,
             kills=_KILLS.value,
             seed=seed,
             minutes=_MINUTES.value,
