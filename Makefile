@@ -61,8 +61,9 @@ soundness: .venv/installed  ## attack the certificates of random models and ever
 	$(BIN)/python -m tools.soundness.rules --comparisons=$(COMPARISONS)
 	$(BIN)/python -m tools.soundness --minutes=$(MINUTES)
 
-chaos: .venv/installed  ## kill trainings at random moments and run them again (KILLS=20)
-	$(BIN)/python -m tools.chaos --kills=$(KILLS)
+chaos: .venv/installed  ## kill trainings and exports at random moments and run them again (KILLS=20)
+	$(BIN)/python -m tools.chaos --kills=$(KILLS) --minutes=120
+	$(BIN)/python -m tools.chaos --program=exports --kills=$(KILLS) --minutes=120
 
 clean:  ## remove everything made here, .venv too
 	rm -rf .venv .venv-jax .venv-torch .venv-oldest build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
