@@ -413,7 +413,7 @@ class SelfAttention(LipschitzLayer):
         degrees = getattr(self._call_degrees, "value", (None, None))
         known = self._call_mask_class(attention_mask is not None, use_causal_mask, degrees)
         weights = self.effective_weights(known, bool(training))
-        return self.forward(weights, query, mask, bool(training), return_attention_scores)
+        return self.call_with_weights(weights, query, mask, bool(training), return_attention_scores)
 
     def mask_of_call(
         self, query, token_masks, attention_mask=None, use_causal_mask=False, token_weights=None
@@ -440,8 +440,8 @@ class SelfAttention(LipschitzLayer):
             )
         return Mask(valid, attention_mask, use_causal_mask, self.sliding_window, token_weights)
 
-    def forward(self, weights, query, mask, training=False, return_scores=False):
-        """The call with given weights.
+    def call_with_weights(self, weights, query, mask, training=False, return_scores=False):
+        """The call with given weights. (`forward` belongs to PyTorch.)
 
         Args:
             weights: `EffectiveWeights`.
