@@ -169,7 +169,8 @@ def test_requirements_with_hashes_are_those_that_make_installs():
     # Windows has one more, which nothing here is tested with.
     assert {name: pinned.get(name, hashed[name]) for name in hashed} == hashed
     direct = _requirements(SETUP["options"]["install_requires"])
-    assert direct | _EXTRAS["examples"] | _EXTRAS["dev"] <= set(hashed)
+    extras = _EXTRAS["examples"] | _EXTRAS["dev"] | _EXTRAS["runtimes"]
+    assert direct | extras <= set(hashed)
     blocks = re.split(r"\n(?=\S)", (ROOT / "requirements-dev.txt").read_text())
     assert all("--hash=sha256:" in block for block in blocks if not block.startswith("#"))
 

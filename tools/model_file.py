@@ -35,7 +35,8 @@ def load_model(path: pathlib.Path, modules: Iterable[str] = ()) -> Any:
         _import(module)
     try:
         return keras.saving.load_model(path, compile=False)
-    except (ImportError, OSError, TypeError, ValueError) as error:
+    # Readers of zip, JSON and HDF5 and the layers raise many kinds of errors for a broken file.
+    except Exception as error:
         raise ValueError(
             "The file cannot be loaded as a Keras model; layers of your own are found when their "
             f"module is named by --import. Received: {path} with {type(error).__name__}: {error}"

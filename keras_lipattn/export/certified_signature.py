@@ -189,7 +189,7 @@ class CertifiedSignature:
         if len(norms) == 1:
             return norms[0]
         if self.certificate.norm == "l2":
-            return tf.sqrt(tf.add_n([tf.square(norm) for norm in norms]))
+            return tf.sqrt(functools.reduce(tf.add, map(tf.square, norms)))
         return functools.reduce(tf.maximum, norms)
 
     def _distances_to_edge(self, inputs, dtype, tf):

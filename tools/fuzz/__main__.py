@@ -5,12 +5,13 @@
 
 Targets are certificates in JSON, model files, and the flags of the two tools; each runs for
 --minutes. A fault is an error that is not documented, a traceback, a crash or a case without an
-end, and for a model file any code of the file that ran. Each target runs in a process of its own, which
-is started again after a crash. A fault is printed with the number of its case.
+end, and for a model file any code of the file that ran. Each target runs in a process of its own,
+which is started again after a crash. A fault is printed with the number of its case.
 
 Exit codes: 0 without a fault, 1 with one.
 """
 
+import ast
 import os
 import pathlib
 import queue
@@ -114,7 +115,7 @@ class _Worker:
             line = self._lines.get(timeout=_SECONDS)
         except (OSError, queue.Empty):
             return None
-        return None if not line else line.split(" ", 1)[1].strip().strip("'\"")
+        return None if not line else ast.literal_eval(line.split(" ", 1)[1])
 
     def close(self) -> str:
         """End the process; what it ended with if it crashed or hung."""

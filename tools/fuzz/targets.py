@@ -165,23 +165,23 @@ def _run(tool: Any, arguments: list[str]) -> str:
     flags = tool.flags.FLAGS
     for flag in flags.get_key_flags_for_module(tool):
         flag.unparse()
-    errors, name = io.StringIO(), str(tool.__file__)
+    output, name = io.StringIO(), str(tool.__file__)
     code: Any = None
-    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
         try:
             code = tool.main(tool.parse([name, *arguments]))
         except SystemExit as error:
             code = error.code
         except tool.app.UsageError as error:
             # `app.run` prints it.
-            print(error, file=errors)
+            print(error, file=output)
             code = 2
         except Exception:
             return f"{arguments}: {traceback.format_exc()}"
     if os.path.exists(_MARKER):
         os.remove(_MARKER)
         return f"{arguments}: code ran"
-    text = errors.getvalue()
+    text = output.getvalue()
     if code not in (0, 1, 2) or "Traceback" in text or (code and not text.strip()):
         return f"{arguments}: exit code {code} and {json.dumps(text[-2000:])}"
     return ""
