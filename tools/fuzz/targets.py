@@ -1,6 +1,7 @@
 """What is fuzzed: each target makes a case from random numbers, runs it, and names its faults."""
 
 import contextlib
+import functools
 import importlib.util
 import io
 import json
@@ -17,8 +18,8 @@ from tools.fuzz import mutations
 
 _TOOLS = pathlib.Path(__file__).parents[1]
 # Imported or run by no file, however it was changed.
-_MARKER = "code_ran"
-_MODULE = f"import pathlib\npathlib.Path({_MARKER!r}).touch()\n\ndef run(x):\n    return x\n"
+MARKER = "code_ran"
+_MODULE = f"import pathlib\npathlib.Path({MARKER!r}).touch()\n\ndef run(x):\n    return x\n"
 # References in a model file to code that must not be taken from it.
 _REFERENCES: list[Any] = [
     {"module": "fuzz_marker", "class_name": "function", "config": "run"},
@@ -74,7 +75,6 @@ def model_files() -> Attack:
     for model in (_classifier(keras, lip), _with_lambda(keras)):
         model.save(path)
         files.append(path.read_bytes())
-    tool = _tool("certify")
 
     def attack(rng):
         content = files[rng.integers(len(files))]
@@ -88,7 +88,7 @@ def model_files() -> Attack:
         else:
             content = mutations.changed_member(content, "metadata.json", rng, _REFERENCES)
         path.write_bytes(content)
-        return _run(tool, [str(path), "--nocheck"])
+        return run_tool("certify", [str(path), "--nocheck"])
 
     return attack
 
@@ -127,7 +127,7 @@ def _flags(name: str, more: list[str]) -> Attack:
             flag = names[rng.integers(len(names))] if rng.integers(12) else "no_such_flag"
             value = values[rng.integers(len(values))]
             arguments.append(f"--{flag}={value}" if rng.integers(8) else f"--{flag}")
-        return _run(tool, arguments)
+        return run_tool(name, arguments)
 
     return attack
 
@@ -145,12 +145,13 @@ def _with_lambda(keras: Any) -> Any:
     run = lambda x: (__import__("pathlib").Path("code_ran").touch(), x)[1]  # noqa: E731
     x = keras.layers.Lambda(run, output_shape=(8,))(inputs)
     model = keras.Model(inputs, keras.layers.Dense(3)(x))
-    pathlib.Path(_MARKER).unlink(missing_ok=True)
+    pathlib.Path(MARKER).unlink(missing_ok=True)
     return model
 
 
+@functools.cache
 def _tool(name: str) -> Any:
-    """A program in `tools` as a module."""
+    """A program in `tools` as a module. Its flags can be defined only once."""
     sys.path.insert(0, str(_TOOLS))
     spec = importlib.util.spec_from_file_location(f"fuzzed_{name}", _TOOLS / f"{name}.py")
     assert spec is not None and spec.loader is not None
@@ -160,12 +161,13 @@ def _tool(name: str) -> Any:
     return module
 
 
-def _run(tool: Any, arguments: list[str]) -> str:
+def run_tool(name: str, arguments: list[str]) -> str:
     """Run a tool with these arguments; what is wrong, or an empty string."""
+    tool = _tool(name)
     flags = tool.flags.FLAGS
     for flag in flags.get_key_flags_for_module(tool):
         flag.unparse()
-    output, name = io.StringIO(), str(tool.__file__)
+    output = io.StringIO()
     code: Any = None
     with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
         try:
@@ -178,8 +180,8 @@ def _run(tool: Any, arguments: list[str]) -> str:
             code = 2
         except Exception:
             return f"{arguments}: {traceback.format_exc()}"
-    if os.path.exists(_MARKER):
-        os.remove(_MARKER)
+    if os.path.exists(MARKER):
+        os.remove(MARKER)
         return f"{arguments}: code ran"
     text = output.getvalue()
     if code not in (0, 1, 2) or "Traceback" in text or (code and not text.strip()):
