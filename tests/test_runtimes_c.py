@@ -27,7 +27,7 @@ def program(tmp_path_factory):
     source = documents.ROOT / "tests" / "helpers" / "serve.c"
     flags = ["-std=c11", "-Wall", "-Werror", "-O1", "-I", tf.sysconfig.get_include()]
     libraries = ["-L", LIBRARIES, *(f"-l:{name}" for name in NAMES), f"-Wl,-rpath,{LIBRARIES}"]
-    subprocess.run([COMPILER, *flags, source, *libraries, "-o", path], check=True)
+    subprocess.run([str(COMPILER), *flags, source, *libraries, "-o", path], check=True)
     return path
 
 

@@ -93,6 +93,33 @@ def model_files() -> Attack:
     return attack
 
 
+def exports() -> Attack:
+    """Exports with a changed file: `verify_export` never says verified, and raises nothing."""
+    import keras
+
+    import keras_lipattn as lip
+    from keras_lipattn import export
+
+    _, path = lip.export_saved_model(_classifier(keras, lip), "exports", verbose=False)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+
+    def attack(rng):
+        file = files[rng.integers(len(files))]
+        whole = file.read_bytes()
+        changed = mutations.changed_bytes(whole, rng)
+        if changed == whole:
+            return ""
+        file.write_bytes(changed)
+        try:
+            # It comes with the check of exports.
+            found = export.verify_export(path)  # pyright: ignore[reportAttributeAccessIssue]
+        finally:
+            file.write_bytes(whole)
+        return f"{file} was changed: {found}" if found.verified else ""
+
+    return attack
+
+
 def certify_flags() -> Attack:
     """Flags of tools/certify.py."""
     return _flags("certify", [])
@@ -194,4 +221,5 @@ TARGETS: dict[str, Callable[[], Attack]] = {
     "model_files": model_files,
     "certify_flags": certify_flags,
     "export_flags": export_flags,
+    "exports": exports,
 }

@@ -79,4 +79,6 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], *map(int, sys.argv[2:7]), float(sys.argv[7])))
+    model, *numbers, min_ratio = sys.argv[1:]
+    requests, threads, batch, length, seed = map(int, numbers)
+    sys.exit(main(model, requests, threads, batch, length, seed, float(min_ratio)))
