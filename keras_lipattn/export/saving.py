@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from keras_lipattn.layers import condensed, lipschitz_layers
 from keras_lipattn.version import __version__
 
 SCHEMA = 1
+MANIFEST = "manifest.json"
 # With a larger relative error of the logits, the allowance exceeds most margins.
 _COARSE = 1e-3
 _OTHER_BACKEND = (
@@ -87,6 +89,7 @@ def export_saved_model(
     directory/1/saved_model.pb, variables/, ...
     directory/1/assets.extra/certificate.json    the certificate, for `Certificate.from_json`
     directory/1/assets.extra/export.json         signatures, units, allowance, comparison
+    directory/1/assets.extra/manifest.json       SHA-256 and size of every other file
     ```
 
     The layers of this package are condensed: their caps are applied once, with exact norms, and
@@ -154,7 +157,7 @@ def export_saved_model(
     >>> certificate.matches(model)
     True
     >>> sorted(file.name for file in path.glob("assets.extra/*"))
-    ['certificate.json', 'export.json']
+    ['certificate.json', 'export.json', 'manifest.json']
     """
     if keras.config.backend() != "tensorflow":
         raise RuntimeError(_OTHER_BACKEND.format(backend=keras.config.backend()))
@@ -272,6 +275,20 @@ def _write_records(export: _Export, comparison: Comparison, folder: pathlib.Path
     (folder / "certificate.json").write_text(certificate.to_json() + "\n")
     record = json.dumps(_record(export, comparison), indent=2, allow_nan=False)
     (folder / "export.json").write_text(record + "\n")
+    (folder / MANIFEST).write_text(_manifest(folder.parent) + "\n")
+
+
+def _manifest(version: pathlib.Path) -> str:
+    """SHA-256 and size of every file of an export, as JSON; written last."""
+    files = {}
+    for path in sorted(version.rglob("*")):
+        if path.is_file():
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            name = path.relative_to(version).as_posix()
+            files[name] = {"sha256": digest, "size": path.stat().st_size}
+    content = {"schema": SCHEMA, "keras_lipattn": __version__, "files": files}
+    return json.dumps(content, indent=2)
 
 
 def _record(export: _Export, comparison: Comparison) -> dict[str, Any]:
