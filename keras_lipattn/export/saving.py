@@ -14,6 +14,7 @@ import keras
 
 from keras_lipattn.certification import Certificate, certify
 from keras_lipattn.export.certified_signature import CertifiedSignature, plan_signature
+from keras_lipattn.export.proof import proof_of, recorded_calls
 from keras_lipattn.export.serving_graph import (
     ExportError,
     relative_rounding_error,
@@ -57,12 +58,14 @@ class _Export:
         signature: Plan of the signature `certified`, with the model and its certificate.
         functions: Concrete functions by the name of their signature.
         saved: Object with the variables of these functions.
+        proof: Content of `proof.json`.
         kappa: Factor of the rounding allowance.
     """
 
     signature: CertifiedSignature
     functions: Mapping[str, Any]
     saved: Any
+    proof: str
     kappa: float
 
 
@@ -89,6 +92,7 @@ def export_saved_model(
     directory/1/saved_model.pb, variables/, ...
     directory/1/assets.extra/certificate.json    the certificate, for `Certificate.from_json`
     directory/1/assets.extra/export.json         signatures, units, allowance, comparison
+    directory/1/assets.extra/proof.json          the tensors of each layer, for `verify_export`
     directory/1/assets.extra/manifest.json       SHA-256 and size of every other file
     ```
 
@@ -157,7 +161,7 @@ def export_saved_model(
     >>> certificate.matches(model)
     True
     >>> sorted(file.name for file in path.glob("assets.extra/*"))
-    ['certificate.json', 'export.json', 'manifest.json']
+    ['certificate.json', 'export.json', 'manifest.json', 'proof.json']
     """
     if keras.config.backend() != "tensorflow":
         raise RuntimeError(_OTHER_BACKEND.format(backend=keras.config.backend()))
@@ -248,12 +252,17 @@ def _check_certified(signature: CertifiedSignature) -> None:
 def _trace(signature: CertifiedSignature) -> _Export:
     """Trace the signatures of a model while it is condensed."""
     served = signature.served
-    functions = {"serving_default": served.trace_outputs()}
+    name = "serving_default"
+    with recorded_calls() as calls:
+        functions = {name: served.trace_outputs()}
     kappa = relative_rounding_error(functions["serving_default"].graph, served.sequence_length)
     if not signature.missing:
-        functions["certified"] = signature.trace(kappa)
+        name = "certified"
+        with recorded_calls() as calls:
+            functions[name] = signature.trace(kappa)
+    proof = proof_of(calls, functions[name], name)
     saved = trackable(served.model, functions.values())
-    return _Export(signature=signature, functions=functions, saved=saved, kappa=kappa)
+    return _Export(signature=signature, functions=functions, saved=saved, proof=proof, kappa=kappa)
 
 
 @contextlib.contextmanager
@@ -275,6 +284,7 @@ def _write_records(export: _Export, comparison: Comparison, folder: pathlib.Path
     (folder / "certificate.json").write_text(certificate.to_json() + "\n")
     record = json.dumps(_record(export, comparison), indent=2, allow_nan=False)
     (folder / "export.json").write_text(record + "\n")
+    (folder / "proof.json").write_text(export.proof + "\n")
     (folder / MANIFEST).write_text(_manifest(folder.parent) + "\n")
 
 
