@@ -107,7 +107,7 @@ class StatedCertificate:
         require(
             math.isclose(self.total, power, rel_tol=1e-9, abs_tol=1e-300)
             or (math.isinf(self.total) and log10 >= 308.0),
-            f"the total {self.total:g} is not 10 to the power {log10:g} that the certificate states",
+            f"the total {self.total:g} of the certificate is not 10 to the power {log10:g}",
         )
         self.head = entries.get("head")
         require(self.head in _HEADS, f"the certificate has an unknown head {self.head!r}")

@@ -10,7 +10,9 @@ MOVES = frozenset(
 )
 # Of one tensor that changes; a product has one other factor, which is constant.
 LINEAR = MOVES | frozenset(
-    "Add AddV2 AvgPool BatchMatMulV2 BiasAdd Conv2D Einsum MatMul Mean Mul Neg RealDiv Sub Sum".split()
+    """
+    Add AddV2 AvgPool BatchMatMulV2 BiasAdd Conv2D Einsum MatMul Mean Mul Neg RealDiv Sub Sum
+    """.split()
 )
 # Conditions are computed from masks and shapes only.
 _MASKS = frozenset(
@@ -69,9 +71,10 @@ KNOWN = (
     | frozenset(name for names in ACTIVATIONS.values() for name in names.split())
     | frozenset(
         """
-        ArgMax AssignVariableOp Const DisableCopyOnRead Greater IsFinite MergeV2Checkpoints Min NoOp OneHot
-        PartitionedCall ReadVariableOp ResourceGather RestoreV2 SaveV2 Select ShardedFilename
-        StatefulPartitionedCall StaticRegexFullMatch StringJoin VarHandleOp VarIsInitializedOp
+        ArgMax AssignVariableOp Const DisableCopyOnRead Greater IsFinite MergeV2Checkpoints Min
+        NoOp OneHot PartitionedCall ReadVariableOp ResourceGather RestoreV2 SaveV2 Select
+        ShardedFilename StatefulPartitionedCall StaticRegexFullMatch StringJoin VarHandleOp
+        VarIsInitializedOp
         """.split()
     )
 )

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from keras_lipattn.checker.artifact import StatedCertificate
+from keras_lipattn.checker.kinds import KINDS, Kind
 from keras_lipattn.checker.refusal import NotVerified, require
 from keras_lipattn.checker.served_function import Region, ServedFunction
-from keras_lipattn.checker.steps import KINDS, Kind, Step
+from keras_lipattn.checker.step import Step
 from keras_lipattn.checker.tensor_bounds import Ball, Bounds, full
 from keras_lipattn.linalg import SAFETY
 
@@ -40,7 +41,12 @@ class Propagation:
         self.served, self.certificate = served, certificate
         self.sources: list[str] = []
         self.checked = 0
-        self._entries = {served.tensor(entry["output"]): entry for entry in entries}
+        # TensorFlow drops what no output needs.
+        self._entries = {
+            served.tensor(entry["output"]): entry
+            for entry in entries
+            if served.has(entry["output"])
+        }
         self._bounds: dict[str, Bounds] = {}
         self._rng = np.random.default_rng(0)
         varying = any(None in shape[1:] for shape, _ in served.specs.values())
@@ -139,8 +145,7 @@ class Propagation:
         region = self.served.region(tensor, [*inputs, *masks])
         step, kind = Step(entry, region), KINDS[entry["kind"]]
         region.check_operations(kind.allowed(step), step.layer)
-        plain = step.kind == "dense" and step.parameters.get("activation", "linear") == "linear"
-        product = region.product() if kind.linear or plain else ""
+        product = region.product() if kind.linear(step) else ""
         require(not product, f"{step.layer}: it multiplies two tensors at {product!r}")
         if step.kind == "global_average" and bool(masks) != bool(step.parameters.get("masked")):
             raise NotVerified(f"{step.layer}: its masks are not those of its parameters")
@@ -177,12 +182,13 @@ class Propagation:
         """Compare the served step with its definition on random inputs, in float64."""
         for scale in kind.scales(step):
             for index in range(len(self.lengths)):
-                values = [
-                    scale * self._rng.normal(size=(_BATCH, *self.sizes(one)[index]))
+                # One tensor may be several inputs.
+                feeds = {
+                    one: scale * self._rng.normal(size=(_BATCH, *self.sizes(one)[index]))
                     for one in inputs
-                ]
-                valid = [self._random_mask(self.sizes(one)[index]) for one in masks]
-                feeds = dict(zip([*inputs, *masks], [*values, *valid], strict=True))
+                }
+                feeds |= {one: self._random_mask(self.sizes(one)[index]) for one in masks}
+                values, valid = ([feeds[one] for one in names] for names in (inputs, masks))
                 (found,) = self.served.run(feeds, [region.output], precise=True)
                 with np.errstate(all="ignore"):
                     expected = kind.value(step, values, valid)

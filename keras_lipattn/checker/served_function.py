@@ -11,7 +11,8 @@ from keras_lipattn.checker.refusal import NotVerified, require
 
 # Operations whose output has the entries of their first input.
 _COPIES = frozenset({"Identity", "StopGradient", "IdentityN", "PreventGradient"})
-_PREFIX = "StatefulPartitionedCall/"
+# What inlining puts in front of the names in a signature.
+_PREFIXES = ("StatefulPartitionedCall/", "PartitionedCall/", "")
 _INTEGERS = frozenset({"Shape", "ShapeN", "Size", "Rank"})
 
 
@@ -62,10 +63,15 @@ class ServedFunction:
     def tensor(self, name: str) -> str:
         """The tensor that a proof names."""
         node, _, index = name.partition(":")
-        for candidate in (_PREFIX + node, node):
-            if candidate in self._nodes:
-                return self.original(f"{candidate}:{index or 0}")
+        for prefix in _PREFIXES:
+            if prefix + node in self._nodes:
+                return self.original(f"{prefix}{node}:{index or 0}")
         raise NotVerified(f"the graph of {self.name} has no tensor {name!r}")
+
+    def has(self, name: str) -> bool:
+        """Whether the graph has a tensor that a proof names."""
+        node = name.partition(":")[0]
+        return any(prefix + node in self._nodes for prefix in _PREFIXES)
 
     def original(self, tensor: str) -> str:
         """The tensor of which this one is a copy, or the tensor itself."""

@@ -64,6 +64,8 @@ class RecordedCalls:
         except (AttributeError, IndexError, TypeError, ValueError):
             # A step that cannot be described is not checked, and the checker says so.
             kind, parameters, arrays = _OTHER
+        if known is not None and kind == "other":
+            return
         operands = tensors
         if kind == "combination":
             operands = [leaf for leaf in keras.tree.flatten([args, given]) if _is_symbolic(leaf)]
@@ -183,6 +185,15 @@ def _dense(layer, args, kwargs, tensors, has_masks) -> _Description:
     return "dense", parameters, {"kernel": kernel, "bias": bias_of(layer)}
 
 
+def _einsum_dense(layer, args, kwargs, tensors, has_masks) -> _Description:
+    operands, result = layer.equation.replace(" ", "").split("->")
+    inputs, weights = operands.split(",")
+    last = inputs[-1] + result[-1]
+    if weights != last or inputs[:-1] != result[:-1] or set(last) & set(inputs[:-1]):
+        return _OTHER
+    return _dense(layer, args, kwargs, tensors, has_masks)
+
+
 def _normalization(layer, args, kwargs, tensors, has_masks) -> _Description:
     parameters: dict[str, Any] = {"width": int(tensors[0].shape[-1])}
     kind = "center_normalization"
@@ -197,6 +208,14 @@ def _normalization(layer, args, kwargs, tensors, has_masks) -> _Description:
         for name, weight in (("gamma", layer.gamma), ("beta", layer.beta))
     }
     return kind, parameters, arrays
+
+
+def _rms_normalization(layer, args, kwargs, tensors, has_masks) -> _Description:
+    axes = np.ravel(layer.axis) % len(tensors[0].shape)
+    if list(axes) != [len(tensors[0].shape) - 1]:
+        return _OTHER
+    scale = cast_to_compute_dtype(layer.scale, layer.compute_dtype)
+    return "rms_normalization", {"epsilon": float(layer.epsilon)}, {"gamma": scale}
 
 
 def _activation_layer(layer, args, kwargs, tensors, has_masks) -> _Description:
@@ -334,6 +353,9 @@ def _dot_product_attention(layer, args, kwargs, tensors, has_masks) -> _Descript
     rank = len(tensors[0].shape)
     if parameters is None or layer._use_gate or rank != 3 or len(tensors) != 1:
         return _OTHER
+    if 1 in (layer._key_dim, layer._value_dim) and tensors[0].shape[1] == layer._num_heads:
+        # `keras.ops.add` then adds a bias `(heads, 1)` along the tokens, under TensorFlow.
+        return _OTHER
     parts = {
         "query": layer._query_dense,
         "key": layer._key_dense,
@@ -350,7 +372,9 @@ _GLOBAL_MAXIMA = (keras.layers.GlobalMaxPooling1D, keras.layers.GlobalMaxPooling
 # Exact types: a subclass may have another `call`.
 _DESCRIPTIONS: dict[type, Callable[..., _Description]] = {
     **dict.fromkeys((keras.layers.Dense, SpectralDense), _dense),
+    keras.layers.EinsumDense: _einsum_dense,
     **dict.fromkeys((CenterNormalization, keras.layers.LayerNormalization), _normalization),
+    keras.layers.RMSNormalization: _rms_normalization,
     keras.layers.Activation: _activation_layer,
     keras.layers.ReLU: _relu,
     keras.layers.Softmax: _softmax,
