@@ -13,6 +13,7 @@ from keras_lipattn.conversion import Conversion, convert_attention
 from keras_lipattn.estimation import LipschitzEstimate, estimate_lipschitz
 from keras_lipattn.export import ExportError, export_saved_model
 from keras_lipattn.layers import (
+    BoundedMultiHeadAttention,
     CenterNormalization,
     ContinuousDepth,
     InvertibleResidual,
@@ -23,11 +24,13 @@ from keras_lipattn.layers import (
     Residual,
     ScaledCosineAttention,
     SpectralDense,
+    TokenProjection,
     condensed,
 )
 from keras_lipattn.version import __version__
 
 __all__ = [
+    "BoundedMultiHeadAttention",
     "CenterNormalization",
     "Certificate",
     "ContinuousDepth",
@@ -47,6 +50,7 @@ __all__ = [
     "Residual",
     "ScaledCosineAttention",
     "SpectralDense",
+    "TokenProjection",
     "__version__",
     "callbacks",
     "certification",
