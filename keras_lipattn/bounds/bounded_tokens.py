@@ -21,7 +21,13 @@ from keras_lipattn.bounds.compact import (
     dot_product_layer_constant,
 )
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
-from keras_lipattn.bounds.multihead import PRODUCT_ROUNDING, Norms, bound_linf, safe_sqrt
+from keras_lipattn.bounds.multihead import (
+    PRODUCT_ROUNDING,
+    Norms,
+    bound_linf,
+    certified_layer_bound,
+    safe_sqrt,
+)
 from keras_lipattn.linalg import SAFETY, operator_norm
 
 BALL = "Theorem 4.2"
@@ -383,7 +389,21 @@ class ProductLayer(typing.NamedTuple):
             # An output reads a head through one column.
             columns = np.linalg.norm(averages, axis=1)
             return SAFETY * (float((constants @ columns).max()) + allowance)
-        return combine_heads(averages, constants) + allowance
+        # Among the scalings is that of the graph, whose cap the certificate must not exceed.
+        scaling = product_scaling(*self[:4], radius=self.radius, xp=np)
+        stacked = np.concatenate(list(averages / scaling[:, None, None]))
+        of_graph = SAFETY * operator_norm(stacked) * np.linalg.norm(scaling * constants)
+        found = min(combine_heads(averages, constants), float(of_graph))
+        if len(averages) > 1:
+            # Theorem 5.2 for heads that read one number, with its search for a scaling.
+            numbers = np.zeros((len(averages), 1, averages.shape[1]))
+            numbers[:, 0, 0] = constants
+            ones = np.ones(len(averages))
+            split = certified_layer_bound(
+                numbers, averages, norm="token", tokens=None, head_constants=ones
+            )
+            found = min(found, split.value)
+        return found + allowance
 
 
 @np.errstate(over="ignore", invalid="ignore")

@@ -292,9 +292,18 @@ class BoundedMultiHeadAttention(SelfAttention):
         """The query bias `(H, k)` as a call uses it, or `None`."""
         if self.query_bias is None:
             return None
+        if self._condensed is not None:
+            # A constant of the graph, as the kernels are: the factor of the cap depends on it.
+            fixed = self._fixed_bias
+            return fixed if xp is np else ops.convert_to_tensor(fixed, self._norm_dtype)
         if xp is np:
             return cast_to_compute_dtype(self.query_bias, self.compute_dtype)
         return ops.cast(ops.cast(self.query_bias, self.compute_dtype), self._norm_dtype)
+
+    def enter_condensed(self):
+        if self.built and not self.is_condensed:
+            self._fixed_bias = self._bias_of_queries(np)
+        super().enter_condensed()
 
     def score_biases(self, xp) -> Any:
         if self.relative_bias is None:
@@ -395,20 +404,23 @@ class BoundedMultiHeadAttention(SelfAttention):
     def _projected(self, tokens, kernel, name):
         """One projection of tokens `(B, T, D)` by heads, `(B, T, heads, size)`."""
         heads = ops.matmul(tokens, kernel)
-        bias = getattr(self, f"{name}_bias")
-        if bias is not None:
-            heads = heads + ops.reshape(ops.cast(bias, self.compute_dtype), (-1,))
+        if self.use_bias:
+            heads = heads + self._flat_bias(name)
         batch, length, _ = ops.shape(heads)
         _, _, number, size = next(one for one in self._projections if one[0] == name)
         return ops.reshape(heads, (batch, length, number, size))
+
+    def _flat_bias(self, name):
+        bias = getattr(self, f"{name}_bias")
+        if name == "query":
+            bias = self._bias_of_queries(ops)
+        return ops.reshape(ops.cast(bias, self.compute_dtype), (-1,))
 
     def _all_projected(self, tokens, projection):
         """Queries, keys and values of the same tokens, by heads."""
         joint = ops.matmul(tokens, projection)
         if self.use_bias:
-            biases = (self.query_bias, self.key_bias, self.value_bias)
-            flat = [ops.reshape(ops.cast(bias, self.compute_dtype), (-1,)) for bias in biases]
-            joint = joint + ops.concatenate(flat)
+            joint = joint + ops.concatenate([self._flat_bias(n) for n, *_ in self._projections])
         batch, length, _ = ops.shape(joint)
         parts, start = [], 0
         for _, _, heads, size in self._projections:

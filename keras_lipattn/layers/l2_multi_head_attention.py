@@ -187,7 +187,8 @@ class L2MultiHeadAttention(SelfAttention):
         (the layer); docs/theory.md, Sections 3 to 5 (the bounds).
     """
 
-    _not_cross = "no Lipschitz bound exists for cross-attention without `token_radius`"
+    _not_cross = "no Lipschitz bound exists for cross-attention"
+    _unless = ", unless `token_radius` is set"
     _weighs_tokens = True
 
     def __init__(

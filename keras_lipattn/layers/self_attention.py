@@ -92,6 +92,7 @@ class SelfAttention(LipschitzLayer):
 
     # Why another tensor is refused as value or key.
     _not_cross = "its Lipschitz bound is one for self-attention"
+    _unless = ""
     # Whether the score and the bound take `token_weights` into account.
     _weighs_tokens = False
     # Radius of the ball onto which tokens are projected, or `None`. With it the layer accepts other
@@ -661,7 +662,7 @@ class SelfAttention(LipschitzLayer):
             if tensor is not None and tensor is not query:
                 raise ValueError(
                     f"{type(self).__name__} is self-attention: `{name}` must be omitted or be the "
-                    f"object passed as `query`, since {self._not_cross}. "
+                    f"object passed as `query`{self._unless}, since {self._not_cross}. "
                     f"Received: {name}={describe(tensor)}"
                 )
 

@@ -18,7 +18,6 @@ from keras_lipattn.certification.layer_call import LayerCall
 from keras_lipattn.certification.maps import LipschitzMap, unbounded
 from keras_lipattn.certification.reasons import (
     JOIN_TOKENS,
-    MOVES_BATCH,
     NOT_FINITE,
     RETURNS_SCORES,
     UNBOUNDED_TOKENS,

@@ -203,7 +203,7 @@ def _joint_jacobian(tokens, weights, slopes, own):
 
     `own` maps the covariance of a row to the derivative in its query.
     """
-    count, n, d = tokens.shape
+    _, n, d = tokens.shape
     mean = weights @ tokens
     side = tokens[:, None] - mean[:, :, None]
     jacobian = np.einsum("cij,ijde->cidje", weights, np.eye(d) + np.zeros((n, n, d, d)))
