@@ -1,4 +1,4 @@
-"""Certificates of attention on bounded tokens are attacked: layers, models, and one statement each."""
+"""Certificates of attention on bounded tokens are attacked: statements, layers and models."""
 
 # The annotations of TensorFlow and numpy do not cover what is passed and returned here.
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportArgumentType=false

@@ -119,7 +119,7 @@ def test_masks_are_passed_on_and_the_shape_is_kept():
 
 @pytest.mark.parametrize("radius", [0.0, -1.0, float("inf"), None, "1"])
 def test_radii_out_of_range_are_refused(radius):
-    with pytest.raises(ValueError, match="`radius` must be a positive number. Received: radius="):
+    with pytest.raises(ValueError, match=r"`radius` must be a positive number\. Received: radius="):
         kl.TokenProjection(radius)
 
 

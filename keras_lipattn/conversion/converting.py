@@ -71,9 +71,9 @@ def convert_attention(
     averages over all keys there, and the new layer returns the output bias, or zero.
 
     **To distances**, `to="l2"`: `L2MultiHeadAttention`, which needs no ball. What follows is about
-    this conversion. Dot-product attention has no Lipschitz constant. L2 attention has one, but it cannot represent
-    the same functions, since one kernel projects both queries and keys. The weights of the copy
-    approximate the original. They are a start for fine-tuning, on data or on the outputs of the
+    this conversion. Dot-product attention has no Lipschitz constant. L2 attention has one, but it
+    cannot represent the same functions, since one kernel projects both queries and keys. The
+    weights of the copy approximate the original. They are a start for fine-tuning, on data or on the outputs of the
     original. Before that the outputs may differ considerably; `relative_error` measures this.
 
     - The query kernel approximates the positive part of the symmetric part of `W_Q W_K^T`. The term
@@ -112,8 +112,9 @@ def convert_attention(
         theirs and from `Converted`, which saves and loads them.
 
     Raises:
-        ValueError: If an argument is out of range, or `model` is not a built model, cannot be created from its configuration, or
-            cannot be called on the known shapes and dtypes of its inputs.
+        ValueError: If an argument is out of range, or `model` is not a built model, cannot be
+            created from its configuration, or cannot be called on the known shapes and dtypes of
+            its inputs.
 
     Example:
 
