@@ -1,5 +1,10 @@
 """Self-attention with a proven Lipschitz constant, for Keras 3."""
 
+# ruff: noqa: E402
+from keras_lipattn._requirements import check_requirements
+
+check_requirements()
+
 from keras_lipattn import callbacks, certification, distribution, layers, losses, metrics
 from keras_lipattn.bounds import LipschitzBound
 from keras_lipattn.callbacks import (

@@ -73,8 +73,9 @@ def convert_attention(
     **To distances**, `to="l2"`: `L2MultiHeadAttention`, which needs no ball. What follows is about
     this conversion. Dot-product attention has no Lipschitz constant. L2 attention has one, but it
     cannot represent the same functions, since one kernel projects both queries and keys. The
-    weights of the copy approximate the original. They are a start for fine-tuning, on data or on the outputs of the
-    original. Before that the outputs may differ considerably; `relative_error` measures this.
+    weights of the copy approximate the original. They are a start for fine-tuning, on data or on
+    the outputs of the original. Before that the outputs may differ considerably; `relative_error`
+    measures this.
 
     - The query kernel approximates the positive part of the symmetric part of `W_Q W_K^T`. The term
       `-|y_j|^2` is added to the scores, so tokens far from the origin get less weight. The query

@@ -514,7 +514,7 @@ class SelfAttention(LipschitzLayer):
         memory = ()
         if others:
             memory = others.get("key", others["value"]), others["value"]
-        return self.forward(
+        return self.call_with_weights(
             weights, query, mask, bool(training), return_attention_scores, memory=memory
         )
 
@@ -564,9 +564,7 @@ class SelfAttention(LipschitzLayer):
             "query": {name: token_masks[name] for name in ("query_mask", "mask of query")},
             "value": {
                 **{name: token_masks[name] for name in ("value_mask", "key_mask")},
-                **{
-                    f"mask of {name}": getattr(x, "_keras_mask", None) for name, x in others.items()
-                },
+                **{f"mask of {n}": getattr(x, "_keras_mask", None) for n, x in others.items()},
             },
         }
         self._check_cross_call(query, others, masks, attention_mask, self.axes)
@@ -586,8 +584,10 @@ class SelfAttention(LipschitzLayer):
             keeps_diagonal=False,
         )
 
-    def forward(self, weights, query, mask, training=False, return_scores=False, memory: Any = ()):
-        """The call with given weights.
+    def call_with_weights(
+        self, weights, query, mask, training=False, return_scores=False, memory: Any = ()
+    ):
+        """The call with given weights. (`forward` belongs to PyTorch.)
 
         Args:
             weights: `EffectiveWeights`.

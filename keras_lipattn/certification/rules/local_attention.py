@@ -164,7 +164,7 @@ def product_near_input(
             None if pairs is None else keras.ops.convert_to_tensor(pairs),
             bool(call.argument("use_causal_mask")),
         )
-        value = _array(layer.forward(effective, x, mask))
+        value = _array(layer.call_with_weights(effective, x, mask))
         error = 0.0
         if layer.has_caps and not layer.is_condensed:
             # Its output before the bias is scaled.
