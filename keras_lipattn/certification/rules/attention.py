@@ -26,7 +26,7 @@ from keras_lipattn.certification.reasons import (
     in_training,
 )
 from keras_lipattn.certification.registry import register_operation, register_rule
-from keras_lipattn.certification.rules.averages import averages, values_range
+from keras_lipattn.certification.rules.averaging import averages, values_range
 from keras_lipattn.certification.rules.linear import quantized
 from keras_lipattn.certification.rules.lipschitz_layers import (
     attention_length,

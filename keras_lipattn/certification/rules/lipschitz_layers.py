@@ -24,7 +24,7 @@ from keras_lipattn.certification.reasons import (
 )
 from keras_lipattn.certification.registry import register_own_bound, register_rule
 from keras_lipattn.certification.rules.activations import with_activation
-from keras_lipattn.certification.rules.averages import keeps_batch, values_range
+from keras_lipattn.certification.rules.averaging import keeps_batch, values_range
 from keras_lipattn.certification.rules.linear import matrix_map
 from keras_lipattn.certification.rules.local_attention import (
     CAP_ROUNDING,
