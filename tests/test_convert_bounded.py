@@ -1,6 +1,7 @@
 """Conversion to bounded tokens loses nothing inside the ball, and the result has a constant."""
 
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportOptionalOperand=false
 
 import keras
 import numpy as np
@@ -61,6 +62,10 @@ class Block(layers.Layer):
         super().__init__(**kwargs)
         self.attention = layers.MultiHeadAttention(2, 4)
         self.norm = layers.LayerNormalization()
+
+    def build(self, input_shape):
+        self.attention.build(input_shape, input_shape)
+        self.norm.build(input_shape)
 
     def call(self, inputs):
         return inputs + self.attention(self.norm(inputs), inputs)

@@ -2,6 +2,7 @@
 
 # The annotations of TensorFlow and numpy do not cover what is passed and returned here.
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false
 
 import keras
 import numpy as np

@@ -157,9 +157,11 @@ def column_masses(
     """
     if mask == "any" or (tokens is None and mask == "causal"):
         return column_mass(0.0, tokens, mask, n_queries=n_queries) * xp.ones_like(spread)
+    if tokens is None:
+        return xp.exp(spread)
     least = xp.exp(-spread) * (1.0 if exact else 1.0 - 2e-5)
     if mask == "full":
-        return xp.exp(spread) if tokens is None else tokens / (1.0 + (tokens - 1) * least)
+        return tokens / (1.0 + (tokens - 1) * least)
     if not exact and tokens > _MOST_TERMS:
         # The integral is above the sum, and no long sum is rounded.
         least = xp.maximum(least, 1e-30)

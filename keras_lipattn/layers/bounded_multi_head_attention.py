@@ -371,17 +371,19 @@ class BoundedMultiHeadAttention(SelfAttention):
 
     def attend(self, tokens, weights, mask, training, return_scores, keys=None, values=None):
         if keys is None and self._has_one_width:
-            projected = self._all_projected(tokens, weights.projection)
+            query, key, value = self._all_projected(tokens, weights.projection)
         else:
             inputs = tokens, keys, values
-            projected = [
+            query, key, value = (
                 self._projected(one, kernel, name)
                 for one, kernel, (name, *_) in zip(
                     inputs, self._split(weights.projection), self._projections, strict=True
                 )
-            ]
+            )
         heads, scores = attend_by_product(
-            *projected,
+            query,
+            key,
+            value,
             mask,
             dropout=self.dropout if training else 0.0,
             seed=self._seed_generator,

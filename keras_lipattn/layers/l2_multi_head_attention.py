@@ -489,15 +489,15 @@ class L2MultiHeadAttention(SelfAttention):
         terms = distance_terms(self._head_radii(weights, allowances), np)
         parts = terms_by_input(terms, separate_key=mask.tensors == 3)
         scores = {"query": terms.query, "value": terms.key, "key": terms.key}
+        # A key is seen by so many queries.
+        mass = math.sqrt(seen) if norm == "l2" and seen is not None else 1.0
         return {
             name: certified_layer_bound(
                 weights.b,
                 weights.output,
                 norm=norm,
                 tokens=None,
-                head_constants=SAFETY
-                * part
-                * (math.sqrt(seen) if norm == "l2" and name != "query" else 1.0),
+                head_constants=SAFETY * part * (1.0 if name == "query" else mass),
                 head_scores=SAFETY * scores[name],
                 head_theorem="Theorem 7.7",
                 **allowances,

@@ -97,7 +97,7 @@ class SelfAttention(LipschitzLayer):
     _weighs_tokens = False
     # Radius of the ball onto which tokens are projected, or `None`. With it the layer accepts other
     # tensors as value and key: `attend` gets their tokens as two more arguments.
-    token_radius: float | None = None
+    token_radius: Any = None
     # Whether a token sees itself whatever the masks say.
     _keeps_diagonal = True
 

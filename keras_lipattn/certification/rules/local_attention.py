@@ -144,13 +144,11 @@ def product_near_input(
         return dataclasses.replace(layer_map, center=CenterValue(reason=reason))
     weights = layer.host_weights().weights(cap_mask)
     output = weights.output.reshape(matrix_shape(weights.output))
-    effective = EffectiveWeights(
-        *(
-            keras.ops.convert_to_tensor(np.asarray(part, np.float64))
-            for part in (weights.projection, output)
-        ),
-        layer.score_biases(np),
+    projection, output = (
+        keras.ops.convert_to_tensor(np.asarray(part, np.float64))
+        for part in (weights.projection, output)
     )
+    effective = EffectiveWeights(projection, output, layer.score_biases(np))
     # Inside the ball, the projection in float64 changes nothing.
     tokens = projected(near.value, layer.token_radius, layer.compute_dtype)
     x = keras.ops.convert_to_tensor(tokens)
