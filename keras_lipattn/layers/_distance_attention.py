@@ -79,6 +79,40 @@ def attend_by_distance(
     return _join_heads(heads), None, weights
 
 
+def attend_across(
+    queries, keys, values, kernel, mask, *, num_heads, dropout, seed, dtype
+) -> tuple[Any, Any, Any]:
+    """`softmax_j(-|y_i - y'_j|^2) y''` for projected queries `y`, keys `y'` and values `y''`.
+
+    Args:
+        queries: Tensor `(B, T, D)`, in a ball: distances are expanded about the origin.
+        keys: Tensor `(B, S, D)`.
+        values: Tensor `(B, S, D)`, or `keys`.
+        kernel: Tensor `(D, H*K)` of the compute dtype.
+        mask: `Mask` of the call.
+        num_heads: Number of heads `H`.
+        dropout: Probability that an attention weight is dropped.
+        seed: Seed generator of the dropout.
+        dtype: The compute dtype.
+
+    Returns:
+        What `attend_by_distance` returns, with attention weights `(B, H, T, S)`.
+    """
+    norm_dtype = "float64" if dtype == "float64" else "float32"
+    rows, columns, mixed = (
+        _split_heads(ops.matmul(tokens, kernel), num_heads) for tokens in (queries, keys, values)
+    )
+    y, z = ops.cast(rows, norm_dtype), ops.cast(columns, norm_dtype)
+    scores = ops.matmul(2.0 * y, ops.swapaxes(z, -1, -2)) - ops.expand_dims(_squares(z), -2)
+    if mask.relative_bias is not None:
+        places = (ops.arange(ops.shape(part)[2], dtype="int32") for part in (y, z))
+        scores = scores + mask.relative_bias.at(*places)
+    weights = kept = ops.cast(mask.softmax(scores), dtype)
+    if dropout:
+        kept = keras.random.dropout(weights, dropout, seed=seed)
+    return _join_heads(ops.matmul(kept, mixed)), None, weights
+
+
 def decode_by_distance(new, cache, position, mask, num_heads):
     """Heads `(B, S, H*K)` of new tokens over those of a cache.
 
