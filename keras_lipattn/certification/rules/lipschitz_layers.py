@@ -84,7 +84,7 @@ def self_attention(layer, call):
     # The cap at inference depends on the mask of the call, not on the masks of the certificate.
     given = call.argument("attention_mask")
     cap_mask = layer.cap_mask_class(given, bool(call.argument("use_causal_mask")))
-    if given is not None and not isinstance(mask, str):
+    if given is not None and known.mask == "any" and known.cliques is None:
         known = known.intersect(cap_mask)
     bound = layer.certified(call.norm, known, most, cap_mask)
     layer_map = LipschitzMap(
@@ -194,7 +194,7 @@ def attention_mask_class(call: LayerCall) -> Any:
     pairs = given
     if isinstance(given, TensorState):
         if given.values is None:
-            return call.mask if call.mask is not None else "any"
+            return _stated_class(call.mask, causal)
         pairs = given.values
     pairs = np.asarray(pairs, bool)
     # With several axes of tokens, only masks of rank 2 and 3 end in flattened tokens for certain.
@@ -209,6 +209,19 @@ def attention_mask_class(call: LayerCall) -> Any:
     if pairs.all():
         return "full"
     return "causal" if (pairs == lower).all() else pairs
+
+
+def _stated_class(mask: Any, causal: bool) -> Any:
+    """The class of a mask that `certify` is told, restricted to earlier tokens if `causal`."""
+    if mask is None:
+        return "any"
+    if not causal:
+        return mask
+    if isinstance(mask, str):
+        return "causal" if mask == "full" else mask
+    pairs = np.asarray(mask, bool)
+    square = pairs.ndim >= 2 and pairs.shape[-1] == pairs.shape[-2] > 1
+    return np.logical_and(pairs, np.tri(pairs.shape[-1], dtype=bool)) if square else "any"
 
 
 def attention_length(attention_axes, state: TensorState) -> int | None:
