@@ -1,5 +1,6 @@
 """Masks of attention: padding, visible pairs, and the class that decides which theorem applies."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,8 +8,14 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lipattn.bounds.unit_head import mask_degrees
+from keras_lipattn.bounds.visible_pairs import (
+    Cliques,
+    mask_cliques,
+    mask_degrees,
+    require_square,
+)
 from keras_lipattn.layers._backend import has_value
+from keras_lipattn.linalg import cached_by_content
 
 # Far below any score: the own score is at least zero. Finite, so that a row in which everything is
 # padded stays finite until it is set to zero.
@@ -20,10 +27,13 @@ class MaskClass:
     """Class of a mask, as the bounds need it.
 
     Attributes:
-        mask: `"full"` (padding included), `"causal"` (padding included) or `"any"`.
+        mask: `"full"` (padding included), `"causal"` (padding included, tokens in any order) or
+            `"any"`.
         n_keys: For `"any"`, the most other keys a query sees; `None` if unknown.
         n_queries: For `"any"`, the most other queries that see a key; `None` if unknown.
         causal: Whether later tokens are known to be hidden.
+        cliques: For `"any"`, the `Cliques` of the mask; `None` if unknown.
+        window: For `"any"`, the window if it alone, or with `causal`, decides what is visible.
         tensors: Number of tensors that attention is between: 1 for self-attention, 2 where keys and
             values are another tensor than the queries, 3 where all may differ.
     """
@@ -32,12 +42,27 @@ class MaskClass:
     n_keys: int | None = None
     n_queries: int | None = None
     causal: bool = False
+    cliques: Cliques | None = None
+    window: int | None = None
     tensors: int = 1
 
     def intersect(self, other):
         """The class of masks whose pairs are visible under both."""
         degrees = (_least(self.n_keys, other.n_keys), _least(self.n_queries, other.n_queries))
-        return MaskClass("any", *degrees, self.causal or other.causal, self.tensors)
+        return MaskClass("any", *degrees, self.causal or other.causal, tensors=self.tensors)
+
+    def arguments(self, tokens):
+        """Arguments of `unit_head_bound` for at most `tokens` tokens, `None` if unknown."""
+        cliques = self.cliques
+        if self.window is not None and tokens is not None:
+            if tokens <= self.window:
+                return {"mask": "causal" if self.causal else "full"}
+            if not self.causal:
+                # A key that many queries see on one side is seen by few on the other side.
+                root = 2.0 * math.sqrt(min(self.window - 1.0, 0.5 * (tokens - 1.0)))
+                cliques = Cliques(root, True)
+        degrees = {"n_keys": self.n_keys, "n_queries": self.n_queries}
+        return {"mask": self.mask, **degrees, "cliques": cliques}
 
 
 def _least(a, b):
@@ -45,17 +70,16 @@ def _least(a, b):
 
 
 def mask_class(mask, *, sliding_window=None):
-    """`MaskClass` of `mask`: `"full"`, `"causal"`, `"any"`, or an array as `degrees_of` takes it.
+    """`MaskClass` of `mask`: `"full"`, `"causal"`, `"any"`, or an array.
 
-    A window makes every mask one that is known by its degrees only: the theorems for full and
-    causal masks sum over all tokens.
+    Arrays have shape `(..., T, T)`, in which either `T` may be 1 and broadcasts. A mask
+    `(..., 1, 1)` does not tell the number of tokens: nothing is known of it.
 
     Raises:
         ValueError: If `mask` is none of these.
     """
-    degrees = (None, None)
     if not isinstance(mask, str):
-        degrees, mask = degrees_of(mask), "any"
+        return _class_of_array(mask, False, sliding_window)
     if mask not in ("full", "causal", "any"):
         raise ValueError(
             '`mask` must be "full", "causal", "any" or a boolean array of shape `(T, T)`. '
@@ -63,38 +87,62 @@ def mask_class(mask, *, sliding_window=None):
         )
     causal = mask == "causal"
     if sliding_window is None:
-        return MaskClass(mask, *degrees, causal)
+        return MaskClass(mask, causal=causal)
     reach = sliding_window - 1
     seen = reach if causal else 2 * reach
-    n_keys, n_queries = (seen if d is None else min(d, seen) for d in degrees)
-    return MaskClass("any", n_keys, n_queries, causal)
+    if mask == "any":
+        return MaskClass("any", seen, seen)
+    cliques = Cliques((1.0 if causal else 2.0) * math.sqrt(reach), not causal)
+    return MaskClass("any", seen, seen, causal, cliques, sliding_window)
 
 
-def degrees_of(mask):
-    """The degrees of an array `(..., T, T)`, in which either `T` may be 1 and broadcasts.
+def class_of_call(attention_mask, use_causal_mask, sliding_window):
+    """`MaskClass` of a call with these arguments.
 
-    A mask `(..., 1, 1)` does not tell the number of tokens: its degrees are `(None, None)`.
+    Only one mask for all examples that is a constant where the layer is called is known. A mask per
+    example is data: the mask of one example must not change the cap of another.
     """
+    if attention_mask is None:
+        return mask_class("causal" if use_causal_mask else "full", sliding_window=sliding_window)
+    if isinstance(attention_mask, np.ndarray) and attention_mask.ndim == 2:
+        queries, keys = attention_mask.shape
+        # `call` refuses other shapes.
+        if queries == keys or 1 in (queries, keys):
+            return _class_of_array(attention_mask, use_causal_mask, sliding_window)
+    others = mask_class("causal" if use_causal_mask else "any", sliding_window=sliding_window)
+    return MaskClass("any").intersect(others)
+
+
+def _class_of_array(mask, causal, sliding_window):
+    """The class of an array, restricted to earlier tokens if `causal` and to a window."""
     sides = np.shape(mask)[-2:]
     if sides == (1, 1):
-        return None, None
+        others = mask_class("causal" if causal else "any", sliding_window=sliding_window)
+        return MaskClass("any").intersect(others)
+    mask = np.asarray(mask).astype(bool)
     if len(sides) == 2 and 1 in sides:
-        length = sides[0] if sides[1] == 1 else sides[1]
-        mask = np.broadcast_to(mask, (*np.shape(mask)[:-2], length, length))
-    return mask_degrees(mask)
+        mask = np.broadcast_to(mask, (*mask.shape[:-2], max(sides), max(sides)))
+    require_square(mask)
+    return cached_by_content(_recognized, mask, causal, sliding_window)
 
 
-def constant_degrees(attention_mask):
-    """Degrees of one mask for all examples that is a constant where the layer is called.
-
-    They are unknown for any other mask. A mask per example is data: the mask of one example must
-    not change the cap of another.
-    """
-    if not isinstance(attention_mask, np.ndarray) or attention_mask.ndim != 2:
-        return None, None
-    queries, keys = attention_mask.shape
-    # `call` refuses other shapes.
-    return degrees_of(attention_mask) if queries == keys or 1 in (queries, keys) else (None, None)
+def _recognized(mask, causal, sliding_window):
+    position = np.arange(mask.shape[-1])
+    lag = position[:, None] - position
+    if causal:
+        mask = mask & (lag >= 0)
+    if sliding_window is not None:
+        mask = mask & (np.abs(lag) < sliding_window)
+    mask = mask | (lag == 0)
+    if mask.all():
+        return MaskClass("full")
+    hides_later = not mask[..., lag < 0].any()
+    if hides_later and mask[..., lag > 0].all():
+        return MaskClass("causal", causal=True)
+    if mask[..., lag < 0].all() and not mask[..., lag > 0].any():
+        # A causal mask for the tokens in reverse order.
+        return MaskClass("causal")
+    return MaskClass("any", *mask_degrees(mask), hides_later, mask_cliques(mask))
 
 
 @dataclass(frozen=True)

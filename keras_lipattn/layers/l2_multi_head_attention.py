@@ -336,8 +336,7 @@ class L2MultiHeadAttention(SelfAttention):
         """The constant of a head, with biases the largest of all heads in closed form."""
         relative_bias = self.score_biases(xp)
         if relative_bias is None:
-            degrees = {"n_keys": mask.n_keys, "n_queries": mask.n_queries}
-            return unit_head_bound(tokens, mask.mask, norm, **degrees)
+            return unit_head_bound(tokens, norm=norm, **mask.arguments(tokens))
         if not self._has_reach(tokens):
             return UnitBound(math.inf, "", math.inf, UNKNOWN_LENGTH)
         # On the host too: both must come to the same factor.
@@ -428,9 +427,7 @@ class L2MultiHeadAttention(SelfAttention):
             c,
             norm=norm,
             tokens=tokens,
-            mask=mask.mask,
-            n_keys=mask.n_keys,
-            n_queries=mask.n_queries,
+            **mask.arguments(tokens),
             **allowances,
             published=self._published(state, norm, tokens, cap_mask),
         )

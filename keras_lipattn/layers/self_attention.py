@@ -22,11 +22,10 @@ from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
 from keras_lipattn.layers._attention_axes import AttentionAxes
 from keras_lipattn.layers._masks import (
     Mask,
-    MaskClass,
     check_attention_mask,
     check_token_masks,
     check_token_weights,
-    constant_degrees,
+    class_of_call,
     log_weights,
     mask_class,
     valid_tokens,
@@ -157,9 +156,9 @@ class SelfAttention(LipschitzLayer):
         self.kernel_constraint = keras_constraints.get(kernel_constraint)
         self.bias_constraint = keras_constraints.get(bias_constraint)
         self.seed = seed
-        # Degrees of a constant mask, passed from `__call__` to `call`, which sees only tensors.
+        # Class of a constant mask, passed from `__call__` to `call`, which sees only tensors.
         # Replicas of a strategy trace in threads of their own.
-        self._call_degrees = threading.local()
+        self._call_class = threading.local()
 
     # What a subclass provides ---------------------------------------------------------------
 
@@ -430,21 +429,11 @@ class SelfAttention(LipschitzLayer):
             A `MaskClass`. Where the call may have known more or less of the mask, it is the one
             whose cap scales down least.
         """
-        degrees = constant_degrees(attention_mask)
-        return self._call_mask_class(attention_mask is not None, use_causal_mask, degrees, tensors)
-
-    def _call_mask_class(self, has_mask, use_causal_mask, degrees, tensors=1):
         if tensors > 1:
             # Of other tokens only the number of queries that see a key is known.
             mask = mask_class("any", sliding_window=self.sliding_window)
             return dataclasses.replace(mask, tensors=tensors)
-        if not has_mask:
-            mask = "causal" if use_causal_mask else "full"
-            return mask_class(mask, sliding_window=self.sliding_window)
-        window = mask_class(
-            "causal" if use_causal_mask else "any", sliding_window=self.sliding_window
-        )
-        return MaskClass("any", *degrees).intersect(window)
+        return class_of_call(attention_mask, use_causal_mask, self.sliding_window)
 
     def _tracked_length(self, mask):
         tokens = self._tracking.sequence_length or self._length
@@ -469,12 +458,17 @@ class SelfAttention(LipschitzLayer):
         given.update(_different(query, value, key))
         if isinstance(given.get("attention_mask"), list | tuple):
             given["attention_mask"] = np.asarray(given["attention_mask"])
-        self._call_degrees.value = constant_degrees(given.get("attention_mask"))
+        attention_mask = given.get("attention_mask")
+        if isinstance(attention_mask, np.ndarray):
+            tensors = 1 + ("value" in given) + ("key" in given)
+            causal = bool(given.get("use_causal_mask"))
+            known = self.cap_mask_class(attention_mask, causal, tensors)
+            self._call_class.value = known
         given = {name: value for name, value in given.items() if value is not None}
         try:
             return super().__call__(query, **given)
         finally:
-            self._call_degrees.value = (None, None)
+            self._call_class.value = None
 
     def call(
         self,
@@ -506,10 +500,9 @@ class SelfAttention(LipschitzLayer):
             mask = self.mask_of_call(
                 query, token_masks, attention_mask, use_causal_mask, token_weights
             )
-        degrees = getattr(self._call_degrees, "value", (None, None))
-        known = self._call_mask_class(
-            attention_mask is not None, use_causal_mask, degrees, 1 + len(others)
-        )
+        known = getattr(self._call_class, "value", None)
+        if known is None:
+            known = self.cap_mask_class(attention_mask, use_causal_mask, 1 + len(others))
         weights = self.effective_weights(known, bool(training))
         memory = ()
         if others:

@@ -15,7 +15,7 @@ from tools.chaos.phase import Phase
 from tools.chaos.training import classifier
 
 FILES = ("saved_model.pb", "variables/variables.index", "assets.extra/certificate.json")
-# What other programs have beside the versions: nothing of it may change.
+# Files of other programs in the same folder: none may change.
 FOREIGN = {
     "notes.txt": "notes",
     ".export-old/photo.jpg": "photo",

@@ -10,6 +10,7 @@ import numpy as np
 from keras_lipattn.bounds.bounded_tokens import projection_constant
 from keras_lipattn.bounds.layer_constants import center_normalization_constant
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
+from keras_lipattn.bounds.unit_head import unit_head_bound
 from keras_lipattn.certification.layer_call import LayerCall
 from keras_lipattn.certification.linear_map import matrix_norm
 from keras_lipattn.certification.maps import Affine, CenterValue, LipschitzMap, unbounded
@@ -98,7 +99,7 @@ def self_attention(layer, call):
     # The cap at inference depends on the mask of the call, not on the masks of the certificate.
     given = call.argument("attention_mask")
     cap_mask = layer.cap_mask_class(given, bool(call.argument("use_causal_mask")))
-    if given is not None and not isinstance(mask, str):
+    if given is not None and known.mask == "any" and known.cliques is None:
         known = known.intersect(cap_mask)
     options = {}
     if isinstance(layer, BoundedMultiHeadAttention):
@@ -115,6 +116,7 @@ def self_attention(layer, call):
         # Without a length in the graph the layer used its own.
         max_tokens=_longest(layer, tokens, call.state),
         range=_attended(layer, call) if math.isfinite(bound.value) else None,
+        larger_in=_larger_in(layer, call.norm, known, most),
     )
     if isinstance(layer, BoundedMultiHeadAttention):
         return product_near_input(layer, call, layer_map, cap_mask)
@@ -296,7 +298,7 @@ def attention_mask_class(call: LayerCall) -> Any:
     pairs = given
     if isinstance(given, TensorState):
         if given.values is None:
-            return call.mask if call.mask is not None else "any"
+            return _stated_class(call.mask, causal)
         pairs = given.values
     pairs = np.asarray(pairs, bool)
     # With several axes of tokens, only masks of rank 2 and 3 end in flattened tokens for certain.
@@ -311,6 +313,36 @@ def attention_mask_class(call: LayerCall) -> Any:
     if pairs.all():
         return "full"
     return "causal" if (pairs == lower).all() else pairs
+
+
+def _larger_in(layer, norm: str, known, tokens: int | None) -> tuple[str, ...]:
+    """The other norm, of the 2-norm and the token norm, if its constant is no smaller for certain.
+
+    A layer of heads has no smaller a factor in the token norm than in the 2-norm (Theorems 5.1 and
+    5.2), and the same one if it has one head.
+    """
+    if not isinstance(layer, L2MultiHeadAttention) or layer.relative_bias is not None:
+        return ()
+    l2, token = (
+        unit_head_bound(tokens, norm=each, **known.arguments(tokens)).value
+        for each in ("l2", "token")
+    )
+    if norm == "l2":
+        return ("token",) if token >= l2 else ()
+    return ("l2",) if norm == "token" and layer.num_heads == 1 and l2 >= token else ()
+
+
+def _stated_class(mask: Any, causal: bool) -> Any:
+    """The class of a mask that `certify` is told, restricted to earlier tokens if `causal`."""
+    if mask is None:
+        return "any"
+    if not causal:
+        return mask
+    if isinstance(mask, str):
+        return "causal" if mask == "full" else mask
+    pairs = np.asarray(mask, bool)
+    square = pairs.ndim >= 2 and pairs.shape[-1] == pairs.shape[-2] > 1
+    return np.logical_and(pairs, np.tri(pairs.shape[-1], dtype=bool)) if square else "any"
 
 
 def attention_length(attention_axes, state: TensorState) -> int | None:
