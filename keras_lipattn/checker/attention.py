@@ -13,7 +13,7 @@ from keras_lipattn.bounds.compact import (
 )
 from keras_lipattn.bounds.cosine import certified_cosine_bound, fold
 from keras_lipattn.bounds.multihead import certified_layer_bound
-from keras_lipattn.bounds.unit_head import mask_degrees
+from keras_lipattn.bounds.visible_pairs import mask_degrees
 from keras_lipattn.checker.refusal import require
 from keras_lipattn.checker.tensor_bounds import Ball, Bounds, log_of
 from keras_lipattn.linalg import SAFETY, operator_norm
