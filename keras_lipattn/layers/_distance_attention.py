@@ -100,7 +100,8 @@ def attend_across(
     """
     norm_dtype = "float64" if dtype == "float64" else "float32"
     rows, columns, mixed = (
-        _split_heads(ops.matmul(tokens, kernel), num_heads) for tokens in (queries, keys, values)
+        _split_heads(ops.matmul(tokens, kernel), num_heads, tokens)
+        for tokens in (queries, keys, values)
     )
     y, z = ops.cast(rows, norm_dtype), ops.cast(columns, norm_dtype)
     scores = ops.matmul(2.0 * y, ops.swapaxes(z, -1, -2)) - ops.expand_dims(_squares(z), -2)
