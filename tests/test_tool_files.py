@@ -45,10 +45,11 @@ def _truncated(path):
     path.write_bytes(path.read_bytes()[:500])
 
 
-def _flipped(path):
+def _overwritten(path):
     _model(path)
     content = bytearray(path.read_bytes())
-    content[60:90] = bytes(30)
+    third = len(content) // 3
+    content[third : 2 * third] = bytes(third)
     path.write_bytes(bytes(content))
 
 
@@ -61,7 +62,7 @@ BROKEN = {
     "config without a class": _changed("config.json", "{}"),
     "weights that are no weights": _changed("model.weights.h5", b"weights"),
     "truncated": _truncated,
-    "overwritten": _flipped,
+    "overwritten": _overwritten,
     "empty": lambda path: path.write_bytes(b""),
 }
 
