@@ -1,5 +1,6 @@
 """The tools say in one line what is wrong with a model file or a module."""
 
+import importlib
 import os
 import pathlib
 import subprocess
@@ -82,7 +83,7 @@ def run(tool, folder, *arguments):
 def load(path, modules=()):
     sys.path.insert(0, str(ROOT / "tools"))
     try:
-        from model_file import load_model
+        load_model = importlib.import_module("model_file").load_model
     finally:
         sys.path.remove(str(ROOT / "tools"))
     return load_model(path, modules)

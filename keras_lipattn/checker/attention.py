@@ -245,7 +245,7 @@ def dot_product_bounds(step: Any, state: Bounds, norm: str) -> Bounds:
     require(seen.window is None, f"no independent check of the window of {step.layer}")
     mask = seen.degrees()["mask"]
     if mask == "any":
-        require(seen.matrix(tokens).any(-1).all(), f"{step.layer}: a query sees no key")
+        require(bool(seen.matrix(tokens).any(-1).all()), f"{step.layer}: a query sees no key")
     scale, width = 1.0 / math.sqrt(query.shape[2]), query.shape[1]
     bias = step.optional("query_bias")
     center = np.zeros(width) if before.center is None else before.center

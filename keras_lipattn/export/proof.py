@@ -58,7 +58,7 @@ class RecordedCalls:
         masks = [kwargs.get(name) for name in _MASKS]
         if isinstance(operation, SelfAttention):
             masks += [getattr(tensor, "_keras_mask", None) for tensor in tensors]
-        masks = [mask for mask in masks if _is_symbolic(mask)]
+        masks: list[Any] = [mask for mask in masks if _is_symbolic(mask)]
         try:
             kind, parameters, arrays = _describe(operation, args, given, tensors, bool(masks))
         except (AttributeError, IndexError, TypeError, ValueError):
