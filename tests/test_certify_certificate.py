@@ -609,3 +609,11 @@ def test_the_command_line_is_a_gate(tmp_path):
 @pytest.mark.parametrize("arguments", [[], ["one", "two"], ["model.keras", "--norm=l7"]])
 def test_wrong_usage_has_an_exit_code_of_its_own(arguments):
     assert run_tool(*arguments).returncode == 2
+
+
+@pytest.mark.parametrize("flag", ["max", "input_radius"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-1"])
+def test_a_limit_that_is_not_a_finite_number_is_wrong_usage(flag, value):
+    run = run_tool("model.keras", f"--{flag}={value}")
+    assert run.returncode == 2
+    assert f"--{flag}" in run.stderr and "Traceback" not in run.stderr

@@ -11,7 +11,7 @@ from keras_lipattn._arguments import require_positive_integer
 from keras_lipattn.certification.centers import examples_of
 from keras_lipattn.certification.certificate import Certificate
 from keras_lipattn.certification.certifying import certify, local_certificate
-from keras_lipattn.certification.propagation import Options
+from keras_lipattn.certification.options import Options
 from keras_lipattn.certification.tensor_state import Enclosure
 from keras_lipattn.linalg import SAFETY
 

@@ -16,7 +16,8 @@ from keras_lipattn.certification.evaluation import require_float64
 from keras_lipattn.certification.fingerprint import fingerprint_of
 from keras_lipattn.certification.local_pass import LocalPass
 from keras_lipattn.certification.maps import side_by_side
-from keras_lipattn.certification.propagation import Options, Propagation
+from keras_lipattn.certification.options import Options
+from keras_lipattn.certification.propagation import Propagation
 from keras_lipattn.certification.reasons import Cause, Reason
 from keras_lipattn.certification.self_check import check_certificate
 from keras_lipattn.certification.tensor_state import Enclosure, TensorState

@@ -1,5 +1,7 @@
 """Linear maps of the last axis, stored so that consecutive ones merge."""
 
+import collections
+
 import numpy as np
 
 from keras_lipattn.linalg import SAFETY, cached_by_content, fast_operator_norm
@@ -7,6 +9,11 @@ from keras_lipattn.linalg import SAFETY, cached_by_content, fast_operator_norm
 # A map of the last axis: a matrix of shape `(d_in, d_out)` that acts as `x @ matrix`, its
 # diagonal of shape `(d,)`, or `None` for the identity.
 LinearMap = np.ndarray | None
+
+# The last products of matrices.
+_products: collections.deque[tuple[np.ndarray, np.ndarray, np.ndarray]] = collections.deque(
+    maxlen=4
+)
 
 
 def compose(first: LinearMap, second: LinearMap) -> LinearMap:
@@ -17,7 +24,15 @@ def compose(first: LinearMap, second: LinearMap) -> LinearMap:
         return first
     if first.ndim == 1:
         return first * second if second.ndim == 1 else first[:, None] * second
-    return first * second if second.ndim == 1 else first @ second
+    if second.ndim == 1:
+        return first * second
+    # A certificate needs each product in several norms, one after the other.
+    for a, b, product in tuple(_products):
+        if a is first and b is second:
+            return product
+    product = first @ second
+    _products.append((first, second, product))
+    return product
 
 
 def add(first: LinearMap, second: LinearMap, width: int) -> LinearMap:

@@ -60,6 +60,7 @@ class LipschitzMap:
         assumes_fixed_mask: whether the constant holds only if a mask does not change.
         center: the output at the center of a local certificate.
         function_of: see `TensorState`.
+        larger_in: norms in which the constant of the call is known to be no smaller.
 
     Raises:
         ValueError: if `constant` is `inf` and there is no `reason`.
@@ -79,6 +80,7 @@ class LipschitzMap:
     assumes_fixed_mask: bool = False
     center: CenterValue | None = None
     function_of: tuple[str, TensorState, float] | None = None
+    larger_in: tuple[str, ...] = ()
 
     def __post_init__(self):
         constant = float(self.constant)

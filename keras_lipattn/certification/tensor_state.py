@@ -4,6 +4,7 @@ import dataclasses
 import enum
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -94,6 +95,7 @@ class TensorState:
         values: its values, for constants of the model.
         costs: for each row of the certificate, its part in the logarithm of `gain`.
         enclosure: its value in a local certificate, `None` if not known.
+        others: its states in other norms than that of the certificate, see `OtherNorms`.
     """
 
     gain: Gain
@@ -113,6 +115,12 @@ class TensorState:
     values: np.ndarray | None = None
     costs: Mapping[int, float] = dataclasses.field(default_factory=dict)
     enclosure: Enclosure | None = None
+    others: "Mapping[str, TensorState]" = dataclasses.field(default_factory=dict)
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """Its fields `shape`, `dynamic`, `fold` and `dtype`."""
+        return {name: getattr(self, name) for name in ("shape", "dynamic", "fold", "dtype")}
 
     @property
     def is_fixed(self) -> bool:
@@ -158,8 +166,8 @@ class TensorState:
         return TokenRange(SAFETY * math.sqrt(width) * self.range.largest, None, self.range.largest)
 
     def replace(self, **changes) -> "TensorState":
-        """A copy with other fields."""
-        return dataclasses.replace(self, **changes)
+        """A copy with other fields, without the states in other norms unless they are given."""
+        return dataclasses.replace(self, **{"others": {}, **changes})
 
 
 def costs_after(gain: Gain, perturbed: list[TensorState], row: int) -> dict[int, float]:
