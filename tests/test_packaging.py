@@ -110,7 +110,13 @@ def _imported(*folders, at_import_time=False):
     return {_DISTRIBUTIONS.get(name, name).replace("_", "-") for name in names}
 
 
-_DISTRIBUTIONS = {"absl": "absl-py", "sklearn": "scikit-learn"}
+_DISTRIBUTIONS = {
+    "absl": "absl-py",
+    "google": "protobuf",
+    "grpc": "grpcio",
+    "sklearn": "scikit-learn",
+    "tensorflow_serving": "tensorflow-serving-api",
+}
 _REQUIRED = _requirements(SETUP["options"]["install_requires"])
 _EXTRAS = {name: _requirements(lines) for name, lines in SETUP["options.extras_require"].items()}
 # Tests and examples that use them are skipped without them.

@@ -314,7 +314,7 @@ def _mask_parameters(layer, kwargs, window: int | None) -> dict[str, Any] | None
 
 def _own_attention(layer, args, kwargs, tensors, has_masks) -> _Description:
     parameters = _mask_parameters(layer, kwargs, layer.sliding_window)
-    if parameters is None or len(layer.output_token) != 1:
+    if parameters is None or len(layer.output_token) != 1 or layer.token_radius is not None:
         return _OTHER
     rank = len(tensors[0].shape)
     axes = layer.attention_axes
