@@ -26,6 +26,7 @@ class Kind:
         allowed: The operations of TensorFlow that may compute it.
         linear: Whether the served graph must multiply by constants only.
         scales: Sizes of the random inputs that both are compared on.
+        is_larger: Whether, for an input and a norm, the constant in another norm cannot help.
     """
 
     value: Callable[[Step, Values, Values], np.ndarray]
@@ -33,6 +34,7 @@ class Kind:
     allowed: Callable[[Step], frozenset[str]]
     linear: Callable[[Step], bool] = lambda step: False
     scales: Callable[[Step], tuple[float, ...]] = lambda step: (0.1, 1.0, 5.0)
+    is_larger: Callable[[Step, Bounds, str, str], bool] = lambda step, state, norm, other: False
 
 
 def _dense_value(step: Step, inputs: Values, masks: Values) -> np.ndarray:
@@ -235,7 +237,14 @@ KINDS = {
     "dense": Kind(
         _dense_value, _dense_bounds, _with_activation(operations.LINEAR), _has_no_product
     ),
-    "distance_attention": Kind(attention.distance_value, _distance_bounds, _ATTENTION),
+    "distance_attention": Kind(
+        attention.distance_value,
+        _distance_bounds,
+        _ATTENTION,
+        is_larger=lambda step, state, norm, other: attention.distance_is_larger(
+            step, step.tokens(state), norm, other
+        ),
+    ),
     "dot_product_attention": Kind(
         attention.dot_product_value,
         lambda step, states, norm, output: attention.dot_product_bounds(step, states[0], norm),

@@ -9,8 +9,12 @@ import math
 
 import numpy as np
 
+from keras_lipattn.bounds.layer_constants import conversion_constant
 from keras_lipattn.linalg import SAFETY, fast_operator_norm
 
+# Norms whose bounds may improve those of a certificate in a norm.
+OTHER_NORMS = {"l2": ("token",), "token": ("l2",), "linf": ("token", "l2")}
+_BY_SIZE = ("linf", "token", "l2")
 # A map of the last axis: a matrix `(d_in, d_out)`, its diagonal `(d,)`, or `None`, the identity.
 Linear = np.ndarray | None
 
@@ -293,3 +297,26 @@ def _total(members: list[tuple[Bounds, float]], maps: list[Linear]) -> Linear:
 
 def _scale(coefficient: float, width: int) -> Linear:
     return None if coefficient == 1.0 else np.full(width, float(coefficient))
+
+
+def converted(state: Bounds, source: str, target: str) -> Bounds:
+    """Bounds in another norm: those in one norm, times the largest ratio of the two."""
+    if _BY_SIZE.index(target) <= _BY_SIZE.index(source):
+        return state
+    tokens = state.tokens if target == "l2" else 1
+    width = (state.shape[-1] if state.shape else 1) if source == "linf" else 1
+    price = conversion_constant(source, target, tokens=tokens, width=width)
+    return dataclasses.replace(state, log=state.log + log_of(price))
+
+
+def relaxed(family: dict[str, Bounds]) -> dict[str, Bounds]:
+    """Bounds of one tensor by norm, each at most another one at its price."""
+    # From the largest norm down, where steps are free, and then up again.
+    for norms in (_BY_SIZE[::-1], _BY_SIZE):
+        for source in norms:
+            for target in norms:
+                if source != target and source in family and target in family:
+                    log = converted(family[source], source, target).log
+                    own = family[target]
+                    family[target] = dataclasses.replace(own, log=min(own.log, log))
+    return family
