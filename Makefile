@@ -2,7 +2,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-distributed test-backends test-jax test-torch lint bench papers gallery soundness chaos clean .venv
+.PHONY: help demo test test-oldest test-distributed test-backends test-jax test-torch lint bench papers gallery soundness chaos load fuzz memory clean .venv
 
 # The first interpreter that runs and is new enough; a pyenv shim may exist and not run.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
@@ -26,6 +26,9 @@ demo: .venv/installed  ## train, certify, export and serve a digits classifier i
 
 test: .venv/installed  ## run every test (WORKERS=2 processes)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+test-oldest: .venv-oldest/installed  ## run every test with the oldest releases that setup.cfg allows
+	.venv-oldest/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-distributed: .venv/installed  ## run the tests with replicas and workers, for ten minutes or more
 	$(BIN)/python -m pytest -m distributed --durations=15
@@ -58,11 +61,21 @@ soundness: .venv/installed  ## attack the certificates of random models and ever
 	$(BIN)/python -m tools.soundness.rules --comparisons=$(COMPARISONS)
 	$(BIN)/python -m tools.soundness --minutes=$(MINUTES)
 
-chaos: .venv/installed  ## kill trainings at random moments and run them again (KILLS=20)
-	$(BIN)/python -m tools.chaos --kills=$(KILLS)
+chaos: .venv/installed  ## kill trainings and exports at random moments and run them again (KILLS=20)
+	$(BIN)/python -m tools.chaos --kills=$(KILLS) --minutes=120
+	$(BIN)/python -m tools.chaos --program=exports --kills=$(KILLS) --minutes=120
+
+load: .venv/installed  ## serve an export to 8 threads with 100,000 requests
+	$(BIN)/python -m tools.load
+
+fuzz: .venv/installed  ## change certificates, model files and flags at random, each for MINUTES=10
+	$(BIN)/python -m tools.fuzz --minutes=$(MINUTES)
+
+memory: .venv/installed  ## train, certify and export many times in one process
+	$(BIN)/python -m tools.memory
 
 clean:  ## remove everything made here, .venv too
-	rm -rf .venv .venv-jax .venv-torch build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-jax .venv-torch .venv-oldest build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv: .venv/installed  ## install the package and its tested dependencies
@@ -83,11 +96,21 @@ TORCH_FLAGS ?=
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
 
+OLDEST := keras==3.15.0 numpy==2.0.2 scipy==1.13.1
+
+.venv-oldest/installed: setup.cfg pyproject.toml constraints.txt
+	rm -f $@
+	"$(PYTHON)" -m venv --clear .venv-oldest
+	{ grep -vE '^(keras|numpy|scipy)==' constraints.txt; printf '%s\n' $(OLDEST); } > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[examples,dev]' \
+		-c .venv-oldest/constraints.txt
+	touch $@
+
 # The stamp is written last, so an installation that failed is repeated.
 .venv/installed: setup.cfg pyproject.toml constraints.txt
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer" \
 		"is needed. Received: PYTHON='$(PYTHON)' (name one with make PYTHON=/path/to/python)" >&2; exit 1; }
 	rm -f $@
 	"$(PYTHON)" -m venv --clear .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[examples,dev]' -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[examples,dev,runtimes]' -c constraints.txt
 	touch $@

@@ -1,5 +1,10 @@
 """Self-attention with a proven Lipschitz constant, for Keras 3."""
 
+# ruff: noqa: E402
+from keras_lipattn._requirements import check_requirements
+
+check_requirements()
+
 from keras_lipattn import callbacks, certification, distribution, layers, losses, metrics
 from keras_lipattn.bounds import LipschitzBound
 from keras_lipattn.callbacks import (
@@ -13,6 +18,7 @@ from keras_lipattn.conversion import Conversion, convert_attention
 from keras_lipattn.estimation import LipschitzEstimate, estimate_lipschitz
 from keras_lipattn.export import ExportError, export_saved_model
 from keras_lipattn.layers import (
+    BoundedMultiHeadAttention,
     CenterNormalization,
     ContinuousDepth,
     InvertibleResidual,
@@ -23,11 +29,13 @@ from keras_lipattn.layers import (
     Residual,
     ScaledCosineAttention,
     SpectralDense,
+    TokenProjection,
     condensed,
 )
 from keras_lipattn.version import __version__
 
 __all__ = [
+    "BoundedMultiHeadAttention",
     "CenterNormalization",
     "Certificate",
     "ContinuousDepth",
@@ -47,6 +55,7 @@ __all__ = [
     "Residual",
     "ScaledCosineAttention",
     "SpectralDense",
+    "TokenProjection",
     "__version__",
     "callbacks",
     "certification",

@@ -5,8 +5,9 @@ import os
 import pathlib
 from collections.abc import Iterator
 
-# A prefix, since the suffix determines the format.
-_PREFIX = ".partial-"
+from keras_lipattn._temporary_names import abandoned, temporary_name
+
+_PURPOSE = "partial"
 
 
 @contextlib.contextmanager
@@ -14,8 +15,9 @@ def whole_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Context that gives a path to write to, and replaces the file at `path` at the end.
 
     If the block raises, the file that it wrote is removed. A reader of `path` sees the whole old
-    file or the whole new one, even if this process is killed. The next process that writes the same
-    file overwrites what a killed one left. A device or a pipe is written directly.
+    file or the whole new one, even if this process is killed. Several
+    processes may write the same file: the last one to finish replaces it. Temporary files that
+    killed processes left in the folder are removed. A device or a pipe is written directly.
 
     Args:
         path: Local path of the file to write.
@@ -34,8 +36,11 @@ def whole_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     if target.exists() and not target.is_file():
         yield target
         return
-    partial = target.with_name(_PREFIX + target.name)
+    # The suffix determines the format.
+    partial = target.with_name(temporary_name(_PURPOSE) + target.suffix)
     try:
+        for left in abandoned(target.parent, _PURPOSE):
+            left.unlink(missing_ok=True)
         yield partial
         # Otherwise the name may reach the disk before the content.
         with open(partial, "rb+") as file:
@@ -48,9 +53,3 @@ def whole_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
             raise
         message = f"{target} could not be written and is as it was. Received: {error}"
         raise (OSError(error.errno, message) if error.errno else OSError(message)) from error
-
-
-def remove_partial(folder: pathlib.Path) -> None:
-    """Removes temporary files of killed processes from a folder that one process writes to."""
-    for partial in folder.glob(_PREFIX + "*"):
-        partial.unlink(missing_ok=True)

@@ -29,11 +29,42 @@ def folder_of(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(folder_of):
-    @functools.cache
-    def once(name):
-        return strategy_runs.records(name, folder_of(name))
+    return once(lambda name: strategy_runs.records(name, folder_of(name)))
 
-    return once
+
+def once(function):
+    """The function, called once for each argument. A failure is kept and raised again, since
+    another try would find the files of the first one.
+    """
+
+    @functools.cache
+    def outcome(argument):
+        try:
+            return function(argument), None
+        except Exception as error:
+            return None, error
+
+    def call(argument):
+        result, error = outcome(argument)
+        if error is not None:
+            raise error
+        return result
+
+    return call
+
+
+def test_a_run_that_failed_is_not_tried_again_in_its_folder():
+    tried = []
+
+    def fail(name):
+        tried.append(name)
+        raise RuntimeError(f"{name} failed")
+
+    run = once(fail)
+    for name in ("mirrored-2", "mirrored-2", "workers-2"):
+        with pytest.raises(RuntimeError, match=f"{name} failed"):
+            run(name)
+    assert tried == ["mirrored-2", "workers-2"]
 
 
 @pytest.fixture(scope="module")

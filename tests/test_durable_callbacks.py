@@ -1,9 +1,12 @@
 """Backup, history and checkpoint are replaced atomically, and training resumes bit for bit."""
 
+import collections
 import errno
 import json
 import os
 import pathlib
+import subprocess
+import sys
 from typing import Any
 
 import keras
@@ -13,7 +16,7 @@ from helpers import monitor_models
 from keras.src.callbacks import backup_and_restore
 
 import keras_lipattn as kl
-from keras_lipattn import _whole_file
+from keras_lipattn import _temporary_names, _whole_file
 from keras_lipattn._whole_file import whole_file
 
 
@@ -73,6 +76,72 @@ def test_devices_are_written_to_and_never_replaced():
 def test_remote_paths_are_refused():
     with pytest.raises(ValueError, match=r"local.*Received: path='gs://"):
         whole_file("gs://bucket/file").__enter__()
+
+
+WRITER = """
+import sys, types
+package, letter, path = sys.argv[1:]
+# The package without its __init__, which would import TensorFlow.
+sys.modules["keras_lipattn"] = types.ModuleType("keras_lipattn")
+sys.modules["keras_lipattn"].__path__ = [package]
+from keras_lipattn._whole_file import whole_file
+print("ready", flush=True)
+while True:
+    with whole_file(path) as partial, open(partial, "w") as file:
+        for _ in range(50):
+            file.write(letter * 2000)
+            file.flush()
+"""
+
+
+def test_readers_never_see_a_torn_file_of_two_writers(tmp_path):
+    target = tmp_path / "file.txt"
+    command = [sys.executable, "-c", WRITER, os.path.dirname(kl.__file__)]
+    writers = [
+        subprocess.Popen([*command, letter, target], stdout=subprocess.PIPE) for letter in "ab"
+    ]
+    seen = collections.Counter()
+    try:
+        for writer in writers:
+            assert writer.stdout is not None and writer.stdout.readline() == b"ready\n"
+        while min(seen["a"], seen["b"]) < 50:
+            if target.exists():
+                text = target.read_text()
+                assert text in ("a" * 100_000, "b" * 100_000)
+                seen[text[0]] += 1
+            assert all(writer.poll() is None for writer in writers)
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.communicate()
+    # What the killed writers left is removed by the next one, and nothing else.
+    (tmp_path / ".keras_lipattn-partial-photo.jpg").write_text("precious")
+    left_by_killed_process(tmp_path, host="elsewhere").write_text("half")
+    with whole_file(tmp_path / "other.txt") as path:
+        path.write_text("new")
+    hidden = [name for name in os.listdir(tmp_path) if name.startswith(".")]
+    assert len(hidden) == 2 and all("photo" in name or "elsewhere" in name for name in hidden)
+
+
+def left_by_killed_process(folder, host=None):
+    with subprocess.Popen([sys.executable, "-S", "-c", ""]) as process:
+        pass
+    host = host or _temporary_names._host()
+    return folder / f".keras_lipattn-partial-{host}-{process.pid}-0123abcd.npz"
+
+
+def test_temporary_folders_of_killed_processes_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(_temporary_names.tempfile, "gettempdir", lambda: str(tmp_path))
+    left = left_by_killed_process(tmp_path)
+    left.mkdir()
+    (left / "requests.npz").touch()
+    (tmp_path / "other").mkdir()
+    with _temporary_names.temporary_folder("partial") as folder:
+        (folder / "file").touch()
+        assert sorted(os.listdir(tmp_path)) == [folder.name, "other"]
+        with _temporary_names.temporary_folder("partial"):
+            assert folder.exists()
+    assert os.listdir(tmp_path) == ["other"]
 
 
 # Backup -----------------------------------------------------------------------------------------
@@ -171,7 +240,7 @@ def test_a_later_fit_of_the_model_begins_at_its_beginning(tmp_path):
 
 def test_only_the_newest_backup_is_kept_and_partial_files_are_removed(tmp_path):
     (tmp_path / "backup").mkdir()
-    (tmp_path / "backup" / ".partial-epoch-00009.npz").write_text("half")
+    left_by_killed_process(tmp_path / "backup").write_text("half")
     fit(model_with_dropout(), tmp_path, epochs=3)
     assert os.listdir(tmp_path / "backup") == ["epoch-00003.npz"]
     assert kl.DurableBackup(tmp_path / "backup").completed == 3

@@ -170,10 +170,14 @@ def failing_rename(monkeypatch):
 
 
 def failing_folder(monkeypatch):
-    def mkdtemp(**kwargs):
-        raise PermissionError(30, "Read-only file system", str(kwargs["dir"]))
+    mkdir = pathlib.Path.mkdir
 
-    monkeypatch.setattr(version_folder.tempfile, "mkdtemp", mkdtemp)
+    def read_only(path, *args, **kwargs):
+        if path.name.startswith(".keras_lipattn-export"):
+            raise PermissionError(30, "Read-only file system", str(path))
+        mkdir(path, *args, **kwargs)
+
+    monkeypatch.setattr(pathlib.Path, "mkdir", read_only)
 
 
 def other_numbers(monkeypatch):

@@ -10,11 +10,15 @@ import time
 import numpy as np
 import pytest
 
+from keras_lipattn import _temporary_names
 from keras_lipattn.export import version_folder
 
 FILES = {"certificate.json", "saved_model.pb", "variables/a", "variables/b"}
 _LOAD = """
-import importlib.util, os, pathlib, signal, sys
+import importlib.util, os, pathlib, signal, sys, types
+# The package without its __init__, which would import TensorFlow.
+sys.modules["keras_lipattn"] = types.ModuleType("keras_lipattn")
+sys.modules["keras_lipattn"].__path__ = [str(pathlib.Path(sys.argv[1]).parents[1])]
 spec = importlib.util.spec_from_file_location("version_folder", sys.argv[1])
 version_folder = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(version_folder)
@@ -216,7 +220,7 @@ def dead_process():
 
 
 def left_over(directory, host, pid, *, marker=True):
-    holder = directory / f"{version_folder._PREFIX}{host}-{pid}-abcd_123"
+    holder = directory / f".keras_lipattn-export-{host}-{pid}-0123abcd"
     (holder / "model").mkdir(parents=True)
     (holder / "model" / "saved_model.pb").touch()
     if marker:
@@ -235,7 +239,7 @@ def test_the_folder_of_another_host_stays_for_a_day(tmp_path):
 
 
 def test_a_day_ends_an_export_whose_process_id_is_in_use_again(tmp_path):
-    holder = left_over(tmp_path, version_folder._host(), os.getpid())
+    holder = left_over(tmp_path, _temporary_names._host(), os.getpid())
     empty_export(tmp_path)
     assert holder.exists()
     two_days_ago = time.time() - 2 * 24 * 3600
@@ -247,8 +251,8 @@ def test_a_day_ends_an_export_whose_process_id_is_in_use_again(tmp_path):
 def test_no_folder_of_another_origin_is_deleted(tmp_path):
     pid = dead_process()
     holders = [
-        left_over(tmp_path, version_folder._host(), pid, marker=False),
-        left_over(tmp_path, version_folder._host(), "photos"),
+        left_over(tmp_path, _temporary_names._host(), pid, marker=False),
+        left_over(tmp_path, _temporary_names._host(), "photos"),
     ]
     other = tmp_path / ".keras_lipattn-export-photos"
     other.mkdir()
@@ -261,14 +265,16 @@ def test_no_folder_of_another_origin_is_deleted(tmp_path):
 
 
 def test_a_file_that_no_export_wrote_stays_in_a_left_over(tmp_path):
-    holder = left_over(tmp_path, version_folder._host(), dead_process())
+    holder = left_over(tmp_path, _temporary_names._host(), dead_process())
     (holder / "photo.jpg").write_text("precious")
     empty_export(tmp_path)
     assert os.listdir(holder) == ["photo.jpg"]
 
 
 def test_all_processes_of_a_host_give_it_the_same_name(tmp_path):
-    with start("print(version_folder._host())", tmp_path) as process:
+    with start(
+        "from keras_lipattn import _temporary_names; print(_temporary_names._host())", tmp_path
+    ) as process:
         assert process.stdout is not None
-        assert process.stdout.read().strip() == version_folder._host()
-    assert version_folder._host().startswith(socket.gethostname())
+        assert process.stdout.read().strip() == _temporary_names._host()
+    assert _temporary_names._host().startswith(socket.gethostname())

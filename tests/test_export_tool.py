@@ -26,7 +26,7 @@ def start(program, *arguments):
 
 def run(program, *arguments):
     process = start(program, *arguments)
-    output, errors = process.communicate(timeout=300)
+    output, errors = process.communicate()
     return process.returncode, output, errors
 
 
@@ -48,7 +48,7 @@ def exported(folder, model):
     """Results of two tools that export to the same folder at the same time."""
     arguments = folder / "model.keras", folder / "served", f"--example_batch={folder}/example.npz"
     processes = [start(TOOL, *arguments) for _ in range(2)]
-    return [(*process.communicate(timeout=300), process.returncode) for process in processes]
+    return [(*process.communicate(), process.returncode) for process in processes]
 
 
 def test_tool_exports_and_prints_the_certificate(exported, folder):
@@ -100,7 +100,7 @@ def test_an_independent_client_runs_the_export(exported, folder, model):
         f"--inputs=tokens={folder}/example.npz[tokens]",
         f"--outdir={answers}",
     )
-    _, errors = process.communicate(timeout=300)
+    _, errors = process.communicate()
     assert process.returncode == 0, errors
     answer = {path.stem: np.load(path) for path in answers.glob("*.npy")}
     assert sorted(answer) == ["class", "logits", "margin", "radius"]

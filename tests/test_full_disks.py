@@ -116,7 +116,7 @@ def test_training_goes_on_without_backup_and_history(disk, how):
     else:
         assert len(warned) == 4
         assert backup.completed == 1 and len(rows) == 1
-    assert not list(disk.folder.rglob(".partial-*"))
+    assert not list(disk.folder.rglob(".keras_lipattn-*"))
     # What is there is whole.
     again = wide_model()
     again.compile("sgd", "mse", jit_compile=False)

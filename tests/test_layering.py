@@ -63,3 +63,13 @@ def test_no_module_has_the_name_of_a_function_in_it(path):
         node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)
     ]
     assert path.stem not in functions
+
+
+def test_no_layer_has_a_method_that_torch_modules_own():
+    # On PyTorch every Keras layer is a `torch.nn.Module`, whose `forward` Keras defines.
+    owned = {"forward", "train", "eval", "apply", "to", "float", "double", "half", "modules"}
+    for name in kl.layers.__all__:
+        layer = getattr(kl.layers, name)
+        if isinstance(layer, type):
+            defined = {name for parent in layer.__mro__ for name in vars(parent)}
+            assert not owned & defined

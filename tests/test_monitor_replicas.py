@@ -28,7 +28,6 @@ def two_replicas(tmp_path_factory):
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
-        timeout=300,
     )
     assert finished.returncode == 0, finished.stderr
     with np.load(path) as record:

@@ -14,6 +14,7 @@ import zipfile
 import pytest
 
 import keras_lipattn as kl
+from keras_lipattn import _requirements as _requirements_check
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SETUP = configparser.ConfigParser()
@@ -109,11 +110,17 @@ def _imported(*folders, at_import_time=False):
     return {_DISTRIBUTIONS.get(name, name).replace("_", "-") for name in names}
 
 
-_DISTRIBUTIONS = {"absl": "absl-py", "sklearn": "scikit-learn"}
+_DISTRIBUTIONS = {
+    "absl": "absl-py",
+    "google": "protobuf",
+    "grpc": "grpcio",
+    "sklearn": "scikit-learn",
+    "tensorflow_serving": "tensorflow-serving-api",
+}
 _REQUIRED = _requirements(SETUP["options"]["install_requires"])
 _EXTRAS = {name: _requirements(lines) for name, lines in SETUP["options.extras_require"].items()}
 # Tests and examples that use them are skipped without them.
-_OPTIONAL = {"keras-hub", "onnxruntime"}
+_OPTIONAL = {"keras-hub", *_EXTRAS["runtimes"]}
 # Commands, plugins, and modules that other packages import.
 _NOT_IMPORTED = {
     "codespell",
@@ -154,6 +161,60 @@ def test_every_direct_requirement_has_a_tested_version():
     }
     assert wanted <= pinned
     assert all("==" in line for line in lines if not line.startswith("#"))
+
+
+def _pins(name):
+    """The pinned version of each requirement in a file, by normalized name."""
+    lines = (ROOT / name).read_text().splitlines()
+    pins = (re.match(r"([\w.-]+)==([\w.]+)", line) for line in lines)
+    return {pin[1].lower().replace("_", "-"): pin[2] for pin in pins if pin}
+
+
+def test_requirements_with_hashes_are_those_that_make_installs():
+    hashed, pinned = _pins("requirements-dev.txt"), _pins("constraints.txt")
+    # Windows has one more, which nothing here is tested with.
+    assert {name: pinned.get(name, hashed[name]) for name in hashed} == hashed
+    direct = _requirements(SETUP["options"]["install_requires"])
+    extras = _EXTRAS["examples"] | _EXTRAS["dev"] | _EXTRAS["runtimes"]
+    assert direct | extras <= set(hashed)
+    blocks = re.split(r"\n(?=\S)", (ROOT / "requirements-dev.txt").read_text())
+    assert all("--hash=sha256:" in block for block in blocks if not block.startswith("#"))
+
+
+def _lower_limits(text):
+    return dict(re.findall(r"^([\w-]+)>=([\d.]+)$", text.strip(), re.MULTILINE))
+
+
+def test_the_oldest_releases_allowed_are_checked_at_import_and_tested():
+    limits = _lower_limits(SETUP["options"]["install_requires"])
+    assert {name: limits[name] for name in _requirements_check._OLDEST} == (
+        _requirements_check._OLDEST
+    )
+    (tested,) = re.findall(r"^OLDEST := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for pin in tested.split():
+        name, version = pin.split("==")
+        assert version.startswith(limits[name] + ".")
+
+
+@pytest.mark.parametrize("found", [None, "1.12.9", "0.99"])
+def test_a_requirement_that_is_missing_or_too_old_is_an_error_with_its_remedy(found):
+    program = f"""
+import importlib.metadata
+version = importlib.metadata.version
+def other(name):
+    if name != "scipy":
+        return version(name)
+    if {found!r} is None:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return {found!r}
+importlib.metadata.version = other
+import keras_lipattn
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    received = f"scipy {found}" if found else "no scipy"
+    message = f"needs scipy 1.13 or newer: run `pip install 'scipy>=1.13'`. Received: {received}"
+    assert message in done.stderr
 
 
 def test_backends_get_all_requirements_but_tensorflow():

@@ -9,7 +9,7 @@ from helpers.layer_cases import Case, cases
 from keras import ops
 
 import keras_lipattn as kl
-from keras_lipattn.layers import _distance_attention, _fused_attention, l2_multi_head_attention
+from keras_lipattn.layers import _distance_attention, _fused_attention
 from keras_lipattn.layers._fused_attention import (
     fused_attention,
     plain_attention,
@@ -165,8 +165,8 @@ def through_the_kernel(monkeypatch):
     def unless_plain(y, dtype, flash_attention):
         return not _fused_attention._must_be_plain()
 
-    monkeypatch.setattr(l2_multi_head_attention, "fused_attention", taken_by_kernel)
-    monkeypatch.setattr(l2_multi_head_attention, "use_fused_kernel", unless_plain)
+    monkeypatch.setattr(_distance_attention, "fused_attention", taken_by_kernel)
+    monkeypatch.setattr(_distance_attention, "use_fused_kernel", unless_plain)
     return taken
 
 

@@ -103,8 +103,8 @@ def test_the_layer_runs_in_a_jitted_function():
 
 
 def _bound_of_what_runs(layer, norm, mask):
-    b, c, _ = layer._weights(MaskClass(mask), training=False)
-    b, c = _numpy(b), _numpy(c)
+    weights = layer.effective_weights(MaskClass(mask))
+    b, c = _numpy(weights.projection), _numpy(weights.output)
     heads, key_dim = layer.num_heads, layer.key_dim
     b = b.reshape(FEATURES, heads, key_dim).transpose(1, 0, 2)
     c = c.reshape(heads, key_dim, -1)

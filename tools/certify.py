@@ -28,6 +28,7 @@ Examples:
     python tools/certify.py model.keras --import=my_package.layers
 """
 
+import math
 import os
 import pathlib
 import sys
@@ -80,6 +81,12 @@ _PLOT = flags.DEFINE_string(
 _IMPORT = flags.DEFINE_multi_string(
     "import", [], "Module to import first, for layers and rules that it registers. Repeatable."
 )
+for _name in ("max", "input_radius"):
+    flags.register_validator(
+        _name,
+        lambda value: value is None or math.isfinite(value),
+        f"--{_name} must be a finite number. Without a limit, leave the flag out.",
+    )
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -120,7 +127,7 @@ def main(argv: list[str]) -> int:
         return 1
     if not certificate.is_finite:
         return 1
-    if _MAX.value is not None and certificate.total > _MAX.value:
+    if _MAX.value is not None and not certificate.total <= _MAX.value:
         print(f"The total {certificate.total:.6g} is above --max={_MAX.value:g}.", file=sys.stderr)
         return 1
     return 0

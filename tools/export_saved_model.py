@@ -24,6 +24,7 @@ Examples:
     python tools/export_saved_model.py model.keras build/classifier --example_batch=batch.npz
 """
 
+import math
 import os
 import pathlib
 import sys
@@ -73,6 +74,11 @@ _EXAMPLE_BATCH = flags.DEFINE_string(
 )
 _IMPORT = flags.DEFINE_multi_string(
     "import", [], "Module to import first, for layers that it registers with Keras. Repeatable."
+)
+flags.register_validator(
+    "input_radius",
+    lambda value: value is None or math.isfinite(value),
+    "--input_radius must be a finite number. Without a limit, leave the flag out.",
 )
 
 

@@ -116,5 +116,5 @@ def _radius(near, globally: Certificate, steps: int, allowance: float) -> float:
 def _uncapped(certificate: Certificate, logits: np.ndarray, allowance: float) -> float:
     """The radius that the constant gives, even where the certificate does not cover it."""
     everywhere = dataclasses.replace(certificate.threat_model, radius=math.inf)
-    certificate = dataclasses.replace(certificate, threat_model=everywhere)
+    certificate = dataclasses.replace(certificate, threat_model=everywhere, content_hash="")
     return float(certificate.certified_radius(logits, allowance=allowance))

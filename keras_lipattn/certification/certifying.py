@@ -189,7 +189,7 @@ def local_certificate(
         if options.norm != "l2":
             _, certificate = _certify_traced(traced, options, local)
         threat = dataclasses.replace(certificate.threat_model, lost=tuple(local.lost.items()))
-        certificates.append(dataclasses.replace(certificate, threat_model=threat))
+        certificates.append(dataclasses.replace(certificate, threat_model=threat, content_hash=""))
     worst = max(certificates, key=lambda one: one.total)
     pairs = np.max([one.pairwise_constants for one in certificates], axis=0)
     # The bound of dot-product attention depends on the ball that holds its tokens. A smaller ball
@@ -207,6 +207,7 @@ def local_certificate(
         worst,
         threat_model=threat,
         pairwise_constants=tuple(tuple(float(value) for value in row) for row in pairs),
+        content_hash="",
     )
     return total, enclosures
 

@@ -5,13 +5,13 @@ import os
 import pathlib
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
 import keras
 import numpy as np
 
+from keras_lipattn._temporary_names import temporary_folder
 from keras_lipattn.certification import Certificate
 from keras_lipattn.export.certified_signature import CertifiedSignature
 from keras_lipattn.export.serving_graph import ExportError, ServedModel
@@ -223,8 +223,8 @@ def serve(folder: str | os.PathLike, requests: Mapping[str, Mapping[str, np.ndar
     Raises:
         ExportError: If the process fails. The message ends with its output.
     """
-    with tempfile.TemporaryDirectory() as exchange:
-        asked, answered = f"{exchange}/asked.npz", f"{exchange}/answered.npz"
+    with temporary_folder("requests") as exchange:
+        asked, answered = str(exchange / "asked.npz"), str(exchange / "answered.npz")
         arrays: dict[str, Any] = {
             f"{signature}:{name}": _plain(array)
             for signature, inputs in requests.items()

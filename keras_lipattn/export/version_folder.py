@@ -9,20 +9,15 @@ directory/.keras_lipattn-export-HOST-PID-xxxx/   an export in progress: a marker
 import contextlib
 import os
 import pathlib
-import re
 import shutil
-import socket
-import tempfile
-import time
 from collections.abc import Iterator
 
-# TensorFlow Serving reads only folders whose names are numbers.
-_PREFIX = ".keras_lipattn-export-"
-_NAME = re.compile(re.escape(_PREFIX) + r"(?P<host>.+)-(?P<pid>\d{1,9})-\w{8}")
+from keras_lipattn._temporary_names import abandoned, temporary_name
+
+# The names are hidden: TensorFlow Serving reads only folders whose names are numbers.
+_PURPOSE = "export"
 _MARKER = "written-by-keras_lipattn"
 _MODEL = "model"
-# Far more than an export takes. For processes of other hosts there is no other sign of their end.
-_ABANDONED_AFTER_SECONDS = 24 * 3600
 
 
 @contextlib.contextmanager
@@ -43,9 +38,10 @@ def staging_folder(directory: pathlib.Path) -> Iterator[pathlib.Path]:
     """
     created = _make_folders(directory)
     try:
-        _remove_abandoned(directory)
-        prefix = f"{_PREFIX}{_host()}-{os.getpid()}-"
-        holder = pathlib.Path(tempfile.mkdtemp(prefix=prefix, dir=directory))
+        for holder in abandoned(directory, _PURPOSE):
+            _remove(holder)
+        holder = directory / temporary_name(_PURPOSE)
+        holder.mkdir(mode=0o700)
         try:
             (holder / _MARKER).touch()
             yield holder / _MODEL
@@ -104,25 +100,6 @@ def _make_folders(folder: pathlib.Path) -> list[pathlib.Path]:
     return missing
 
 
-def _remove_abandoned(directory: pathlib.Path) -> None:
-    for holder in directory.glob(_PREFIX + "*"):
-        if _is_abandoned(holder):
-            _remove(holder)
-
-
-def _is_abandoned(holder: pathlib.Path) -> bool:
-    name = _NAME.fullmatch(holder.name)
-    if name is None:
-        return False
-    try:
-        age = time.time() - holder.stat().st_mtime
-    except OSError:  # Removed by its own export.
-        return False
-    if age > _ABANDONED_AFTER_SECONDS:
-        return True
-    return name["host"] == _host() and not _is_running(int(name["pid"]))
-
-
 def _remove(holder: pathlib.Path) -> None:
     """Delete the files of an export, and the folder around them if nothing else is in it."""
     with contextlib.suppress(OSError):
@@ -132,28 +109,6 @@ def _remove(holder: pathlib.Path) -> None:
                 (holder / _MARKER).unlink(missing_ok=True)
         # A process killed before it wrote the marker leaves an empty folder.
         holder.rmdir()
-
-
-def _host() -> str:
-    """Name of the machine, and on Linux of the container, in which process ids are unique."""
-    try:
-        namespace = os.stat("/proc/self/ns/pid").st_ino
-    except OSError:
-        return socket.gethostname()
-    return f"{socket.gethostname()}-{namespace}"
-
-
-def _is_running(pid: int) -> bool:
-    if os.name != "posix":
-        # There is no such question elsewhere: on Windows `os.kill` ends the process.
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # A process of another user.
-        return True
-    return True
 
 
 def _flush_all(folder: pathlib.Path) -> None:

@@ -77,9 +77,9 @@ class Branch:
         for part, own, options in zip(self._parts, weights, self._options, strict=True):
             if isinstance(part, SelfAttention):
                 mask = part.mask_of_call(x, {"query_mask": valid}, **options)
-                x = part.forward(own, x, mask)
+                x = part.call_with_weights(own, x, mask)
             elif isinstance(part, LipschitzLayer):
-                x = part.forward(own, x)
+                x = part.call_with_weights(own, x)
             else:
                 x = part(x, **options, **({"query_mask": valid} if options else {}))
         return x

@@ -34,6 +34,8 @@ class MaskClass:
         causal: Whether later tokens are known to be hidden.
         cliques: For `"any"`, the `Cliques` of the mask; `None` if unknown.
         window: For `"any"`, the window if it alone, or with `causal`, decides what is visible.
+        tensors: Number of tensors that attention is between: 1 for self-attention, 2 where keys and
+            values are another tensor than the queries, 3 where all may differ.
     """
 
     mask: str
@@ -42,11 +44,12 @@ class MaskClass:
     causal: bool = False
     cliques: Cliques | None = None
     window: int | None = None
+    tensors: int = 1
 
     def intersect(self, other):
         """The class of masks whose pairs are visible under both."""
         degrees = (_least(self.n_keys, other.n_keys), _least(self.n_queries, other.n_queries))
-        return MaskClass("any", *degrees, self.causal or other.causal)
+        return MaskClass("any", *degrees, self.causal or other.causal, tensors=self.tensors)
 
     def arguments(self, tokens):
         """Arguments of `unit_head_bound` for at most `tokens` tokens, `None` if unknown."""
@@ -153,6 +156,9 @@ class Mask:
         sliding_window: `None`, or the distance from which on tokens are hidden.
         log_weights: Logarithms of the weights of the tokens, `(B, T)`, or `None`.
         relative_bias: `RelativeBias` of the scores, or `None`.
+        valid_keys: Boolean `(B, S)` where keys are other tokens than queries, or `None`.
+        is_cross: Whether keys are other tokens than queries. `valid` is about queries alone then.
+        keeps_diagonal: Whether a token always sees itself.
     """
 
     valid: Any = None
@@ -161,6 +167,9 @@ class Mask:
     sliding_window: int | None = None
     log_weights: Any = None
     relative_bias: Any = None
+    valid_keys: Any = None
+    is_cross: bool = False
+    keeps_diagonal: bool = True
 
     @property
     def hides_padding_only(self):
@@ -169,10 +178,18 @@ class Mask:
             self.attention_mask is None and not self.use_causal_mask and self.sliding_window is None
         )
 
+    @property
+    def may_hide_all(self):
+        """Whether the row of a query that is not padded may see no key."""
+        if self.is_cross:
+            return not self.hides_padding_only or self.valid_keys is not None
+        return self.attention_mask is not None and not self.keeps_diagonal
+
     def visible(self, rows, columns, attention_mask):
         """Boolean tensor, broadcastable to `(B, H, R, T)`, of visible pairs; `None` if all are.
 
-        The diagonal is always visible: without it no Lipschitz constant exists.
+        With `keeps_diagonal` a token always sees itself: without it attention by distance on all of
+        space has no Lipschitz constant.
 
         Args:
             rows: Positions of the queries, an integer tensor `(R,)`.
@@ -192,25 +209,39 @@ class Mask:
         visible = parts[0]
         for part in parts[1:]:
             visible = ops.logical_and(visible, part)
+        if not self.keeps_diagonal:
+            return visible
         return ops.logical_or(visible, ops.equal(lag, 0))
 
-    def visible_pairs(self, length):
-        """`visible` for all pairs of `length` tokens: padding does not count."""
+    def visible_pairs(self, queries, keys=None):
+        """`visible` for all pairs of so many queries and keys: padding does not count."""
         if self.hides_padding_only:
             return None
-        positions = ops.arange(length, dtype="int32")
-        return self.visible(positions, positions, self.attention_mask)
+        rows = ops.arange(queries, dtype="int32")
+        columns = rows if keys is None else ops.arange(keys, dtype="int32")
+        return self.visible(rows, columns, self.attention_mask)
+
+    def visible_keys(self, queries, keys):
+        """The keys that every query sees, broadcastable to `(B, H, T, S)`; `None` if all."""
+        visible = self.visible_pairs(queries, keys)
+        valid = self.valid_keys if self.is_cross else self.valid
+        if valid is None:
+            return visible
+        valid = valid[:, None, None, :]
+        return valid if visible is None else ops.logical_and(visible, valid)
 
     def softmax(self, scores):
-        """Softmax of scores `(B, H, T, T)` over the keys that a query sees, padding hidden.
+        """Softmax of scores `(B, H, T, S)` over the keys that a query sees, padding hidden.
 
-        The row of a padded query may see nothing: it is uniform, and its output is set to zero.
+        A row that sees nothing is zero. Those of padded queries may also be uniform: their outputs
+        are set to zero later.
         """
-        visible = self.visible_pairs(ops.shape(scores)[-1])
-        if self.valid is not None:
-            keys = self.valid[:, None, None, :]
-            visible = keys if visible is None else ops.logical_and(visible, keys)
-        return masked_softmax(scores, visible)
+        _, _, queries, keys = ops.shape(scores)
+        visible = self.visible_keys(queries, keys)
+        weights = masked_softmax(scores, visible)
+        if visible is None or not self.may_hide_all:
+            return weights
+        return ops.where(ops.any(visible, axis=-1, keepdims=True), weights, 0.0)
 
 
 def masked_softmax(scores, visible):
@@ -223,15 +254,14 @@ def masked_softmax(scores, visible):
     return ops.softmax(scores, axis=-1)
 
 
-def check_masks(query_shape, axes, num_heads, token_masks, attention_mask):
-    """Raises a `ValueError` for a mask that does not fit the query.
+def check_token_masks(query_shape, axes, token_masks, of="query"):
+    """Raises a `ValueError` for a mask of tokens that does not fit the tensor that it is for.
 
     Args:
         query_shape: Static shape `(B, ..., D)`.
-        axes: `AttentionAxes` of the query.
-        num_heads: Number of heads.
+        axes: `AttentionAxes` of the tensor.
         token_masks: Masks per token by name, each a tensor or `None`.
-        attention_mask: A tensor or `None`.
+        of: Name of the tensor.
     """
     for name, mask in token_masks.items():
         if mask is None:
@@ -241,13 +271,25 @@ def check_masks(query_shape, axes, num_heads, token_masks, attention_mask):
         batch = 1 if shared else query_shape[0]
         if not _fits(mask.shape, (batch, *query_shape[1:-1])):
             raise ValueError(
-                f"`{name}` must have the shape of `query` without its last axis, "
+                f"`{name}` must have the shape of `{of}` without its last axis, "
                 f"{tuple(query_shape[:-1])}. Received: {name} of shape {tuple(mask.shape)}"
             )
+
+
+def check_attention_mask(query_shape, axes, num_heads, attention_mask, key_shape=None):
+    """Raises a `ValueError` for a mask of pairs that does not fit queries and keys.
+
+    Args:
+        query_shape: Static shape `(B, ..., D)`.
+        axes: `AttentionAxes` of the query.
+        num_heads: Number of heads.
+        attention_mask: A tensor or `None`.
+        key_shape: Static shape of the keys; that of the query by default.
+    """
     if attention_mask is None:
         return
     shape = tuple(attention_mask.shape)
-    legal = axes.mask_shapes(query_shape, num_heads)
+    legal = axes.mask_shapes(query_shape, num_heads, key_shape)
     if not _broadcasts(shape, legal.get(len(shape))):
         *others, last = map(str, legal.values())
         raise ValueError(

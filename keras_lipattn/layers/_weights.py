@@ -15,7 +15,7 @@ class EffectiveWeights:
     """The matrices that run in a call: capped, folded, in the norm dtype.
 
     Training makes them from running norms, inference from remembered norms or upper bounds, a
-    condensed layer from exact norms. `forward` uses them without knowing which.
+    condensed layer from exact norms. `call_with_weights` uses them without knowing which.
 
     Attributes:
         projection: Tensor `(D, N)` before attention; `None` for a layer of one matrix.

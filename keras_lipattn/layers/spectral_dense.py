@@ -122,9 +122,9 @@ class SpectralDense(LipschitzLayer):
         self.add_running_state()
 
     def call(self, inputs, training=None):
-        return self.forward(self.effective_weights(training=bool(training)), inputs)
+        return self.call_with_weights(self.effective_weights(training=bool(training)), inputs)
 
-    def forward(self, weights, inputs):
+    def call_with_weights(self, weights, inputs):
         """The call with given `EffectiveWeights`."""
         output = ops.matmul(inputs, ops.cast(weights.output, self.compute_dtype))
         if self.bias is not None:

@@ -60,7 +60,7 @@ class ServingClient:
     def close(self):
         self._process.stdin.close()
         self._process.stdout.close()
-        self._process.wait(timeout=60)
+        self._process.wait()
         self._log.close()
 
 

@@ -18,8 +18,9 @@ STRATEGIES = {
     "workers-2": ("workers", 2, 2),
     "workers-4": ("workers", 4, 4),
 }
-# A run takes half a minute on an idle machine. A worker that waits forever must be an error.
-TIMEOUT = 400.0
+# A run takes half a minute on an idle machine. A worker that waits forever must be an error, and a
+# busy machine with one core must not be one.
+TIMEOUT = 1800.0
 
 
 def run(program, *arguments, workers=1, timeout=TIMEOUT):

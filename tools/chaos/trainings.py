@@ -111,7 +111,7 @@ class Trainings:
             *inspection.broken_files(folder),
             *inspection.wrong_rows(folder, self._epochs),
             *inspection.lost_epochs(folder, self._epochs),
-            *(f"{path.name} was left behind" for path in folder.rglob(".partial-*")),
+            *(f"{path.name} was left behind" for path in folder.rglob(".keras_lipattn-*")),
         ]
         if inspection.epochs_backed_up(folder) != self._epochs:
             problems.append(f"the backup holds {inspection.epochs_backed_up(folder)} epochs")

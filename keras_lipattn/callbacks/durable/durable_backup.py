@@ -10,7 +10,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lipattn._whole_file import remove_partial, whole_file
+from keras_lipattn._whole_file import whole_file
 
 
 class DurableBackup(keras.callbacks.Callback):
@@ -85,7 +85,6 @@ class DurableBackup(keras.callbacks.Callback):
         folder = pathlib.Path(self.backup_dir)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            remove_partial(folder)
             newest = folder / f"epoch-{epoch + 1:05d}.npz"
             with whole_file(newest) as path:
                 self._save(self.model, path)
