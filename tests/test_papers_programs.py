@@ -17,6 +17,7 @@ import numpy as np
 import pretrained
 import pytest
 import report
+import structure
 import tensorflow as tf
 import tightness
 import vowels
@@ -24,6 +25,7 @@ import vowels
 KEPT = pathlib.Path(__file__).parents[1] / "docs" / "papers"
 PROGRAMS = {
     "blow_up": blow_up,
+    "structure": structure,
     "tightness": tightness,
     "invertible": invertible,
     "density": density,
