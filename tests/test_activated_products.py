@@ -1,6 +1,7 @@
 """Perceptrons: the constant of two linear maps with an activation between them."""
 
 import math
+from typing import Any
 
 import keras
 import numpy as np
@@ -81,7 +82,7 @@ def test_least_slopes_are_below_every_difference_quotient(name):
 
 def perceptron(width, hidden, activation, where):
     keras.utils.set_random_seed(0)
-    options = {"dtype": "float64"}
+    options: dict[str, Any] = {"dtype": "float64"}
     inputs = keras.Input((3, width), dtype="float64")
     if where == "argument":
         x = layers.Dense(hidden, activation=activation, **options)(inputs)
@@ -122,7 +123,7 @@ def test_certificates_of_perceptrons(activation, most, where):
 )
 def test_no_difference_quotient_exceeds_the_certificate(layer):
     keras.utils.set_random_seed(1)
-    options = {"dtype": "float64"}
+    options: dict[str, Any] = {"dtype": "float64"}
     model = keras.Sequential(
         [
             keras.Input((4,), dtype="float64"),

@@ -1,6 +1,7 @@
 """A certificate in one norm bounds the others: gains are relaxed after every call."""
 
 import math
+from typing import Any
 
 import keras
 import numpy as np
@@ -20,7 +21,7 @@ TOKENS, WIDTH = 6, 4
 def encoder(depth, width=WIDTH, tokens=TOKENS, *, head=False):
     keras.utils.set_random_seed(depth)
     x = inputs = keras.Input((tokens, width), dtype="float64")
-    options = {"dtype": "float64"}
+    options: dict[str, Any] = {"dtype": "float64"}
     for _ in range(depth):
         y = layers.LayerNormalization(epsilon=1e-3, **options)(x)
         x = x + layers.MultiHeadAttention(2, width // 2, **options)(y, y)
@@ -35,7 +36,7 @@ def encoder(depth, width=WIDTH, tokens=TOKENS, *, head=False):
 
 def l2_network(heads):
     keras.utils.set_random_seed(heads)
-    options = {"dtype": "float64"}
+    options: dict[str, Any] = {"dtype": "float64"}
     x = inputs = keras.Input((TOKENS, WIDTH), dtype="float64")
     for _ in range(3):
         x = layers.Add(**options)([x, kl.L2MultiHeadAttention(heads, 2, **options)(x)])
@@ -45,7 +46,7 @@ def l2_network(heads):
 
 def two_inputs():
     a, b = (keras.Input((TOKENS, WIDTH), dtype="float64", name=name) for name in "ab")
-    options = {"dtype": "float64"}
+    options: dict[str, Any] = {"dtype": "float64"}
     x = layers.Add(**options)([layers.Dense(WIDTH, **options)(a), b])
     x = kl.L2MultiHeadAttention(2, 2, **options)(x)
     return keras.Model([a, b], layers.Concatenate(axis=1, **options)([x, a]))

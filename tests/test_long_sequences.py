@@ -1,5 +1,7 @@
 """Every path of attention gives the values and gradients of the plain one, blocks of it too."""
 
+from typing import Any
+
 import keras
 import numpy as np
 import pytest
@@ -188,7 +190,8 @@ def test_dropout_in_blocks_drops_the_same_weights_both_ways(name, jit_compile, i
         with tf.GradientTape() as tape:
             tape.watch([y, units])
             weights = attend_blockwise(y, mask, units, dropout=0.25, seed=seed)
-        return weights, *tape.gradient(weights, [y, units], direction)
+        gradients: Any = tape.gradient(weights, [y, units], [direction])
+        return weights, *gradients
 
     weights, to_y, to_units = drop(y, units, tf.constant([3, 7], "int64"))
     plain = attention_weights(y, mask)
@@ -197,7 +200,8 @@ def test_dropout_in_blocks_drops_the_same_weights_both_ways(name, jit_compile, i
     with tf.GradientTape() as tape:
         tape.watch([y, units])
         loss = tf.reduce_sum(tf.matmul(attention_weights(y, mask) * kept, units) * direction)
-    for found, expected in zip((to_y, to_units), tape.gradient(loss, [y, units]), strict=True):
+    gradients: Any = tape.gradient(loss, [y, units])
+    for found, expected in zip((to_y, to_units), gradients, strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-10)
     # Draws of heads, blocks and calls are independent: five standard deviations.
     shown = plain.numpy() > 0.0

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,8 +44,11 @@ def bound_for(name, mask, norm):
     """Bound and everything it may depend on, for a mask of `cases.masks`."""
     n_keys, n_queries = mask_degrees(mask)
     kind = cases.mask_class(name)
-    structure = dict(n_keys=n_keys, n_queries=n_queries, cliques=mask_cliques(mask))
-    return unit_head_bound(len(mask), kind, norm, **structure).value
+    cliques = mask_cliques(mask)
+    found = unit_head_bound(
+        len(mask), kind, norm, n_keys=n_keys, n_queries=n_queries, cliques=cliques
+    )
+    return found.value
 
 
 @pytest.mark.parametrize("tokens", [2, 3, 5, 8, 13])
@@ -249,11 +253,13 @@ def test_cliques_cover_the_queries_of_each_key(tokens):
     rng = np.random.default_rng(tokens)
     for name, mask in cases.masks(tokens, rng).items():
         found = mask_cliques(mask)
+        assert found is not None
         assert found.root == pytest.approx(largest_root(mask)), name
         assert found.symmetric == (mask == mask.T).all(), name
         # The masks of several heads share the largest root.
         heads = np.stack([np.eye(tokens, dtype=bool), mask])
-        assert mask_cliques(heads).root == pytest.approx(found.root), name
+        shared = mask_cliques(heads)
+        assert shared is not None and shared.root == pytest.approx(found.root), name
 
 
 def test_patterns_have_the_fewest_cliques():
@@ -267,7 +273,7 @@ def test_patterns_have_the_fewest_cliques():
 
 def test_cliques_lower_the_bound_and_give_back_theorem_3_b():
     for n in (1, 3, 30, 500):
-        degrees = dict(n_keys=n, n_queries=n)
+        degrees: dict[str, Any] = dict(n_keys=n, n_queries=n)
         by_degrees = unit_head_bound(None, "any", **degrees).value
         values = [
             unit_head_bound(None, "any", **degrees, cliques=Cliques(root, symmetric)).value
@@ -283,7 +289,7 @@ def test_cliques_lower_the_bound_and_give_back_theorem_3_b():
 def test_windows_have_the_tabulated_constants():
     for window, two_sided, causal in ((32, 9.01, 7.84), (128, 13.22, 12.53), (1024, 22.41, 23.07)):
         reach = window - 1
-        degrees = dict(n_keys=2 * reach, n_queries=2 * reach)
+        degrees: dict[str, Any] = dict(n_keys=2 * reach, n_queries=2 * reach)
         cliques = Cliques(2.0 * math.sqrt(reach), True)
         assert unit_head_bound(None, "any", **degrees, cliques=cliques).value <= two_sided
         degrees = dict(n_keys=reach, n_queries=reach)
@@ -415,8 +421,9 @@ def test_every_parameter_gives_a_valid_bound():
             full = unit_head._symmetric_squared(
                 tokens - 1, math.sqrt(tokens - 1), grid, beta, excess
             )
+            numbers = tokens - 1, tokens - 1
             degrees = [
-                unit_head._degrees_squared(tokens - 1, tokens - 1, entry, grid, beta, excess)
-                for entry in (unit_head._masked_entry, unit_head._weighted_entry)
+                unit_head._degrees_squared(*numbers, unit_head._masked_entry, grid, beta, excess),
+                unit_head._degrees_squared(*numbers, unit_head._weighted_entry, grid, beta, excess),
             ]
             assert min(full, *degrees) >= found**2

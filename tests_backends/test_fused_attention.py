@@ -163,7 +163,7 @@ def through_the_kernel(monkeypatch):
         return fused_attention(y, mask, dtype)
 
     def unless_plain(y, dtype, flash_attention):
-        return not _fused_attention._must_be_plain()
+        return not _fused_attention.must_be_plain()
 
     monkeypatch.setattr(_distance_attention, "fused_attention", taken_by_kernel)
     monkeypatch.setattr(_distance_attention, "use_fused_kernel", unless_plain)

@@ -6,6 +6,7 @@ Certified constants without and with the theorems that know the structure. Nothi
 """
 
 import math
+from typing import Any
 from unittest import mock
 
 import keras
@@ -14,6 +15,7 @@ import report
 
 import keras_lipattn
 from keras_lipattn.bounds import Cliques, unit_head_bound
+from keras_lipattn.bounds.layer_constants import activation_constant
 from keras_lipattn.certification import other_norms
 from keras_lipattn.linalg import operator_norm
 
@@ -27,9 +29,9 @@ def window_rows():
     rows = []
     for window in WINDOWS:
         reach = window - 1
-        row = {"window": window}
+        row: dict[str, Any] = {"window": window}
         for name, sides in (("two-sided", 2), ("causal", 1)):
-            degrees = dict(n_keys=sides * reach, n_queries=sides * reach)
+            degrees: dict[str, Any] = dict(n_keys=sides * reach, n_queries=sides * reach)
             cliques = Cliques(sides * math.sqrt(reach), sides == 2)
             row[name] = [
                 unit_head_bound(None, "any", **degrees).value,
@@ -39,7 +41,7 @@ def window_rows():
     return rows
 
 
-def unit_layer(**options):
+def unit_layer(**options) -> Any:
     """One head of two features that is the unit head."""
     layer = keras_lipattn.L2MultiHeadAttention(1, 2, use_bias=False, dtype="float64", **options)
     layer.build((None, TOKENS, 2))
@@ -92,7 +94,7 @@ def perceptron(activation, width=64):
     hidden = keras.layers.Dense(4 * width, activation=activation)
     output = keras.layers.Dense(width)
     model = keras.Model(inputs, output(hidden(inputs)))
-    slope = keras_lipattn.bounds.layer_constants.activation_constant(activation)
+    slope = activation_constant(activation)
     norms = [float(operator_norm(np.asarray(layer.kernel))) for layer in (hidden, output)]
     return [slope * math.prod(norms), keras_lipattn.certify(model).total]
 

@@ -58,10 +58,10 @@ def mild_constants(
             continue
         least, most = math.exp(logs.min()) / _SLACK, math.exp(logs.max()) * _SLACK
         total, root = float(totals[head]) * _SLACK, most * cliques.root
-        if mask == "causal" and after.count == 0 and tokens <= _LONGEST:
+        if mask == "causal" and after.count == 0 and tokens is not None and tokens <= _LONGEST:
             values[head] = _causal(before.log_weights[head], tokens, least, most)
         elif cliques.symmetric:
-            if mask == "full" and tokens <= _LONGEST:
+            if mask == "full" and tokens is not None and tokens <= _LONGEST:
                 root = _SLACK * _root(before.log_weights[head], after.log_weights[head], tokens)
             values[head] = symmetric_bound(
                 total, root, least=least, asymmetry=_SLACK * float(asymmetry[head])

@@ -497,7 +497,7 @@ class BoundedMultiHeadAttention(SelfAttention):
         output = ops.matmul(heads, weights.output)
         if self.output_bias is not None:
             output = output + ops.reshape(ops.cast(self.output_bias, self.compute_dtype), (-1,))
-        return self.shape_outputs(output), cache
+        return self.shape_outputs(output, inputs), cache
 
     def get_config(self):
         return {

@@ -5,6 +5,7 @@ Jacobian norm is compared with the constant, and the largest column of the proof
 """
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -89,8 +90,9 @@ def _cliques(rng: np.random.Generator, count: int) -> np.ndarray:
     patterns = _patterns(size, rng)
     for mask in patterns.values():
         n_keys, n_queries = mask_degrees(mask)
-        structure = dict(n_keys=n_keys, n_queries=n_queries, cliques=mask_cliques(mask))
-        bound = unit_head_bound(size, "any", **structure).value
+        bound = unit_head_bound(
+            size, "any", n_keys=n_keys, n_queries=n_queries, cliques=mask_cliques(mask)
+        ).value
         parts.append(_climbed(rng, count // len(patterns) + 1, mask.astype(float)) / bound)
     return np.concatenate(parts)
 
@@ -117,13 +119,14 @@ def _mild(rng: np.random.Generator, count: int) -> np.ndarray:
         name = str(rng.choice(["full", "causal", "window", "causal window", "prefix"]))
         masks = {"full": np.ones((size, size)), "causal": np.tri(size), **_patterns(size, rng)}
         mask = masks[name].astype(float)
-        structure = {"mask": name}
+        structure: dict[str, Any] = {"mask": name}
         if name not in ("full", "causal"):
             n_keys, n_queries = mask_degrees(mask)
             degrees = dict(n_keys=n_keys, n_queries=n_queries)
             structure = {"mask": "any", **degrees, "cliques": mask_cliques(mask)}
         sides = _sides(table, size, name.startswith("causal"))
         keys = weights_by_lag(*sides, size, np)
+        assert keys is not None
         bound = mild_constants(*sides, size, np.exp(keys.log_keys), structure)[0]
         lag = np.subtract.outer(np.arange(size), np.arange(size))
         weights = mask * np.exp(biases_by_lag(table, lag)[0])
