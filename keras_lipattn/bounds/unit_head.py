@@ -183,7 +183,7 @@ def _l2(tokens: int, mask: str) -> UnitBound:
     if tokens == 1:
         return UnitBound(1.0, IDENTITY)
     own = (
-        UnitBound(_symmetric_mask(tokens - 1, math.sqrt(tokens - 1.0)), "Theorem 3.B")
+        UnitBound(symmetric_bound(tokens - 1, math.sqrt(tokens - 1.0)), "Theorem 3.B")
         if mask == "full"
         else UnitBound(_causal_mask(tokens), "Theorem 3.C")
     )
@@ -213,7 +213,7 @@ def _l2_by_degrees(
     if cliques is not None:
         own = _clique_mask(n_keys, cliques.root)
         if cliques.symmetric:
-            own = min(own, _symmetric_mask(n_keys, cliques.root))
+            own = min(own, symmetric_bound(n_keys, cliques.root))
         candidates.append(UnitBound(own, "Theorem 3.G"))
     if tokens is not None:
         published = SAFETY * math.sqrt(tokens) * (4.0 * phi + 1.0)
@@ -221,25 +221,53 @@ def _l2_by_degrees(
     return min(candidates)
 
 
-def _symmetric_mask(n_keys: int, root: float) -> float:
-    """Theorem 3.B, and 3.G for symmetric masks; `root` is `sqrt(N - 1)` for the full one."""
+@functools.lru_cache(maxsize=4096)
+def symmetric_bound(
+    n_keys: float, root: float, *, least: float = 1.0, asymmetry: float = 1.0
+) -> float:
+    """Theorem 3.B, and 3.F and 3.G for symmetric masks.
+
+    Args:
+        n_keys: largest sum of the weights of the other keys of a query, `> 0`.
+        root: largest sum over the cliques of a key of the roots of the squares of its weights;
+            `sqrt(N - 1)` for a full mask without weights.
+        least: smallest weight of a visible key.
+        asymmetry: largest ratio of the weights of two tokens for each other.
+
+    Returns:
+        A float, certified.
+    """
     return optimized_bound(
-        functools.partial(_symmetric_squared, n_keys, root),
+        functools.partial(_symmetric_squared, n_keys, root, least, asymmetry),
         (np.linspace(math.log(0.005), 0.0, 12), np.linspace(-4.0, 4.0, 12)),
         sample=points(n_keys, 160),
         cover=cells(n_keys, _CELLS),
     )[0]
 
 
-def _symmetric_squared(n_keys: int, root: float, grid: Cells, beta: float, excess: float) -> float:
+def _symmetric_squared(
+    n_keys: float,
+    root: float,
+    least: float,
+    asymmetry: float,
+    grid: Cells,
+    beta: float,
+    excess: float,
+) -> float:
     """Square of the bound; `B` is `1 + excess` times the smallest value the grid admits."""
     low, high = grid
     load = off_diagonal(high, n_keys, beta) / (1.0 + low) ** 1.5
+    if least != 1.0:
+        load = load * np.sqrt((1.0 + high / least) / (1.0 + low))
     scale = (1.0 + excess) * load.max()
-    constants = majorant_norm(1.0 - _SPLITS, 1.0 / beta)
-    columns = _SPLITS[:, None] * high + constants[:, None] * root
+    columns = asymmetry * _SPLITS[:, None] * high + _split_constants(beta)[:, None] * root
     row = diagonal_block(low, high, n_keys) ** 2 / (1.0 - load / scale)
     return float((row + scale * columns.min(axis=0)).max())
+
+
+@functools.lru_cache(maxsize=4096)
+def _split_constants(beta: float) -> Floats:
+    return majorant_norm(1.0 - _SPLITS, 1.0 / beta)
 
 
 def _causal_mask(tokens: int) -> float:
@@ -257,27 +285,39 @@ def _causal_mask(tokens: int) -> float:
     # Points of a search, not blocks.
     sampled = positions - 1.0, np.sqrt(tokens - positions + 0.0)
     ends = np.union1d(_positions(tokens, 160), np.arange(1, min(tokens, 64) + 1))
-    return _in_order(tokens - 1, sampled, blocks(ends))
+    return ordered_bound(sampled, blocks(ends))
 
 
 def _clique_mask(n_keys: int, root: float) -> float:
     """Theorem 3.G for masks that need not be symmetric."""
     block = np.array([float(n_keys)]), np.array([root])
-    return _in_order(n_keys, block, block)
+    return ordered_bound(block, block)
 
 
-def _in_order(n_keys: int, sampled: tuple[Floats, Floats], blocks: tuple[Floats, Floats]) -> float:
-    """Theorems 3.C and 3.G; see `_OrderedGrid` for the blocks of a search and of its result."""
+def ordered_bound(
+    sampled: tuple[Floats, Floats], blocks: tuple[Floats, Floats], *, least: float = 1.0
+) -> float:
+    """Theorems 3.C, 3.F and 3.G for masks that need not be symmetric.
+
+    Args:
+        sampled: `(keys, roots)` of tokens for the search, see `_OrderedGrid`.
+        blocks: the same of blocks that cover all tokens.
+        least: smallest weight of a visible key.
+
+    Returns:
+        A float, certified.
+    """
     axes = (
         np.linspace(math.log(0.005), 0.0, 7),
         np.linspace(math.log(0.05), math.log(20.0), 6),
         np.linspace(-4.0, 2.0, 5),
     )
+    n_keys = float(blocks[0].max())
     return optimized_bound(
         _OrderedGrid.squared_bound,
         axes,
-        sample=_OrderedGrid(points(n_keys, 120), *sampled),
-        cover=_OrderedGrid(cells(n_keys, _CELLS), *blocks),
+        sample=_OrderedGrid(points(n_keys, 120), *sampled, least),
+        cover=_OrderedGrid(cells(n_keys, _CELLS), *blocks, least),
     )[0]
 
 
@@ -290,12 +330,16 @@ class _OrderedGrid:
 
     Args:
         grid: cells up to the largest number of visible keys.
-        keys: shape `(blocks,)`, the largest number of other keys that a token of the block sees.
-        roots: shape `(blocks,)`, the sum of roots of the cliques that see a token of the block.
+        keys: shape `(blocks,)`, the largest number or weight of other keys of a token of the block.
+        roots: shape `(blocks,)`, the sum of roots of the cliques that see a token of the block,
+            times the largest weight.
+        least: smallest weight of a visible key.
     """
 
-    def __init__(self, grid: Cells, keys: Floats, roots: Floats) -> None:
+    def __init__(self, grid: Cells, keys: Floats, roots: Floats, least: float) -> None:
         self.low, self.high = grid
+        # The mass of the other tokens without weights is at most this.
+        self.mass = self.high / least
         # A token that sees only itself has row mass 0 and derivative 1.
         self.alone, self.keys = roots[keys == 0.0], keys[keys > 0.0, None]
         self.roots = roots[keys > 0.0]
@@ -307,7 +351,7 @@ class _OrderedGrid:
     def squared_bound(self, beta: float, excess_kappa: float, excess: float) -> float:
         """Square of the bound; `zbar` is `1 + excess` times the smallest admissible value."""
         kappa = 1.0 + excess_kappa
-        weight = np.minimum(1.0, kappa / (self.high + np.sqrt(self.high**2 + kappa)))
+        weight = np.minimum(1.0, kappa / (self.mass + np.sqrt(self.mass**2 + kappa)))
         load = off_diagonal(self.high, self.keys, beta) / ((1.0 + self.low) ** 2 * weight)
         load = np.where(self.used, load, 0.0)
         scale = (1.0 + excess) * load.max()

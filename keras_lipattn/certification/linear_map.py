@@ -51,6 +51,20 @@ def as_matrix(linear: LinearMap, width: int) -> np.ndarray:
     return np.diag(linear) if linear.ndim == 1 else linear
 
 
+def of_coefficient(coefficient: float | np.ndarray, width: int | None) -> LinearMap:
+    """The map `x -> coefficient * x`, for a number or an array of shape `(width,)`."""
+    if np.ndim(coefficient) == 0:
+        if coefficient == 1.0 or width is None:
+            return None
+        return np.full(width, float(coefficient))
+    return np.asarray(coefficient, np.float64)
+
+
+def largest_size(coefficient: float | np.ndarray) -> float:
+    """Largest absolute value of a coefficient."""
+    return float(np.max(np.abs(coefficient)))
+
+
 def matrix_norm(linear: LinearMap, norm: str) -> float:
     """Lipschitz constant of `x -> x @ matrix` on every token, an upper bound.
 

@@ -63,6 +63,23 @@ class Enclosure:
         return TokenRange(tokens.radius + self.radius, tokens.center, tokens.largest + self.radius)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Activated:
+    """A tensor as `f(root @ before) @ after` plus a constant, for functions `f` of single entries.
+
+    Args:
+        root: an earlier tensor.
+        before: a matrix.
+        slopes: lower and upper bound of the slopes of the functions.
+        after: linear map of the last axis.
+    """
+
+    root: "TensorState"
+    before: np.ndarray
+    slopes: tuple[float, float]
+    after: LinearMap = None
+
+
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class TensorState:
     """A tensor of a traced model.
@@ -88,6 +105,7 @@ class TensorState:
         linear: that map.
         routes: pairs of an earlier tensor and a linear map from it to this one, the last linear
             layer first.
+        activated: the tensor as a perceptron of an earlier one, `None` if it is none.
         interval: for a fixed tensor, lower and upper bound of its entries.
         function_of: for rules of later calls, a name, a tensor and a number: this tensor is the
             activation of that name of the other tensor; or its product with constants of the model
@@ -110,6 +128,7 @@ class TensorState:
     anchor: "TensorState | None" = None
     linear: LinearMap = None
     routes: "tuple[tuple[TensorState, LinearMap], ...]" = ()
+    activated: Activated | None = None
     interval: Interval = ANYTHING
     function_of: "tuple[str, TensorState, float] | None" = None
     values: np.ndarray | None = None

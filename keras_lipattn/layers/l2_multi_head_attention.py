@@ -26,6 +26,7 @@ from keras_lipattn.bounds.key_weights import (
     weights_of_tokens,
 )
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
+from keras_lipattn.bounds.mild_weights import mild_constants
 from keras_lipattn.bounds.multihead import (
     certified_layer_bound,
     layer_matrices,
@@ -421,7 +422,12 @@ class L2MultiHeadAttention(SelfAttention):
             if not self._has_reach(tokens):
                 return _no_bound(norm, UNKNOWN_LENGTH)
             of_keys = self._key_weights(relative_bias, tokens, mask, np)
-            return weighted_layer_bound(b, c, norm=norm, weights=of_keys, **allowances)
+            mild: Any = math.inf
+            if norm == "l2" and of_keys is not None:
+                seen = by_distance(relative_bias, tokens, mask.causal, self.sliding_window, np)
+                totals = np.exp(np.minimum(of_keys.log_keys, 300.0))
+                mild = mild_constants(*seen, tokens, totals, mask.arguments(tokens))
+            return weighted_layer_bound(b, c, norm=norm, weights=of_keys, mild=mild, **allowances)
         return certified_layer_bound(
             b,
             c,

@@ -4,8 +4,6 @@ Biases of the scores are free, so the attention weights of a row are any distrib
 weights and directions climb together from random and structured starts.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 
 from keras_lipattn.bounds.bounded_tokens import (
@@ -15,36 +13,7 @@ from keras_lipattn.bounds.bounded_tokens import (
     product_terms,
     projection_constant,
 )
-from tools.soundness.statements import Statement
-
-_STEPS = 30
-Arrays = tuple[np.ndarray, ...]
-
-
-def _climb(
-    rng: np.random.Generator, start: Arrays, value: Callable[..., np.ndarray], steps: int = _STEPS
-) -> np.ndarray:
-    """Largest values found by random steps that are taken where they help; first axis is a batch.
-
-    `value` projects its arguments onto what is legal.
-    """
-    best = value(*start)
-    size = np.full(len(best), 0.5)
-    for _ in range(steps):
-        wide = [size.reshape(-1, *[1] * (part.ndim - 1)) for part in start]
-        tried = tuple(
-            part + step * rng.normal(size=part.shape)
-            for part, step in zip(start, wide, strict=True)
-        )
-        found = value(*tried)
-        better = found > best
-        best = np.where(better, found, best)
-        start = tuple(
-            np.where(better.reshape(-1, *[1] * (old.ndim - 1)), new, old)
-            for old, new in zip(start, tried, strict=True)
-        )
-        size = np.clip(size * np.where(better, 1.5, 0.8), 1e-3, 2.0)
-    return best
+from tools.soundness.statements import Statement, climb
 
 
 def _ball(points: np.ndarray, radius: np.ndarray) -> np.ndarray:
@@ -120,7 +89,7 @@ def distance_joint(rng, count):
         return _size(rows).sum(axis=1)
 
     start = _tokens(rng, radius, n, d), _logits(rng, count, n), rng.normal(size=(count, d))
-    return _climb(rng, start, value) / combined(distance_terms(radius, np), "token", np)
+    return climb(rng, start, value) / combined(distance_terms(radius, np), "token", np)
 
 
 def _of_pairs(name: str, *, distance: bool):
@@ -162,7 +131,7 @@ def _of_pairs(name: str, *, distance: bool):
         else:
             gain, pull = np.linalg.norm(a, 2, axis=(1, 2)), _size(fixed)
             terms = product_terms(gain, pull, radius, np)
-        return _climb(rng, start, value) / getattr(terms, name)
+        return climb(rng, start, value) / getattr(terms, name)
 
     return ratios
 
@@ -187,7 +156,7 @@ def distance_entries(rng, count):
     averages = np.abs(np.einsum("cik,ck->ci", b, c)).sum(axis=1)
     bound = np.minimum(terms.joint * beta * _size(c), averages + terms.scores * beta * _size(c))
     start = _tokens(rng, radius, n, d), _logits(rng, count, n)
-    return _climb(rng, start, value) / bound
+    return climb(rng, start, value) / bound
 
 
 # All rows in the 2-norm -----------------------------------------------------------------------
@@ -240,7 +209,7 @@ def _all_rows(*, distance: bool):
             )
 
         start = _tokens(rng, radius, n, d), _logits(rng, count, n, n)
-        return _climb(rng, start, value, steps=8)
+        return climb(rng, start, value, steps=8)
 
     return ratios
 
@@ -260,7 +229,7 @@ def column_sums(rng, count):
         return _softmax(biases - squares + hidden).sum(axis=1).max(axis=1)
 
     mass = column_masses(spread, n, "causal" if causal else "full", np)
-    return _climb(rng, (_tokens(rng, radius, n, d),), value) / mass
+    return climb(rng, (_tokens(rng, radius, n, d),), value) / mass
 
 
 # Projection -----------------------------------------------------------------------------------
@@ -285,7 +254,7 @@ def _projected(norm: str):
         x[::2] = 1.0001 * np.cos(angle) / np.sqrt(max(d - 1.0, 1.0))
         x[::2, 0] = 1.0001 * np.sin(angle)
         y[::2] = np.where(np.arange(d) == 0, 1.0, -1.0)
-        return _climb(rng, (x, y), value) / projection_constant(norm, d)
+        return climb(rng, (x, y), value) / projection_constant(norm, d)
 
     return ratios
 
