@@ -158,9 +158,13 @@ class Propagation:
         require(not product, f"{step.layer}: it multiplies two tensors at {product!r}")
         if step.kind == "global_average" and bool(masks) != bool(step.parameters.get("masked")):
             raise NotVerified(f"{step.layer}: its masks are not those of its parameters")
-        self._compare(step, kind, region, inputs, masks)
+        try:
+            self._compare(step, kind, region, inputs, masks)
+            after = self._after(step, kind, inputs, output)
+        except (IndexError, ValueError) as error:
+            raise NotVerified(f"{step.layer}: its arrays do not fit: {error}") from error
         self.checked += 1
-        return self._after(step, kind, inputs, output)
+        return after
 
     @property
     def _norm(self) -> str:

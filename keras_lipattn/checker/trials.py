@@ -1,6 +1,7 @@
 """Attempts to refute an export through its own signatures."""
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +27,7 @@ def allowed_radius(propagation: Propagation, logits: np.ndarray) -> np.ndarray:
     certificate = propagation.certificate
     z = np.asarray(logits, np.float64)
     if not np.isfinite(z).all():
-        finite = np.asarray(np.isfinite(z).all(axis=1))
+        finite: Any = np.isfinite(z).all(axis=1)
         return np.where(finite, allowed_radius(propagation, np.where(finite[:, None], z, 0.0)), 0.0)
     if certificate.head in ("sigmoid", "logit"):
         return np.abs(z[:, 0]) / certificate.total
