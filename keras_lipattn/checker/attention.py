@@ -13,7 +13,8 @@ from keras_lipattn.bounds.compact import (
 )
 from keras_lipattn.bounds.cosine import certified_cosine_bound, fold
 from keras_lipattn.bounds.multihead import certified_layer_bound
-from keras_lipattn.bounds.visible_pairs import mask_degrees
+from keras_lipattn.bounds.unit_head import no_smaller_norms
+from keras_lipattn.bounds.visible_pairs import Cliques, mask_cliques, mask_degrees
 from keras_lipattn.checker.refusal import require
 from keras_lipattn.checker.tensor_bounds import Ball, Bounds, log_of
 from keras_lipattn.linalg import SAFETY, operator_norm
@@ -74,25 +75,29 @@ class Visibility:
             visible &= np.abs(lag) < self.window
         return visible | (lag == 0) if self.diagonal else visible
 
-    def degrees(self) -> dict[str, Any]:
-        """The arguments `mask`, `n_keys` and `n_queries` of the bounds."""
-        mask, keys, queries = "causal" if self.causal else "full", None, None
-        pairs = self.pairs
-        if pairs is not None:
-            lower = np.tri(len(pairs), dtype=bool)
-            pairs = pairs & lower if self.causal else pairs
-            if pairs.all():
-                mask, pairs = "full", None
-            elif (pairs == lower).all():
-                mask, pairs = "causal", None
-        if pairs is not None:
-            mask, (keys, queries) = "any", mask_degrees(pairs)
-        if self.window is not None:
+    def structure(self, tokens: int | None) -> dict[str, Any]:
+        """The arguments of the bounds about the mask, for at most `tokens` tokens if known."""
+        far = tokens is None or (self.window is not None and tokens > self.window)
+        if self.pairs is None and self.window is not None and far:
             reach = self.window - 1
-            seen = reach if self.causal or mask == "causal" else 2 * reach
-            keys, queries = (seen if d is None else min(d, seen) for d in (keys, queries))
-            mask = "any"
-        return {"mask": mask, "n_keys": keys, "n_queries": queries}
+            if self.causal:
+                cliques = Cliques(math.sqrt(reach), False)
+                return {"mask": "any", "n_keys": reach, "n_queries": reach, "cliques": cliques}
+            # No key is seen by more than all other tokens, on both sides together.
+            most = reach if tokens is None else min(reach, 0.5 * (tokens - 1.0))
+            cliques = Cliques(2.0 * math.sqrt(most), True)
+            return {"mask": "any", "n_keys": 2 * reach, "n_queries": 2 * reach, "cliques": cliques}
+        if self.pairs is None:
+            return {"mask": "causal" if self.causal else "full"}
+        pairs = self.matrix(len(self.pairs)) | np.eye(len(self.pairs), dtype=bool)
+        lower = np.tri(len(pairs), dtype=bool)
+        if pairs.all():
+            return {"mask": "full"}
+        if (pairs == lower).all() or (pairs == lower.T).all():
+            return {"mask": "causal"}
+        n_keys, n_queries = mask_degrees(pairs)
+        cliques = mask_cliques(pairs)
+        return {"mask": "any", "n_keys": n_keys, "n_queries": n_queries, "cliques": cliques}
 
 
 def softmax(scores: np.ndarray, visible: np.ndarray) -> np.ndarray:
@@ -167,8 +172,14 @@ def distance_constant(step: Any, tokens: int, norm: str) -> float:
         name: step.sizes(name, len(b))
         for name in ("product_scale", "query_error", "product_error")
     }
-    degrees = Visibility(step, True).degrees()
-    return certified_layer_bound(b, c, norm=norm, tokens=tokens, **degrees, **allowances).value
+    structure = Visibility(step, True).structure(tokens)
+    return certified_layer_bound(b, c, norm=norm, tokens=tokens, **structure, **allowances).value
+
+
+def distance_no_smaller(step: Any, tokens: int, norm: str) -> tuple[str, ...]:
+    """See `no_smaller_norms`."""
+    structure = Visibility(step, True).structure(tokens)
+    return no_smaller_norms(norm, step.integer("heads"), tokens, **structure)
 
 
 def cosine_parts(step: Any) -> tuple[np.ndarray, ...]:
@@ -205,8 +216,8 @@ def cosine_constant(step: Any, tokens: int, norm: str) -> float:
     query, key, value, output = cosine_parts(step)
     epsilon, temperature = step.positive("epsilon"), step.positive("temperature")
     a, g = fold(query, key, value, temperature=temperature, epsilon=epsilon, xp=np)
-    degrees = Visibility(step, True).degrees()
-    del degrees["n_keys"]
+    structure = Visibility(step, True).structure(None)
+    degrees = {name: structure.get(name) for name in ("mask", "n_queries")}
     return certified_cosine_bound(
         a, g, output, norm=norm, temperature=temperature, tokens=tokens, **degrees
     ).value
@@ -243,7 +254,7 @@ def dot_product_bounds(step: Any, state: Bounds, norm: str) -> Bounds:
     require(math.isfinite(before.radius), f"{step.layer}: its tokens are not bounded")
     seen = Visibility(step, False)
     require(seen.window is None, f"no independent check of the window of {step.layer}")
-    mask = seen.degrees()["mask"]
+    mask = seen.structure(tokens)["mask"]
     if mask == "any":
         require(seen.matrix(tokens).any(-1).all(), f"{step.layer}: a query sees no key")
     scale, width = 1.0 / math.sqrt(query.shape[2]), query.shape[1]

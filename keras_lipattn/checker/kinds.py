@@ -26,6 +26,7 @@ class Kind:
         allowed: The operations of TensorFlow that may compute it.
         linear: Whether the served graph must multiply by constants only.
         scales: Sizes of the random inputs that both are compared on.
+        no_smaller: Other norms in which the constant is known to be no smaller than in a norm.
     """
 
     value: Callable[[Step, Values, Values], np.ndarray]
@@ -33,6 +34,7 @@ class Kind:
     allowed: Callable[[Step], frozenset[str]]
     linear: Callable[[Step], bool] = lambda step: False
     scales: Callable[[Step], tuple[float, ...]] = lambda step: (0.1, 1.0, 5.0)
+    no_smaller: Callable[[Step, list[Bounds], str], tuple[str, ...]] = lambda *_: ()
 
 
 def _dense_value(step: Step, inputs: Values, masks: Values) -> np.ndarray:
@@ -235,7 +237,14 @@ KINDS = {
     "dense": Kind(
         _dense_value, _dense_bounds, _with_activation(operations.LINEAR), _has_no_product
     ),
-    "distance_attention": Kind(attention.distance_value, _distance_bounds, _ATTENTION),
+    "distance_attention": Kind(
+        attention.distance_value,
+        _distance_bounds,
+        _ATTENTION,
+        no_smaller=lambda step, states, norm: attention.distance_no_smaller(
+            step, step.tokens(states[0]), norm
+        ),
+    ),
     "dot_product_attention": Kind(
         attention.dot_product_value,
         lambda step, states, norm, output: attention.dot_product_bounds(step, states[0], norm),

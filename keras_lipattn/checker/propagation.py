@@ -11,7 +11,7 @@ from keras_lipattn.checker.kinds import KINDS, Kind
 from keras_lipattn.checker.refusal import NotVerified, require
 from keras_lipattn.checker.served_function import Region, ServedFunction
 from keras_lipattn.checker.step import Step
-from keras_lipattn.checker.tensor_bounds import Ball, Bounds, full
+from keras_lipattn.checker.tensor_bounds import OTHERS, Ball, Bounds, full, in_norm, relaxed
 from keras_lipattn.linalg import SAFETY
 
 # Largest difference between a step and its definition in float64, relative to the largest entry.
@@ -150,10 +150,19 @@ class Propagation:
         if step.kind == "global_average" and bool(masks) != bool(step.parameters.get("masked")):
             raise NotVerified(f"{step.layer}: its masks are not those of its parameters")
         states = [self._bounds[one] for one in inputs]
-        after = kind.bounds(step, states, self.certificate.norm, output)
+        norm = self.certificate.norm
+        after = kind.bounds(step, states, norm, output).reshaped(output)
+        family = {norm: after}
+        for other in OTHERS[norm]:
+            if other in kind.no_smaller(step, states, norm):
+                family[other] = in_norm(after, norm, other)
+                continue
+            views = [in_norm(state, norm, other) for state in states]
+            found = kind.bounds(step, views, other, output).reshaped(output)
+            family[other] = dataclasses.replace(found, ball=after.ball)
         self._compare(step, kind, region, inputs, masks)
         self.checked += 1
-        return after.reshaped(output)
+        return relaxed(family, norm)
 
     def _length_varies(self) -> bool:
         return any(None in shape[1:] for shape, _ in self.served.specs.values())
@@ -169,7 +178,10 @@ class Propagation:
         require("float" in self.served.dtypes[tensor], f"the input {node.name!r} is not looked up")
         self.sources.append(tensor)
         limit = self.certificate.limit
-        return dataclasses.replace(output, ball=Ball() if limit is None else Ball(limit))
+        source = dataclasses.replace(output, ball=Ball() if limit is None else Ball(limit))
+        norm = self.certificate.norm
+        others = {other: in_norm(source, norm, other) for other in OTHERS[norm]}
+        return dataclasses.replace(source, others=others)
 
     def _check_mask(self, mask: str, layer: str) -> None:
         fixed = self.served.dtypes[mask] == "bool" and not self.served.depends_on_floats(mask)

@@ -9,8 +9,13 @@ import math
 
 import numpy as np
 
+from keras_lipattn.bounds.activated_product import activated_product_constant
+from keras_lipattn.bounds.layer_constants import conversion_constant
 from keras_lipattn.linalg import SAFETY, fast_operator_norm
 
+# By the norm of the certificate, the other norms in which changes are bounded.
+OTHERS = {"l2": ("token",), "token": ("l2",), "linf": ("token", "l2")}
+_BY_SIZE = ("linf", "token", "l2")
 # A map of the last axis: a matrix `(d_in, d_out)`, its diagonal `(d,)`, or `None`, the identity.
 Linear = np.ndarray | None
 
@@ -109,6 +114,16 @@ class Ball:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Activated:
+    """`f(root @ before) @ after` for functions `f` of single entries with bounded slopes."""
+
+    root: "Bounds"
+    before: np.ndarray
+    slopes: tuple[float, float]
+    after: Linear = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Bounds:
     """What is known of a tensor.
 
@@ -120,6 +135,8 @@ class Bounds:
         anchor: A tensor that this one is a linear map of, token by token, up to a shift.
         linear: That map.
         routes: Pairs of a tensor and a linear map that gives this one from it.
+        activated: The tensor as a linear map of functions of a linear map of single entries.
+        others: The same tensor in the other norms of `OTHERS`.
     """
 
     log: float
@@ -129,6 +146,8 @@ class Bounds:
     anchor: "Bounds | None" = None
     linear: Linear = None
     routes: "tuple[tuple[Bounds, Linear], ...]" = ()
+    activated: "Activated | None" = None
+    others: "dict[str, Bounds]" = dataclasses.field(default_factory=dict)
 
     @property
     def root(self) -> "Bounds":
@@ -148,6 +167,34 @@ class Bounds:
     def reshaped(self, other: "Bounds") -> "Bounds":
         """The same bounds with the sizes of another tensor."""
         return dataclasses.replace(self, shape=other.shape, varies=other.varies)
+
+
+def in_norm(state: Bounds, norm: str, other: str) -> Bounds:
+    """The tensor in another norm than that of the certificate."""
+    if other in state.others or other == norm:
+        return state.others.get(other, state)
+    return dataclasses.replace(state, log=state.log + log_of(price(state, norm, other)))
+
+
+def relaxed(family: dict[str, Bounds], norm: str) -> Bounds:
+    """The tensor of this norm with the others; each log is at most another one plus a price."""
+    for _ in range(2):
+        for source in family:
+            for target in family:
+                log = family[source].log + log_of(price(family[source], source, target))
+                if log < family[target].log:
+                    family[target] = dataclasses.replace(family[target], log=log)
+    return dataclasses.replace(family.pop(norm), others=family)
+
+
+def price(state: Bounds, source: str, target: str) -> float:
+    """Largest ratio of two norms of the tensor."""
+    if _BY_SIZE.index(target) <= _BY_SIZE.index(source):
+        return 1.0
+    # A single token has the same 2-norm and token norm, a single entry the same in all.
+    tokens = state.tokens if target == "l2" else 1
+    width = state.width if source == "linf" else 1
+    return conversion_constant(source, target, tokens=tokens, width=width)
 
 
 def log_of(constant: float) -> float:
@@ -223,6 +270,13 @@ def mapped(
     log, merged = state.log + log_of(constant), compose(state.linear, linear)
     if state.linear is not None and linear is not None:
         log = min(log, state.root.log + log_of(constant_of(merged, norm)))
+    activated = state.activated
+    if activated is not None and linear is not None:
+        activated = dataclasses.replace(activated, after=compose(activated.after, linear))
+        before, after = activated.before, activated.after
+        if after is not None and after.ndim == 2:
+            joint = activated_product_constant(before, after, activated.slopes, norm)
+            log = min(log, activated.root.log + log_of(joint))
     width = state.width if linear is None else linear.shape[-1]
     return Bounds(
         log,
@@ -232,25 +286,33 @@ def mapped(
         state.root,
         merged,
         ((state, linear), (state.root, merged)),
+        activated,
     )
 
 
 def elementwise(
-    state: Bounds, slope: float, at_zero: float, limits: tuple[float, float] | None
+    state: Bounds,
+    slopes: tuple[float, float],
+    at_zero: float,
+    limits: tuple[float, float] | None,
 ) -> Bounds:
     """Bounds after a function of single entries.
 
     Args:
         state: Bounds of the input.
-        slope: Its largest slope.
+        slopes: Its smallest slope, and an upper bound of all slopes in absolute value.
         at_zero: Upper bound of its absolute value at 0.
         limits: An interval with all its values, or `None`.
     """
-    ball = Ball() if limits is None else Ball.of_entries(*limits, state.width)
+    ball, slope = Ball() if limits is None else Ball.of_entries(*limits, state.width), slopes[1]
     if math.isfinite(state.ball.radius):
         reach = slope * state.ball.reach + math.sqrt(state.width) * at_zero
         ball = ball.smaller(Ball(reach, None, slope * state.ball.largest + at_zero))
-    return Bounds(state.log + log_of(slope), state.shape, state.varies, ball)
+    activated = None
+    if state.linear is not None and state.linear.ndim == 2:
+        activated = Activated(state.root, state.linear, slopes)
+    log = state.log + log_of(slope)
+    return Bounds(log, state.shape, state.varies, ball, activated=activated)
 
 
 def combined(states: list[Bounds], coefficients: list[float], norm: str) -> Bounds:
