@@ -10,7 +10,7 @@ from helpers import bounds_cases, jacobians, loop_attention, loop_cosine
 from helpers.layer_cases import BATCH, FEATURES, LENGTH, Case, kernels
 
 import keras_lipattn as kl
-from keras_lipattn.layers import _distance_attention
+from keras_lipattn.layers import _block_layout, _distance_attention
 
 KINDS = (kl.L2MultiHeadAttention, kl.ScaledCosineAttention)
 AXES = ("plain", "one token", "first axis", "last axis", "two axes", "outer axes")
@@ -90,7 +90,7 @@ def path(request, monkeypatch):
     """A function of a layer that returns a way of calling it."""
     if request.param == "blocks":
         monkeypatch.setattr(_distance_attention, "BLOCKWISE_MIN_LENGTH", 1)
-        monkeypatch.setattr(_distance_attention, "block_size_for", lambda *sizes: 2)
+        monkeypatch.setattr(_block_layout, "BLOCK_SIZES", (2, 2))
 
     def through(layer):
         if request.param == "condensed":
@@ -124,7 +124,7 @@ def test_sides_may_be_unknown_in_a_graph(length, blocks, jit_compile, monkeypatc
     layer, x = case.layer(), case.inputs()
     if blocks:
         monkeypatch.setattr(_distance_attention, "BLOCKWISE_MIN_LENGTH", 1)
-        monkeypatch.setattr(_distance_attention, "block_size_for", lambda *sizes: 2)
+        monkeypatch.setattr(_block_layout, "BLOCK_SIZES", (2, 2))
     for rank in (2, 3, 4):
         signature = [
             tf.TensorSpec((None, length, FEATURES), "float64"),

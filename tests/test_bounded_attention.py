@@ -14,6 +14,7 @@ from helpers.layer_cases import BOUNDED_OPTIONS, CAPS, FEATURES, HEADS, LENGTH, 
 
 import keras_lipattn as kl
 from keras_lipattn.layers import Tracking
+from keras_lipattn.layers._fused_attention import plain_attention
 
 KIND = kl.BoundedMultiHeadAttention
 ONE_CAP = [cap for cap in CAPS if cap != "both"]
@@ -188,6 +189,28 @@ def test_tensors_that_do_not_fit_are_refused():
         layer(x, x[:, :2], value_mask=np.ones((2, 4), bool))
     with pytest.raises(ValueError, match=r"one kernel projects|One kernel projects"):
         kl.L2MultiHeadAttention(2, 3, token_radius=1.0)(x, x[..., :3])
+
+
+@pytest.mark.parametrize("options", ["plain", "relative", "shared heads"])
+@pytest.mark.parametrize("call", ["no mask", "causal", "pairs", "everything"])
+@pytest.mark.parametrize("cross", [False, True])
+def test_gradients_in_training_are_those_of_the_plain_operations(options, call, cross):
+    case = _case(options, call)
+    layer, x = case.layer(), tf.constant(case.inputs())
+    arguments = {k: v for k, v in case.call_arguments().items() if k != "implicit"}
+
+    def gradients():
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            given = (2.0 * x[:, ::-1],) if cross else ()
+            loss = tf.reduce_sum(tf.sin(layer(x, *given, training=True, **arguments)))
+        return tape.gradient(loss, [x, *layer.trainable_variables])
+
+    written = gradients()
+    with plain_attention():
+        plain = gradients()
+    for one, other in zip(written, plain, strict=True):
+        np.testing.assert_allclose(_numpy(one), _numpy(other), rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize(

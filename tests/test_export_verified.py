@@ -390,7 +390,10 @@ TAMPERINGS = {
         in_certificate(lambda c: c.update(total=-1.0)),
         "total of the certificate",
     ),
-    "a total in words": (in_certificate(lambda c: c.update(total="0.1")), "total of the certifi"),
+    "a total that is a text": (
+        in_certificate(lambda c: c.update(total="0.1")),
+        "total of the certifi",
+    ),
     "pairs of zero": (
         in_certificate(lambda c: c.update(pairwise_constants=np.zeros((3, 3)).tolist())),
         "for classes 0 and 1",

@@ -6,8 +6,10 @@ import pytest
 import tensorflow as tf
 
 import keras_lipattn as kl
-from keras_lipattn.layers import _distance_attention
-from keras_lipattn.layers._blocked_attention import attend_in_blocks, block_size_for
+from keras_lipattn.layers import _block_layout, _distance_attention
+from keras_lipattn.layers._block_layout import layout_for
+from keras_lipattn.layers._distance_attention import attend_blockwise, attention_weights
+from keras_lipattn.layers._masks import Mask
 
 LENGTH, FEATURES = 75, 16
 _rng = np.random.default_rng(0)
@@ -18,8 +20,17 @@ MASKS = {
     "full": ({}, {}),
     "causal": ({}, {"use_causal_mask": True}),
     "window": ({"sliding_window": 4}, {}),
+    "window, padding": ({"sliding_window": 4}, {"query_mask": _valid}),
+    "window, causal": ({"sliding_window": 6}, {"use_causal_mask": True}),
+    "window of blocks": ({"sliding_window": 14}, {}),
+    "window of half": ({"sliding_window": 40}, {"use_causal_mask": True}),
+    "window of all": ({"sliding_window": 400}, {}),
+    "window, relative": ({"sliding_window": 6, "max_relative_position": 3}, {}),
     "padding": ({}, {"query_mask": _valid}),
     "pairs": ({}, {"attention_mask": _pairs}),
+    "pairs, causal": ({}, {"attention_mask": _pairs, "use_causal_mask": True}),
+    "keys of pairs": ({"sliding_window": 9}, {"attention_mask": _pairs[:, :1]}),
+    "queries of pairs": ({"sliding_window": 9}, {"attention_mask": _pairs[:, :, :1]}),
     "pairs per head": ({}, {"attention_mask": np.stack([_pairs, ~_pairs], axis=1)}),
     "relative": ({"max_relative_position": 20}, {"use_causal_mask": True}),
     "relative, padding": (
@@ -32,7 +43,9 @@ MASKS = {
 
 @pytest.fixture
 def in_blocks(monkeypatch):
-    """Switches blocks on for short sequences."""
+    """Switches blocks on for short sequences: several steps of several blocks."""
+    monkeypatch.setattr(_block_layout, "BLOCK_SIZES", (4, 4))
+    monkeypatch.setattr(_block_layout, "BLOCK_ENTRIES_OF_HEAD", 200)
 
     def switch(on):
         monkeypatch.setattr(_distance_attention, "BLOCKWISE_MIN_LENGTH", 1 if on else 10**9)
@@ -59,6 +72,9 @@ def _outputs_and_gradients(layer, x, options, jit_compile, *, with_scores=False)
     [
         *((name, blocks, False) for name in MASKS for blocks in (False, True)),
         ("full", True, True),
+        ("causal", True, True),
+        ("window, causal", True, True),
+        ("window, relative", True, True),
         ("relative", True, True),
         ("all", True, True),
         ("all", False, True),
@@ -117,18 +133,108 @@ def test_estimates_run_over_long_sequences(in_blocks):
     np.testing.assert_allclose(found.value, expected.value, rtol=1e-4)
 
 
-@pytest.mark.parametrize("length", [1, 16, 17, 40])
-def test_any_length_fits_any_block(length):
-    queries, keys, values = (tf.constant(_rng.normal(size=(1, 2, length, 3))) for _ in range(3))
-    found = attend_in_blocks(
-        queries, keys, values, hide=lambda scores, start: scores, block_size=16
+_WINDOWS = (None, 1, 2, 5, 8, 9, 33, 1000)
+
+
+@pytest.mark.parametrize("length", [1, 2, 16, 17, 40, 63])
+@pytest.mark.parametrize("causal", [False, True])
+def test_any_length_fits_any_block_and_window(length, causal, monkeypatch):
+    y = tf.constant(_rng.normal(size=(1, 2, length, 3)))
+    for window in _WINDOWS:
+        mask = Mask(use_causal_mask=causal, sliding_window=window)
+        expected = tf.matmul(attention_weights(y, mask), y)
+        for size, entries in ((1, 1), (4, 300), (16, 10**4)):
+            monkeypatch.setattr(_block_layout, "BLOCK_SIZES", (size, size))
+            monkeypatch.setattr(_block_layout, "BLOCK_ENTRIES_OF_HEAD", entries)
+            # float64 throughout: only the order of sums differs.
+            np.testing.assert_allclose(attend_blockwise(y, mask), expected, atol=1e-12)
+
+
+def _scores_of(length, mask):
+    layout = layout_for(length, 1, mask)
+    return sum(span.steps * layout.step_size * span.width for span in layout.spans), max(
+        layout.step_size * span.width for span in layout.spans
     )
-    weights = tf.nn.softmax(tf.matmul(queries, keys, transpose_b=True))
-    # float64 throughout: only the order of sums differs.
-    np.testing.assert_allclose(found, tf.matmul(weights, values), atol=1e-12)
 
 
-def test_blocks_get_smaller_as_sequences_get_longer():
-    sizes = [block_size_for(1, 4, length) for length in (4096, 16384, 10**6)]
-    assert sizes == sorted(sizes, reverse=True)
-    assert min(sizes) >= 16
+@pytest.mark.parametrize("length", [1024, 3000, 4096, 16384, 10**5])
+def test_blocks_leave_out_what_is_hidden(length):
+    computed, at_once = _scores_of(length, Mask())
+    # Queries are added to fill the last block: less than one of 16 in each.
+    assert length**2 <= computed <= length**2 * 1.07
+    assert at_once <= max(2**20, 17 * length)
+    computed, _ = _scores_of(length, Mask(use_causal_mask=True))
+    assert computed <= 0.6 * length**2
+    for window in (2, 30, 128, 200):
+        computed, at_once = _scores_of(length, Mask(sliding_window=window))
+        # A block of at most as many queries as the window, and up to a block more on each side.
+        assert computed <= 1.3 * length * max(48, 5 * window)
+        assert at_once <= 2**20
+
+
+@pytest.mark.parametrize("name", ["full", "causal", "window, causal"])
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_dropout_in_blocks_drops_the_same_weights_both_ways(name, jit_compile, in_blocks):
+    in_blocks(True)
+    built, called = MASKS[name]
+    mask = Mask(**built, **called)
+    y = tf.constant(_rng.normal(size=(2, 2, LENGTH, 3)))
+    direction = tf.constant(_rng.normal(size=(2, 2, LENGTH, LENGTH)))
+    # The weights are applied to the unit vectors: they are the output.
+    units = tf.broadcast_to(tf.eye(LENGTH, dtype="float64"), direction.shape)
+
+    @tf.function(autograph=False, jit_compile=jit_compile)
+    def drop(y, units, seed):
+        with tf.GradientTape() as tape:
+            tape.watch([y, units])
+            weights = attend_blockwise(y, mask, units, dropout=0.25, seed=seed)
+        return weights, *tape.gradient(weights, [y, units], direction)
+
+    weights, to_y, to_units = drop(y, units, tf.constant([3, 7], "int64"))
+    plain = attention_weights(y, mask)
+    kept = tf.cast(weights > 0.0, "float64") / 0.75
+    np.testing.assert_allclose(weights, plain * kept, atol=1e-12)
+    with tf.GradientTape() as tape:
+        tape.watch([y, units])
+        loss = tf.reduce_sum(tf.matmul(attention_weights(y, mask) * kept, units) * direction)
+    for found, expected in zip((to_y, to_units), tape.gradient(loss, [y, units]), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-10)
+    # Draws of heads, blocks and calls are independent: five standard deviations.
+    shown = plain.numpy() > 0.0
+    draws = weights.numpy() > 0.0
+    other = drop(y, units, tf.constant([3, 8], "int64"))[0].numpy() > 0.0
+    parts = [
+        (draws, other),
+        (draws[:, :1], draws[:, 1:]),
+        (draws[:1], draws[1:]),
+        (draws[..., 20:40, 20:40], draws[..., 24:44, 24:44]),
+    ]
+    visible = [shown, shown[:, :1], shown[:1], shown[..., 20:40, 20:40]]
+    deviation = 5.0 / np.sqrt(shown.sum())
+    assert abs(draws[shown].mean() - 0.75) < 0.44 * deviation
+    for (first, second), where in zip(parts, visible, strict=True):
+        agree = (first == second)[where].mean()
+        assert abs(agree - 0.625) < 0.49 * 5.0 / np.sqrt(where.sum())
+
+
+def test_dropout_of_a_long_sequence_is_off_at_inference_and_changes_with_each_call(in_blocks):
+    in_blocks(True)
+    layer = kl.L2MultiHeadAttention(2, 8, dropout=0.5, seed=0)
+    x = tf.constant(_rng.normal(size=(2, LENGTH, FEATURES)), "float32")
+    expected, _ = layer(x, return_attention_scores=True)
+    np.testing.assert_allclose(layer(x), expected, atol=1e-5)
+    first, second = (layer(x, training=True) for _ in range(2))
+    assert not np.allclose(first, second, atol=1e-3)
+    # The mean over many draws is the output without dropout: 5 standard deviations of each entry.
+    draws = np.stack([layer(x, training=True) for _ in range(200)])
+    error = np.abs(draws.mean(0) - expected)
+    assert (error < 5.0 * draws.std(0) / np.sqrt(200) + 1e-5).mean() > 0.999
+
+
+def test_blocks_take_no_examples():
+    y = tf.zeros((0, 2, 40, 3))
+    for mask in (Mask(), Mask(use_causal_mask=True), Mask(sliding_window=3)):
+        with tf.GradientTape() as tape:
+            tape.watch(y)
+            found = attend_blockwise(y, mask)
+        assert found.shape == tape.gradient(found, y).shape == y.shape

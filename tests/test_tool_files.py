@@ -1,5 +1,6 @@
 """The tools say in one line what is wrong with a model file or a module."""
 
+import importlib
 import os
 import pathlib
 import subprocess
@@ -45,10 +46,11 @@ def _truncated(path):
     path.write_bytes(path.read_bytes()[:500])
 
 
-def _flipped(path):
+def _overwritten(path):
     _model(path)
     content = bytearray(path.read_bytes())
-    content[60:90] = bytes(30)
+    third = len(content) // 3
+    content[third : 2 * third] = bytes(third)
     path.write_bytes(bytes(content))
 
 
@@ -61,7 +63,7 @@ BROKEN = {
     "config without a class": _changed("config.json", "{}"),
     "weights that are no weights": _changed("model.weights.h5", b"weights"),
     "truncated": _truncated,
-    "overwritten": _flipped,
+    "overwritten": _overwritten,
     "empty": lambda path: path.write_bytes(b""),
 }
 
@@ -81,7 +83,7 @@ def run(tool, folder, *arguments):
 def load(path, modules=()):
     sys.path.insert(0, str(ROOT / "tools"))
     try:
-        from model_file import load_model
+        load_model = importlib.import_module("model_file").load_model
     finally:
         sys.path.remove(str(ROOT / "tools"))
     return load_model(path, modules)

@@ -8,8 +8,8 @@ SavedModel is loaded by TensorFlow after its operations were compared with a lis
 
 Exit codes: 0 verified, 1 not verified, 2 wrong usage.
 
-The manifest tells an accident from an intact export. Anyone who can write to the folder can also write
-a new manifest: sign it, see docs/serving.md.
+The manifest detects accidents. Anyone with write access to the folder can write a new manifest, so
+sign it: see docs/verification.md.
 """
 
 import os

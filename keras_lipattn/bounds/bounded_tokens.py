@@ -29,6 +29,7 @@ from keras_lipattn.bounds.multihead import (
     safe_sqrt,
 )
 from keras_lipattn.linalg import SAFETY, operator_norm
+from keras_lipattn.linalg.power import MatrixProduct
 
 BALL = "Theorem 4.2"
 # Where `2 rho s + sqrt(1 + 4 s^2 (4 rho^2 - 1))` is largest at `s = rho`: from this `rho^2` on.
@@ -278,12 +279,11 @@ def product_matrices(
         xp: array namespace.
     """
     scale = query.shape[-1] ** -0.5
-    scores = {"head_score": xp.matmul(query * scale, xp.transpose(key, (0, 2, 1)))}
+    scores = {"head_score": MatrixProduct(query * scale, xp.transpose(key, (0, 2, 1)))}
     if norm == "linf":
         return {**scores, "head_value": value}
-    heads, features, _ = value.shape
-    product = xp.matmul(value, output / xp.reshape(scaling, (-1, 1, 1)))
-    return {**scores, "stacked_product": xp.reshape(product, (heads * features, -1))}
+    scaled = output / xp.reshape(scaling, (-1, 1, 1))
+    return {**scores, "stacked_product": MatrixProduct(value, scaled, stacked=True)}
 
 
 def product_scaling(query, key, value, output, *, radius: float, xp: typing.Any) -> typing.Any:

@@ -99,7 +99,7 @@ class StatedCertificate:
         threat = entries.get("threat_model")
         require(isinstance(threat, dict), "the certificate has no threat model")
         assert isinstance(threat, dict)
-        self.norm = threat.get("norm")
+        self.norm: Any = threat.get("norm")
         require(self.norm in NORMS, f"the certificate has an unknown norm {self.norm!r}")
         self.total = _number(entries.get("total"), "total")
         log10 = _number(entries.get("log10"), "log10", least=-math.inf)
@@ -112,12 +112,12 @@ class StatedCertificate:
         self.head = entries.get("head")
         require(self.head in _HEADS, f"the certificate has an unknown head {self.head!r}")
         self.input_radius = _number(threat.get("input_radius"), "input_radius")
-        self.max_tokens = threat.get("max_tokens")
+        self.max_tokens: Any = threat.get("max_tokens")
         require(
             self.max_tokens is None or (type(self.max_tokens) is int and self.max_tokens >= 1),
             f"the certificate states max_tokens={self.max_tokens!r}",
         )
-        self.inputs = threat.get("inputs")
+        self.inputs: Any = threat.get("inputs")
         require(isinstance(self.inputs, list), "the certificate lists no inputs")
         self.pairs = _pairs(entries.get("pairwise_constants"))
         if threat.get("radius") != "inf" or threat.get("center"):

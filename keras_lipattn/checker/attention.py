@@ -13,7 +13,7 @@ from keras_lipattn.bounds.compact import (
 )
 from keras_lipattn.bounds.cosine import certified_cosine_bound, fold
 from keras_lipattn.bounds.multihead import certified_layer_bound
-from keras_lipattn.bounds.unit_head import no_smaller_norms
+from keras_lipattn.bounds.unit_head import unit_head_bound
 from keras_lipattn.bounds.visible_pairs import Cliques, mask_cliques, mask_degrees
 from keras_lipattn.checker.refusal import require
 from keras_lipattn.checker.tensor_bounds import Ball, Bounds, log_of
@@ -75,29 +75,36 @@ class Visibility:
             visible &= np.abs(lag) < self.window
         return visible | (lag == 0) if self.diagonal else visible
 
-    def structure(self, tokens: int | None) -> dict[str, Any]:
-        """The arguments of the bounds about the mask, for at most `tokens` tokens if known."""
-        far = tokens is None or (self.window is not None and tokens > self.window)
-        if self.pairs is None and self.window is not None and far:
-            reach = self.window - 1
-            if self.causal:
-                cliques = Cliques(math.sqrt(reach), False)
-                return {"mask": "any", "n_keys": reach, "n_queries": reach, "cliques": cliques}
-            # No key is seen by more than all other tokens, on both sides together.
-            most = reach if tokens is None else min(reach, 0.5 * (tokens - 1.0))
-            cliques = Cliques(2.0 * math.sqrt(most), True)
-            return {"mask": "any", "n_keys": 2 * reach, "n_queries": 2 * reach, "cliques": cliques}
-        if self.pairs is None:
-            return {"mask": "causal" if self.causal else "full"}
-        pairs = self.matrix(len(self.pairs)) | np.eye(len(self.pairs), dtype=bool)
-        lower = np.tri(len(pairs), dtype=bool)
-        if pairs.all():
+    def known(self, tokens: int) -> dict[str, Any]:
+        """The arguments of the bounds that say what is visible, for at most `tokens` tokens."""
+        mask, pairs = "causal" if self.causal else "full", self.pairs
+        if pairs is not None:
+            lower = np.tri(len(pairs), dtype=bool)
+            pairs = pairs & lower if self.causal else pairs
+            if pairs.all() or (pairs == lower).all():
+                mask, pairs = "full" if pairs.all() else "causal", None
+        if pairs is not None:
+            return self._of_pairs(tokens)
+        if self.window is None or tokens <= self.window:
+            return {"mask": mask}
+        reach = self.window - 1
+        seen = reach if mask == "causal" else 2 * reach
+        cliques = Cliques(math.sqrt(reach), False)
+        if mask == "full":
+            # A key that many queries see on one side is seen by few on the other side.
+            cliques = Cliques(2.0 * math.sqrt(min(reach, 0.5 * (tokens - 1.0))), True)
+        return {"mask": "any", "n_keys": seen, "n_queries": seen, "cliques": cliques}
+
+    def _of_pairs(self, tokens: int) -> dict[str, Any]:
+        visible = self.matrix(tokens) | np.eye(tokens, dtype=bool)
+        lower = np.tri(tokens, dtype=bool)
+        if visible.all():
             return {"mask": "full"}
-        if (pairs == lower).all() or (pairs == lower.T).all():
+        if (visible == lower).all() or (visible == lower.T).all():
             return {"mask": "causal"}
-        n_keys, n_queries = mask_degrees(pairs)
-        cliques = mask_cliques(pairs)
-        return {"mask": "any", "n_keys": n_keys, "n_queries": n_queries, "cliques": cliques}
+        keys, queries = mask_degrees(visible)
+        cliques = mask_cliques(visible)
+        return {"mask": "any", "n_keys": keys, "n_queries": queries, "cliques": cliques}
 
 
 def softmax(scores: np.ndarray, visible: np.ndarray) -> np.ndarray:
@@ -172,14 +179,17 @@ def distance_constant(step: Any, tokens: int, norm: str) -> float:
         name: step.sizes(name, len(b))
         for name in ("product_scale", "query_error", "product_error")
     }
-    structure = Visibility(step, True).structure(tokens)
-    return certified_layer_bound(b, c, norm=norm, tokens=tokens, **structure, **allowances).value
+    known = Visibility(step, True).known(tokens)
+    return certified_layer_bound(b, c, norm=norm, tokens=tokens, **known, **allowances).value
 
 
-def distance_no_smaller(step: Any, tokens: int, norm: str) -> tuple[str, ...]:
-    """See `no_smaller_norms`."""
-    structure = Visibility(step, True).structure(tokens)
-    return no_smaller_norms(norm, step.integer("heads"), tokens, **structure)
+def distance_is_larger(step: Any, tokens: int, norm: str, other: str) -> bool:
+    """Whether the constant in another norm cannot help: it is no smaller (Theorems 5.1, 5.2)."""
+    known = Visibility(step, True).known(tokens)
+    own, another = (unit_head_bound(tokens, norm=each, **known).value for each in (norm, other))
+    if (norm, other) == ("l2", "token"):
+        return another >= own
+    return (norm, other) == ("token", "l2") and step.integer("heads") == 1 and another >= own
 
 
 def cosine_parts(step: Any) -> tuple[np.ndarray, ...]:
@@ -216,10 +226,10 @@ def cosine_constant(step: Any, tokens: int, norm: str) -> float:
     query, key, value, output = cosine_parts(step)
     epsilon, temperature = step.positive("epsilon"), step.positive("temperature")
     a, g = fold(query, key, value, temperature=temperature, epsilon=epsilon, xp=np)
-    structure = Visibility(step, True).structure(None)
-    degrees = {name: structure.get(name) for name in ("mask", "n_queries")}
+    known = Visibility(step, True).known(tokens)
+    known = {name: known[name] for name in ("mask", "n_queries") if name in known}
     return certified_cosine_bound(
-        a, g, output, norm=norm, temperature=temperature, tokens=tokens, **degrees
+        a, g, output, norm=norm, temperature=temperature, tokens=tokens, **known
     ).value
 
 
@@ -254,9 +264,11 @@ def dot_product_bounds(step: Any, state: Bounds, norm: str) -> Bounds:
     require(math.isfinite(before.radius), f"{step.layer}: its tokens are not bounded")
     seen = Visibility(step, False)
     require(seen.window is None, f"no independent check of the window of {step.layer}")
-    mask = seen.structure(tokens)["mask"]
-    if mask == "any":
-        require(seen.matrix(tokens).any(-1).all(), f"{step.layer}: a query sees no key")
+    mask, pairs = "causal" if seen.causal else "full", seen.pairs
+    if pairs is not None:
+        visible, lower = seen.matrix(tokens), np.tri(tokens, dtype=bool)
+        mask = "full" if visible.all() else "causal" if (visible == lower).all() else "any"
+        require(bool(seen.matrix(tokens).any(-1).all()), f"{step.layer}: a query sees no key")
     scale, width = 1.0 / math.sqrt(query.shape[2]), query.shape[1]
     bias = step.optional("query_bias")
     center = np.zeros(width) if before.center is None else before.center

@@ -26,7 +26,7 @@ class Kind:
         allowed: The operations of TensorFlow that may compute it.
         linear: Whether the served graph must multiply by constants only.
         scales: Sizes of the random inputs that both are compared on.
-        no_smaller: Other norms in which the constant is known to be no smaller than in a norm.
+        is_larger: Whether, for an input and a norm, the constant in another norm cannot help.
     """
 
     value: Callable[[Step, Values, Values], np.ndarray]
@@ -34,7 +34,7 @@ class Kind:
     allowed: Callable[[Step], frozenset[str]]
     linear: Callable[[Step], bool] = lambda step: False
     scales: Callable[[Step], tuple[float, ...]] = lambda step: (0.1, 1.0, 5.0)
-    no_smaller: Callable[[Step, list[Bounds], str], tuple[str, ...]] = lambda *_: ()
+    is_larger: Callable[[Step, Bounds, str, str], bool] = lambda step, state, norm, other: False
 
 
 def _dense_value(step: Step, inputs: Values, masks: Values) -> np.ndarray:
@@ -241,8 +241,8 @@ KINDS = {
         attention.distance_value,
         _distance_bounds,
         _ATTENTION,
-        no_smaller=lambda step, states, norm: attention.distance_no_smaller(
-            step, step.tokens(states[0]), norm
+        is_larger=lambda step, state, norm, other: attention.distance_is_larger(
+            step, step.tokens(state), norm, other
         ),
     ),
     "dot_product_attention": Kind(

@@ -11,7 +11,14 @@ from keras_lipattn.checker.kinds import KINDS, Kind
 from keras_lipattn.checker.refusal import NotVerified, require
 from keras_lipattn.checker.served_function import Region, ServedFunction
 from keras_lipattn.checker.step import Step
-from keras_lipattn.checker.tensor_bounds import OTHERS, Ball, Bounds, full, in_norm, relaxed
+from keras_lipattn.checker.tensor_bounds import (
+    OTHER_NORMS,
+    Ball,
+    Bounds,
+    converted,
+    full,
+    relaxed,
+)
 from keras_lipattn.linalg import SAFETY
 
 # Largest difference between a step and its definition in float64, relative to the largest entry.
@@ -47,7 +54,8 @@ class Propagation:
             for entry in entries
             if served.has(entry["output"])
         }
-        self._bounds: dict[str, Bounds] = {}
+        # Of each tensor in the norm of the certificate and in others that may help.
+        self._bounds: dict[str, dict[str, Bounds]] = {}
         self._rng = np.random.default_rng(0)
         varying = any(None in shape[1:] for shape, _ in served.specs.values())
         require(
@@ -75,7 +83,7 @@ class Propagation:
             else:
                 self._bounds[tensor] = self._checked(tensor, before)
                 stack.pop()
-        return self._bounds[output]
+        return self._bounds[output][self.certificate.norm]
 
     def random_inputs(self, batch: int, length: int) -> dict[str, np.ndarray]:
         """Values for all inputs of the signature, by tensor."""
@@ -129,7 +137,7 @@ class Propagation:
         require(bool(entry["inputs"]), f"{entry['layer']}: it has no inputs")
         return [self.served.tensor(name) for name in entry["inputs"]]
 
-    def _checked(self, tensor: str, inputs: list[str]) -> Bounds:
+    def _checked(self, tensor: str, inputs: list[str]) -> dict[str, Bounds]:
         sizes = self.sizes(tensor)
         varies = tuple(len(set(size)) > 1 for size in zip(*sizes, strict=True))
         if len(self.lengths) == 1 and self._length_varies():
@@ -137,7 +145,8 @@ class Propagation:
             varies = tuple(size == 1 for size in sizes[-1])
         output = Bounds(0.0, sizes[-1], varies)
         if not inputs:
-            return self._source(tensor, output)
+            source = self._source(tensor, output)
+            return {norm: converted(source, self._norm, norm) for norm in self._norms}
         entry = self._entries[tensor]
         masks = [self.served.tensor(name) for name in entry["masks"]]
         for mask in masks:
@@ -149,20 +158,33 @@ class Propagation:
         require(not product, f"{step.layer}: it multiplies two tensors at {product!r}")
         if step.kind == "global_average" and bool(masks) != bool(step.parameters.get("masked")):
             raise NotVerified(f"{step.layer}: its masks are not those of its parameters")
-        states = [self._bounds[one] for one in inputs]
-        norm = self.certificate.norm
-        after = kind.bounds(step, states, norm, output).reshaped(output)
-        family = {norm: after}
-        for other in OTHERS[norm]:
-            if other in kind.no_smaller(step, states, norm):
-                family[other] = in_norm(after, norm, other)
-                continue
-            views = [in_norm(state, norm, other) for state in states]
-            found = kind.bounds(step, views, other, output).reshaped(output)
-            family[other] = dataclasses.replace(found, ball=after.ball)
         self._compare(step, kind, region, inputs, masks)
         self.checked += 1
-        return relaxed(family, norm)
+        return self._after(step, kind, inputs, output)
+
+    @property
+    def _norm(self) -> str:
+        return self.certificate.norm
+
+    @property
+    def _norms(self) -> tuple[str, ...]:
+        return (self._norm, *OTHER_NORMS[self._norm])
+
+    def _after(
+        self, step: Step, kind: Kind, inputs: list[str], output: Bounds
+    ) -> dict[str, Bounds]:
+        """Bounds of the output in all norms, each at most another one at its price."""
+        family: dict[str, Bounds] = {}
+        for norm in self._norms:
+            states = [self._bounds[one][norm] for one in inputs]
+            if norm != self._norm and kind.is_larger(step, states[0], self._norm, norm):
+                continue
+            after = kind.bounds(step, states, norm, output)
+            if norm == self._norm or math.isfinite(after.log) or after.log < 0.0:
+                family[norm] = after.reshaped(output)
+        for norm in self._norms:
+            family.setdefault(norm, converted(family[self._norm], self._norm, norm))
+        return relaxed(family)
 
     def _length_varies(self) -> bool:
         return any(None in shape[1:] for shape, _ in self.served.specs.values())
@@ -178,10 +200,7 @@ class Propagation:
         require("float" in self.served.dtypes[tensor], f"the input {node.name!r} is not looked up")
         self.sources.append(tensor)
         limit = self.certificate.limit
-        source = dataclasses.replace(output, ball=Ball() if limit is None else Ball(limit))
-        norm = self.certificate.norm
-        others = {other: in_norm(source, norm, other) for other in OTHERS[norm]}
-        return dataclasses.replace(source, others=others)
+        return dataclasses.replace(output, ball=Ball() if limit is None else Ball(limit))
 
     def _check_mask(self, mask: str, layer: str) -> None:
         fixed = self.served.dtypes[mask] == "bool" and not self.served.depends_on_floats(mask)

@@ -93,7 +93,7 @@ def _served(name: str, stated: Any, region: Region, layer: str) -> np.ndarray:
         isinstance(stated, dict) and isinstance(stated.get("shape"), list),
         f"{layer}: array {name!r} has no shape",
     )
-    found = region.constants.get(stated.get("sha256"))
+    found = region.constants.get(str(stated.get("sha256")))
     if found is None:
         raise NotVerified(f"{layer}: the served graph has no array with the SHA-256 of {name!r}")
     shape = stated["shape"]

@@ -13,8 +13,8 @@ from keras_lipattn.bounds.activated_product import activated_product_constant
 from keras_lipattn.bounds.layer_constants import conversion_constant
 from keras_lipattn.linalg import SAFETY, fast_operator_norm
 
-# By the norm of the certificate, the other norms in which changes are bounded.
-OTHERS = {"l2": ("token",), "token": ("l2",), "linf": ("token", "l2")}
+# Norms whose bounds may improve those of a certificate in a norm.
+OTHER_NORMS = {"l2": ("token",), "token": ("l2",), "linf": ("token", "l2")}
 _BY_SIZE = ("linf", "token", "l2")
 # A map of the last axis: a matrix `(d_in, d_out)`, its diagonal `(d,)`, or `None`, the identity.
 Linear = np.ndarray | None
@@ -136,7 +136,6 @@ class Bounds:
         linear: That map.
         routes: Pairs of a tensor and a linear map that gives this one from it.
         activated: The tensor as a linear map of functions of a linear map of single entries.
-        others: The same tensor in the other norms of `OTHERS`.
     """
 
     log: float
@@ -147,7 +146,6 @@ class Bounds:
     linear: Linear = None
     routes: "tuple[tuple[Bounds, Linear], ...]" = ()
     activated: "Activated | None" = None
-    others: "dict[str, Bounds]" = dataclasses.field(default_factory=dict)
 
     @property
     def root(self) -> "Bounds":
@@ -167,34 +165,6 @@ class Bounds:
     def reshaped(self, other: "Bounds") -> "Bounds":
         """The same bounds with the sizes of another tensor."""
         return dataclasses.replace(self, shape=other.shape, varies=other.varies)
-
-
-def in_norm(state: Bounds, norm: str, other: str) -> Bounds:
-    """The tensor in another norm than that of the certificate."""
-    if other in state.others or other == norm:
-        return state.others.get(other, state)
-    return dataclasses.replace(state, log=state.log + log_of(price(state, norm, other)))
-
-
-def relaxed(family: dict[str, Bounds], norm: str) -> Bounds:
-    """The tensor of this norm with the others; each log is at most another one plus a price."""
-    for _ in range(2):
-        for source in family:
-            for target in family:
-                log = family[source].log + log_of(price(family[source], source, target))
-                if log < family[target].log:
-                    family[target] = dataclasses.replace(family[target], log=log)
-    return dataclasses.replace(family.pop(norm), others=family)
-
-
-def price(state: Bounds, source: str, target: str) -> float:
-    """Largest ratio of two norms of the tensor."""
-    if _BY_SIZE.index(target) <= _BY_SIZE.index(source):
-        return 1.0
-    # A single token has the same 2-norm and token norm, a single entry the same in all.
-    tokens = state.tokens if target == "l2" else 1
-    width = state.width if source == "linf" else 1
-    return conversion_constant(source, target, tokens=tokens, width=width)
 
 
 def log_of(constant: float) -> float:
@@ -355,3 +325,26 @@ def _total(members: list[tuple[Bounds, float]], maps: list[Linear]) -> Linear:
 
 def _scale(coefficient: float, width: int) -> Linear:
     return None if coefficient == 1.0 else np.full(width, float(coefficient))
+
+
+def converted(state: Bounds, source: str, target: str) -> Bounds:
+    """Bounds in another norm: those in one norm, times the largest ratio of the two."""
+    if _BY_SIZE.index(target) <= _BY_SIZE.index(source):
+        return state
+    tokens = state.tokens if target == "l2" else 1
+    width = (state.shape[-1] if state.shape else 1) if source == "linf" else 1
+    price = conversion_constant(source, target, tokens=tokens, width=width)
+    return dataclasses.replace(state, log=state.log + log_of(price))
+
+
+def relaxed(family: dict[str, Bounds]) -> dict[str, Bounds]:
+    """Bounds of one tensor by norm, each at most another one at its price."""
+    # From the largest norm down, where steps are free, and then up again.
+    for norms in (_BY_SIZE[::-1], _BY_SIZE):
+        for source in norms:
+            for target in norms:
+                if source != target and source in family and target in family:
+                    log = converted(family[source], source, target).log
+                    own = family[target]
+                    family[target] = dataclasses.replace(own, log=min(own.log, log))
+    return family

@@ -26,13 +26,14 @@ def allowed_radius(propagation: Propagation, logits: np.ndarray) -> np.ndarray:
     certificate = propagation.certificate
     z = np.asarray(logits, np.float64)
     if not np.isfinite(z).all():
-        finite = np.isfinite(z).all(axis=1)
+        finite: np.ndarray = np.isfinite(z).all(axis=1)
         return np.where(finite, allowed_radius(propagation, np.where(finite[:, None], z, 0.0)), 0.0)
     if certificate.head in ("sigmoid", "logit"):
         return np.abs(z[:, 0]) / certificate.total
     classes, winner = z.shape[1], z.argmax(axis=1)
     general = certificate.total * (2.0 if certificate.norm == "linf" else SAFETY * math.sqrt(2.0))
     pairs = np.asarray(certificate.pairs) if certificate.pairs else np.full([classes] * 2, general)
+    pairs = np.asarray(pairs, np.float64)
     leads = np.take_along_axis(z, winner[:, None], axis=1) - z
     own = np.arange(classes) == winner[:, None]
     with np.errstate(divide="ignore", invalid="ignore"):

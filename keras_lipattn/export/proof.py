@@ -58,7 +58,7 @@ class RecordedCalls:
         masks = [kwargs.get(name) for name in _MASKS]
         if isinstance(operation, SelfAttention):
             masks += [getattr(tensor, "_keras_mask", None) for tensor in tensors]
-        masks = [mask for mask in masks if _is_symbolic(mask)]
+        masks: list[Any] = [mask for mask in masks if _is_symbolic(mask)]
         try:
             kind, parameters, arrays = _describe(operation, args, given, tensors, bool(masks))
         except (AttributeError, IndexError, TypeError, ValueError):
@@ -314,7 +314,7 @@ def _mask_parameters(layer, kwargs, window: int | None) -> dict[str, Any] | None
 
 def _own_attention(layer, args, kwargs, tensors, has_masks) -> _Description:
     parameters = _mask_parameters(layer, kwargs, layer.sliding_window)
-    if parameters is None or len(layer.output_token) != 1:
+    if parameters is None or len(layer.output_token) != 1 or layer.token_radius is not None:
         return _OTHER
     rank = len(tensors[0].shape)
     axes = layer.attention_axes

@@ -5,7 +5,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_lipattn.layers._blocked_attention import attend_in_blocks, block_size_for
+from keras_lipattn.layers._blocked_attention import attend_in_blocks
 from keras_lipattn.layers._fused_attention import (
     fused_attention,
     handwritten_gradient_suffices,
@@ -14,7 +14,7 @@ from keras_lipattn.layers._fused_attention import (
 from keras_lipattn.layers._masks import HIDDEN, masked_softmax
 
 # From this length on the full matrix of weights is not formed. Below it, blocks are slower.
-BLOCKWISE_MIN_LENGTH = 4096
+BLOCKWISE_MIN_LENGTH = 1024 if keras.backend.backend() == "tensorflow" else 4096
 
 
 def attend_by_distance(
@@ -55,28 +55,35 @@ def attend_by_distance(
     near = _split_heads(ops.matmul(ops.cast(x - center, dtype), kernel), num_heads, x)
     shift = ops.matmul(ops.cast(center, dtype), kernel)
     y = ops.cast(near, norm_dtype)
-    if not (dropout or return_scores):
+    # Of rows with dropped weights, which no longer sum to one: the center is weighted like tokens.
+    values = near + _split_heads(shift, num_heads, center) if dropout else None
+    if not return_scores:
         # The kernels of backends support neither biases nor weights of tokens.
-        plain = mask.relative_bias is None and mask.log_weights is None
+        plain = not dropout and mask.relative_bias is None and mask.log_weights is None
         if plain and use_fused_kernel(y, dtype, flash_attention):
             return _join_heads(fused_attention(y, mask, dtype)), shift, None
-        length = tokens.shape[1]
-        if (
-            length is not None
-            and length >= BLOCKWISE_MIN_LENGTH
-            and handwritten_gradient_suffices()
-        ):
-            return _join_heads(ops.cast(attend_blockwise(y, mask), dtype)), shift, None
+        if _use_blocks(tokens.shape[1], dropout):
+            if not dropout:
+                return _join_heads(ops.cast(attend_blockwise(y, mask), dtype)), shift, None
+            values = ops.cast(values, norm_dtype)
+            heads = attend_blockwise(y, mask, values, dropout=dropout, seed=seed.next())
+            return _join_heads(ops.cast(heads, dtype)), None, None
         # Only where a step will be taken: a served graph stays one of plain operations.
-        if training and dtype == norm_dtype:
+        if training and not dropout and dtype == norm_dtype:
             return _join_heads(attend(y, mask)), shift, None
     weights = ops.cast(attention_weights(y, mask), dtype)
     if not dropout:
         return _join_heads(ops.matmul(weights, near)), shift, weights
     kept = keras.random.dropout(weights, dropout, seed=seed)
-    # Rows no longer sum to one: the center must be weighted like the tokens.
-    heads = ops.matmul(kept, near + _split_heads(shift, num_heads, center))
-    return _join_heads(heads), None, weights
+    return _join_heads(ops.matmul(kept, values)), None, weights
+
+
+def _use_blocks(length, dropout):
+    """Whether sequences of `length`, `None` if unknown, are attended to in blocks."""
+    if length is None or length < BLOCKWISE_MIN_LENGTH or not handwritten_gradient_suffices():
+        return False
+    # The backward pass draws the numbers of the forward pass again.
+    return not dropout or keras.backend.backend() == "tensorflow"
 
 
 def attend_across(
@@ -100,7 +107,8 @@ def attend_across(
     """
     norm_dtype = "float64" if dtype == "float64" else "float32"
     rows, columns, mixed = (
-        _split_heads(ops.matmul(tokens, kernel), num_heads) for tokens in (queries, keys, values)
+        _split_heads(ops.matmul(tokens, kernel), num_heads, tokens)
+        for tokens in (queries, keys, values)
     )
     y, z = ops.cast(rows, norm_dtype), ops.cast(columns, norm_dtype)
     scores = ops.matmul(2.0 * y, ops.swapaxes(z, -1, -2)) - ops.expand_dims(_squares(z), -2)
@@ -282,37 +290,16 @@ def attend(y, mask):
     return mix(y) if biases is None else mix(y, biases)
 
 
-def attend_blockwise(y, mask):
-    """`attend` with memory linear in the length, which must be static."""
-    batch, heads, length, _ = y.shape
-    block_size = block_size_for(batch, heads, length)
-    columns = ops.arange(length, dtype="int32")
-    padded = -(-length // block_size) * block_size
-    attention_mask = mask.attention_mask
-    # One row for all queries is not cut into blocks.
-    has_rows = attention_mask is not None and attention_mask.shape[2] != 1
-    if attention_mask is not None and has_rows:
-        batch_side, head_side, _, key_side = ops.shape(attention_mask)
-        if attention_mask.shape[2] is None:
-            sides = (batch_side, head_side, length, key_side)
-            attention_mask = ops.broadcast_to(attention_mask, sides)
-        extra = ((0, 0), (0, 0), (0, padded - length), (0, 0))
-        attention_mask = ops.pad(attention_mask, extra, constant_values=False)
+def attend_blockwise(y, mask, values=None, *, dropout=0.0, seed=None):
+    """`attend` with memory linear in the length, which must be static.
 
-    def hide(scores, start):
-        rows = start + ops.arange(block_size, dtype="int32")
-        part = attention_mask
-        if has_rows:
-            sides = (batch_side, head_side, block_size, key_side)
-            part = ops.slice(attention_mask, (0, 0, start, 0), sides)
-        visible = mask.visible(rows, columns, part)
-        return scores if visible is None else ops.where(visible, scores, HIDDEN)
-
-    return attend_in_blocks(
-        score_queries(y),
-        score_keys(y, mask),
-        y,
-        hide=hide,
-        block_size=block_size,
-        relative_bias=mask.relative_bias,
-    )
+    Args:
+        y: As `attend` takes it.
+        mask: `Mask` of the call.
+        values: What the weights are applied to, `(B, H, T, k)`; by default `y`.
+        dropout: Probability that a weight is dropped.
+        seed: Seed of the dropout.
+    """
+    queries, keys = score_queries(y), score_keys(y, mask)
+    values = y if values is None else values
+    return attend_in_blocks(queries, keys, values, mask, dropout=dropout, seed=seed)

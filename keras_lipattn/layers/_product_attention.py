@@ -8,7 +8,7 @@ from keras_lipattn.layers._masks import masked_softmax
 
 
 def attend_by_product(
-    query, key, value, mask, *, dropout, seed, return_scores, flash_attention, dtype
+    query, key, value, mask, *, dropout, seed, training, return_scores, flash_attention, dtype
 ):
     """`softmax_j(q_i . k_j / sqrt(k) + b_ij) v` of every head.
 
@@ -19,6 +19,7 @@ def attend_by_product(
         mask: `Mask` of the call.
         dropout: Probability that an attention weight is dropped.
         seed: Seed generator of the dropout.
+        training: Whether a gradient step will be taken.
         return_scores: Whether the attention weights are needed.
         flash_attention: Argument of `keras.ops.dot_product_attention`.
         dtype: The compute dtype.
@@ -32,14 +33,57 @@ def attend_by_product(
     groups = query.shape[2] // key.shape[2]
     query, key, value = (ops.transpose(part, (0, 2, 1, 3)) for part in (query, key, value))
     key, value = (_repeated(part, groups) for part in (key, value))
-    scores = product_scores(query, key, dtype)
+    biases = None
     if mask.relative_bias is not None:
         places = (ops.arange(ops.shape(part)[2], dtype="int32") for part in (query, key))
-        scores = scores + mask.relative_bias.at(*places)
+        biases = mask.relative_bias.at(*places)
+    accurate = dtype in ("float32", "float64")
+    if training and accurate and not (dropout or return_scores):
+        return joined(_attend(query, key, value, biases, mask, dtype)), None
+    scores = product_scores(query, key, dtype)
+    if biases is not None:
+        scores = scores + biases
     weights = kept = ops.cast(mask.softmax(scores), dtype)
     if dropout:
         kept = keras.random.dropout(weights, dropout, seed=seed)
     return joined(ops.matmul(kept, value)), weights
+
+
+def _attend(query, key, value, biases, mask, dtype):
+    """Heads `(B, H, T, v)`, with the derivative written out on TensorFlow.
+
+    Two of the passes over the scores that differentiating softmax takes are not needed.
+    """
+    scale = query.shape[-1] ** -0.5
+
+    def weighted(query, key, biases):
+        scores = product_scores(query, key, dtype)
+        return mask.softmax(scores if biases is None else scores + biases)
+
+    if keras.backend.backend() != "tensorflow" or must_be_plain():
+        return ops.matmul(weighted(query, key, biases), value)
+
+    @ops.custom_gradient
+    def mix(query, key, value, *biases):
+        weights = weighted(query, key, biases[0] if biases else None)
+        output = ops.matmul(weights, value)
+
+        def gradient(upstream):
+            shared = ops.sum(upstream * output, axis=-1, keepdims=True)
+            above = ops.concatenate([upstream, -shared], axis=-1)
+            values = ops.concatenate([value, ops.ones_like(value[..., :1])], axis=-1)
+            # Derivative of the scores; zero where a pair is hidden.
+            slope = weights * ops.matmul(above, ops.swapaxes(values, -1, -2))
+            of_query = ops.matmul(slope, scale * key)
+            of_key = ops.matmul(ops.swapaxes(slope, -1, -2), scale * query)
+            of_value = ops.matmul(ops.swapaxes(weights, -1, -2), upstream)
+            if not biases:
+                return of_query, of_key, of_value
+            return of_query, of_key, of_value, ops.sum(slope, axis=0)
+
+        return output, gradient
+
+    return mix(query, key, value) if biases is None else mix(query, key, value, biases)
 
 
 def decode_by_product(query, key, value, position, mask, dtype):

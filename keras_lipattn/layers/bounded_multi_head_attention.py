@@ -387,6 +387,7 @@ class BoundedMultiHeadAttention(SelfAttention):
             mask,
             dropout=self.dropout if training else 0.0,
             seed=self._seed_generator,
+            training=training,
             return_scores=return_scores,
             flash_attention=self.flash_attention,
             dtype=self.compute_dtype,
