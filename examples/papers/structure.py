@@ -14,6 +14,7 @@ import report
 
 import keras_lipattn
 from keras_lipattn.bounds import Cliques, unit_head_bound
+from keras_lipattn.bounds.layer_constants import activation_constant
 from keras_lipattn.certification import other_norms
 from keras_lipattn.linalg import operator_norm
 
@@ -27,15 +28,14 @@ def window_rows():
     rows = []
     for window in WINDOWS:
         reach = window - 1
-        row = {"window": window}
+        values = {}
         for name, sides in (("two-sided", 2), ("causal", 1)):
-            degrees = dict(n_keys=sides * reach, n_queries=sides * reach)
-            cliques = Cliques(sides * math.sqrt(reach), sides == 2)
-            row[name] = [
-                unit_head_bound(None, "any", **degrees).value,
-                unit_head_bound(None, "any", **degrees, cliques=cliques).value,
+            seen, cliques = sides * reach, Cliques(sides * math.sqrt(reach), sides == 2)
+            values[name] = [
+                unit_head_bound(None, "any", n_keys=seen, n_queries=seen, cliques=known).value
+                for known in (None, cliques)
             ]
-        rows.append(row)
+        rows.append({"window": window, **values})
     return rows
 
 
@@ -52,7 +52,8 @@ def unit_layer(**options):
 def biased(value):
     """The 2-norm constant of a full mask with equal biases, by Theorem 3.E and with 3.F."""
     layer = unit_layer(max_relative_position=16)
-    layer.relative_bias.assign(np.full((1, 32), value))
+    (biases,) = (weight for weight in layer.weights if "relative_bias" in weight.path)
+    biases.assign(np.full((1, 32), value))
     with mock.patch(
         "keras_lipattn.layers.l2_multi_head_attention.mild_constants", lambda *_: math.inf
     ):
@@ -92,7 +93,7 @@ def perceptron(activation, width=64):
     hidden = keras.layers.Dense(4 * width, activation=activation)
     output = keras.layers.Dense(width)
     model = keras.Model(inputs, output(hidden(inputs)))
-    slope = keras_lipattn.bounds.layer_constants.activation_constant(activation)
+    slope = activation_constant(activation)
     norms = [float(operator_norm(np.asarray(layer.kernel))) for layer in (hidden, output)]
     return [slope * math.prod(norms), keras_lipattn.certify(model).total]
 

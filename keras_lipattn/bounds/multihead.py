@@ -285,8 +285,9 @@ def certified_layer_bound(
     _check_shapes(b, c)
     ones = np.ones(len(b))
     if head_constants is None:
-        structure = dict(n_keys=n_keys, n_queries=n_queries, cliques=cliques)
-        unit = unit_head_bound(tokens, mask, norm, **structure)
+        unit = unit_head_bound(
+            tokens, mask, norm, n_keys=n_keys, n_queries=n_queries, cliques=cliques
+        )
         heads, scores = ones, unit.score_part * ones
     else:
         if norm == "linf" and head_scores is None:

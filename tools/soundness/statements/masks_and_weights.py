@@ -89,8 +89,9 @@ def _cliques(rng: np.random.Generator, count: int) -> np.ndarray:
     patterns = _patterns(size, rng)
     for mask in patterns.values():
         n_keys, n_queries = mask_degrees(mask)
-        structure = dict(n_keys=n_keys, n_queries=n_queries, cliques=mask_cliques(mask))
-        bound = unit_head_bound(size, "any", **structure).value
+        bound = unit_head_bound(
+            size, "any", n_keys=n_keys, n_queries=n_queries, cliques=mask_cliques(mask)
+        ).value
         parts.append(_climbed(rng, count // len(patterns) + 1, mask.astype(float)) / bound)
     return np.concatenate(parts)
 
@@ -124,6 +125,7 @@ def _mild(rng: np.random.Generator, count: int) -> np.ndarray:
             structure = {"mask": "any", **degrees, "cliques": mask_cliques(mask)}
         sides = _sides(table, size, name.startswith("causal"))
         keys = weights_by_lag(*sides, size, np)
+        assert keys is not None
         bound = mild_constants(*sides, size, np.exp(keys.log_keys), structure)[0]
         lag = np.subtract.outer(np.arange(size), np.arange(size))
         weights = mask * np.exp(biases_by_lag(table, lag)[0])
