@@ -130,10 +130,8 @@ def largest_growth(heads, restarts, steps):
     """
     rng = np.random.default_rng(0)
     size = (restarts, FEW, WIDTH)
-    tokens, change, kernels = (
-        tf.Variable(tf.constant(rng.normal(size=shape)))
-        for shape in (size, size, (restarts, 3, WIDTH, WIDTH))
-    )
+    tokens, change = (tf.Variable(tf.constant(rng.normal(size=size))) for _ in range(2))
+    kernels = tf.Variable(tf.constant(rng.normal(size=(restarts, 3, WIDTH, WIDTH))))
     own = WIDTH // heads
 
     def split(x):

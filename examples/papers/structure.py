@@ -6,7 +6,6 @@ Certified constants without and with the theorems that know the structure. Nothi
 """
 
 import math
-from typing import Any
 from unittest import mock
 
 import keras
@@ -29,19 +28,18 @@ def window_rows():
     rows = []
     for window in WINDOWS:
         reach = window - 1
-        row: dict[str, Any] = {"window": window}
+        values = {}
         for name, sides in (("two-sided", 2), ("causal", 1)):
-            degrees: dict[str, Any] = dict(n_keys=sides * reach, n_queries=sides * reach)
-            cliques = Cliques(sides * math.sqrt(reach), sides == 2)
-            row[name] = [
-                unit_head_bound(None, "any", **degrees).value,
-                unit_head_bound(None, "any", **degrees, cliques=cliques).value,
+            seen, cliques = sides * reach, Cliques(sides * math.sqrt(reach), sides == 2)
+            values[name] = [
+                unit_head_bound(None, "any", n_keys=seen, n_queries=seen, cliques=known).value
+                for known in (None, cliques)
             ]
-        rows.append(row)
+        rows.append({"window": window, **values})
     return rows
 
 
-def unit_layer(**options) -> Any:
+def unit_layer(**options):
     """One head of two features that is the unit head."""
     layer = keras_lipattn.L2MultiHeadAttention(1, 2, use_bias=False, dtype="float64", **options)
     layer.build((None, TOKENS, 2))
@@ -54,7 +52,8 @@ def unit_layer(**options) -> Any:
 def biased(value):
     """The 2-norm constant of a full mask with equal biases, by Theorem 3.E and with 3.F."""
     layer = unit_layer(max_relative_position=16)
-    layer.relative_bias.assign(np.full((1, 32), value))
+    (biases,) = (weight for weight in layer.weights if "relative_bias" in weight.path)
+    biases.assign(np.full((1, 32), value))
     with mock.patch(
         "keras_lipattn.layers.l2_multi_head_attention.mild_constants", lambda *_: math.inf
     ):

@@ -125,7 +125,10 @@ def dot_product_constants(
     )(2.0 * radius * slope)
     own = gain * radius**2
     others = np.hypot(1.0, slope * radius)
-    return _head_constants(own + np.sqrt(mass) * others, own + others)
+    # The average and the change of the scores one by one, the second one by Schur's test.
+    schur = _schur_mass(mass, tokens, n_queries if mask == "any" else None)
+    apart = np.sqrt(mass) + np.sqrt(schur) * slope * radius
+    return _head_constants(own + np.minimum(np.sqrt(mass) * others, apart), own + others)
 
 
 # Numbers that overflow give `inf` at the end.
@@ -187,7 +190,11 @@ def dot_product_layer_constant(
     # A matrix with orthonormal rows in front changes no norm, so triangular factors are enough.
     triangles = np.linalg.qr(inner_key, mode="r")
     inner_output = np.linalg.qr(inner_value, mode="r") @ output
-    queries = _split(query @ np.swapaxes(triangles, 1, 2), inner_output)
+    pairs = query @ np.swapaxes(triangles, 1, 2)
+    queries = _split(pairs, inner_output)
+    # A covariance on the unit ball is half of the identity, up to half of its size.
+    joint = query @ (np.swapaxes(inner_key, 1, 2) @ inner_value) @ output
+    queries = min(queries, 0.5 * (queries + float(operator_norm(joint.sum(axis=0)))))
     mass = np.ones(heads)
     if norm == "l2":
         spreads = [_reached(*parts) for parts in zip(inner_key, inner_query, offset, strict=True)]
@@ -195,14 +202,17 @@ def dot_product_layer_constant(
         mass = np.array([column_mass(s, tokens, mask, n_queries=n_queries) for s in spreads])
     if not np.isfinite(mass).all():
         return math.inf
-    if norm == "l2" and heads > 1:
+    both = np.concatenate([value, slopes[:, None, None] * inner_value], axis=1)
+    others = combine_heads(np.linalg.qr(both, mode="r") @ output, np.sqrt(mass))
+    if norm == "l2":
         # Two terms, as the kernels of all heads next to each other have one norm.
-        averages = np.linalg.qr(value, mode="r") @ output
-        others = combine_heads(averages, np.sqrt(mass))
-        others += _split(np.sqrt(mass)[:, None, None] * pulls, inner_output)
-    else:
-        both = np.concatenate([value, slopes[:, None, None] * inner_value], axis=1)
-        others = combine_heads(np.linalg.qr(both, mode="r") @ output, np.sqrt(mass))
+        roots = np.sqrt(mass)
+        averages = combine_heads(np.linalg.qr(value, mode="r") @ output, roots)
+        averages = min(averages, _split(roots[:, None, None] * value, output))
+        seen = n_queries if mask == "any" else None
+        schur = np.sqrt(_schur_mass(mass, tokens, seen))
+        scores = _split(schur[:, None, None] * pulls, inner_output)
+        others = min(others, averages + scores)
     total = SAFETY * (queries + others)
     return math.inf if math.isnan(total) else float(total)
 
@@ -293,6 +303,16 @@ def additive_attention_constants(scale: npt.ArrayLike, *, value_radius: float) -
     lever = SAFETY * float(np.linalg.norm(np.asarray(scale, np.float64))) * value_radius
     # The derivative of a logit in its query is half of `scale`, up to half of its size.
     return CrossConstants(0.5 * lever, lever, 1.0, 1.0 + lever)
+
+
+def _schur_mass(mass: np.ndarray, tokens: int | None, n_queries: int | None) -> np.ndarray:
+    """Bound of the squared norm of `P_ij |v_j - vbar_i|` for tokens in the unit ball.
+
+    Rows sum to 1 at most, and as `p (1 - p) <= 1/4` each of the queries that see a key adds 1/2 at
+    most to the sum of its column.
+    """
+    known = [number for number in (tokens, n_queries) if number is not None]
+    return np.minimum(mass, min(known) / 2.0) if known else mass
 
 
 def _query_offset(query: np.ndarray, center, bias) -> np.ndarray:

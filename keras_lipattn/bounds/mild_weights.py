@@ -40,6 +40,8 @@ def mild_constants(
         Shape `(H,)`, `inf` where the theorem does not apply.
     """
     mask, cliques = structure["mask"], structure.get("cliques")
+    # Windows and arrays bring cliques, and full and causal masks a length.
+    longest = 0 if tokens is None else tokens
     everything = np.concatenate([before.log_weights, after.log_weights], axis=1)
     values = np.full(len(everything), np.inf)
     if cliques is None:
@@ -58,11 +60,11 @@ def mild_constants(
             continue
         least, most = math.exp(logs.min()) / _SLACK, math.exp(logs.max()) * _SLACK
         total, root = float(totals[head]) * _SLACK, most * cliques.root
-        if mask == "causal" and after.count == 0 and tokens is not None and tokens <= _LONGEST:
-            values[head] = _causal(before.log_weights[head], tokens, least, most)
+        if mask == "causal" and after.count == 0 and longest <= _LONGEST:
+            values[head] = _causal(before.log_weights[head], longest, least, most)
         elif cliques.symmetric:
-            if mask == "full" and tokens is not None and tokens <= _LONGEST:
-                root = _SLACK * _root(before.log_weights[head], after.log_weights[head], tokens)
+            if mask == "full" and longest <= _LONGEST:
+                root = _SLACK * _root(before.log_weights[head], after.log_weights[head], longest)
             values[head] = symmetric_bound(
                 total, root, least=least, asymmetry=_SLACK * float(asymmetry[head])
             )

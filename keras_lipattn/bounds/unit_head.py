@@ -125,6 +125,26 @@ def unit_head_bound(
     return _l2(tokens, mask)
 
 
+def no_smaller_norms(
+    norm: str, heads: int, tokens: int | None, **structure: typing.Any
+) -> tuple[str, ...]:
+    """The other one of `"l2"` and `"token"`, if a layer has no smaller constant there for certain.
+
+    The factor of the heads is no smaller in the token norm than in the 2-norm (Theorems 5.1 and
+    5.2), and the same for one head.
+
+    Args:
+        norm: norm in which the constant of the layer is known.
+        heads: number of heads.
+        tokens: see `unit_head_bound`.
+        **structure: the same.
+    """
+    l2, token = (unit_head_bound(tokens, norm=each, **structure).value for each in ("l2", "token"))
+    if norm == "l2":
+        return ("token",) if token >= l2 else ()
+    return ("l2",) if norm == "token" and heads == 1 and l2 >= token else ()
+
+
 def token_norm_bound(n_keys: float) -> float:
     """Theorem 4: `V = 1 + 4 S*`, the constant of the unit head in the token norm.
 

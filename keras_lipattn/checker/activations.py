@@ -5,7 +5,7 @@ import math
 import numpy as np
 import scipy.special
 
-from keras_lipattn.bounds.layer_constants import activation_constant
+from keras_lipattn.bounds.layer_constants import LEAST_SLOPES, activation_constant
 from keras_lipattn.checker.refusal import require
 from keras_lipattn.checker.tensor_bounds import Ball, Bounds, elementwise, log_of
 from keras_lipattn.linalg import SAFETY
@@ -81,4 +81,5 @@ def bounds(name: str, state: Bounds, norm: str, layer: str) -> Bounds:
             if math.isfinite(largest):
                 ball = Ball.of_entries(-largest, largest, state.width)
         return Bounds(state.log + log_of(constant), state.shape, state.varies, ball)
-    return elementwise(state, constant, _AT_ZERO.get(name, 0.0), _LIMITS.get(name))
+    slopes = LEAST_SLOPES.get(name, 0.0), constant
+    return elementwise(state, slopes, _AT_ZERO.get(name, 0.0), _LIMITS.get(name))

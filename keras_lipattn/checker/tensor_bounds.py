@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 
+from keras_lipattn.bounds.activated_product import activated_product_constant
 from keras_lipattn.bounds.layer_constants import conversion_constant
 from keras_lipattn.linalg import SAFETY, fast_operator_norm
 
@@ -113,6 +114,16 @@ class Ball:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Activated:
+    """`f(root @ before) @ after` for functions `f` of single entries with bounded slopes."""
+
+    root: "Bounds"
+    before: np.ndarray
+    slopes: tuple[float, float]
+    after: Linear = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Bounds:
     """What is known of a tensor.
 
@@ -124,6 +135,7 @@ class Bounds:
         anchor: A tensor that this one is a linear map of, token by token, up to a shift.
         linear: That map.
         routes: Pairs of a tensor and a linear map that gives this one from it.
+        activated: The tensor as a linear map of functions of a linear map of single entries.
     """
 
     log: float
@@ -133,6 +145,7 @@ class Bounds:
     anchor: "Bounds | None" = None
     linear: Linear = None
     routes: "tuple[tuple[Bounds, Linear], ...]" = ()
+    activated: "Activated | None" = None
 
     @property
     def root(self) -> "Bounds":
@@ -227,6 +240,13 @@ def mapped(
     log, merged = state.log + log_of(constant), compose(state.linear, linear)
     if state.linear is not None and linear is not None:
         log = min(log, state.root.log + log_of(constant_of(merged, norm)))
+    activated = state.activated
+    if activated is not None and linear is not None:
+        activated = dataclasses.replace(activated, after=compose(activated.after, linear))
+        before, after = activated.before, activated.after
+        if after is not None and after.ndim == 2:
+            joint = activated_product_constant(before, after, activated.slopes, norm)
+            log = min(log, activated.root.log + log_of(joint))
     width = state.width if linear is None else linear.shape[-1]
     return Bounds(
         log,
@@ -236,25 +256,33 @@ def mapped(
         state.root,
         merged,
         ((state, linear), (state.root, merged)),
+        activated,
     )
 
 
 def elementwise(
-    state: Bounds, slope: float, at_zero: float, limits: tuple[float, float] | None
+    state: Bounds,
+    slopes: tuple[float, float],
+    at_zero: float,
+    limits: tuple[float, float] | None,
 ) -> Bounds:
     """Bounds after a function of single entries.
 
     Args:
         state: Bounds of the input.
-        slope: Its largest slope.
+        slopes: Its smallest slope, and an upper bound of all slopes in absolute value.
         at_zero: Upper bound of its absolute value at 0.
         limits: An interval with all its values, or `None`.
     """
-    ball = Ball() if limits is None else Ball.of_entries(*limits, state.width)
+    ball, slope = Ball() if limits is None else Ball.of_entries(*limits, state.width), slopes[1]
     if math.isfinite(state.ball.radius):
         reach = slope * state.ball.reach + math.sqrt(state.width) * at_zero
         ball = ball.smaller(Ball(reach, None, slope * state.ball.largest + at_zero))
-    return Bounds(state.log + log_of(slope), state.shape, state.varies, ball)
+    activated = None
+    if state.linear is not None and state.linear.ndim == 2:
+        activated = Activated(state.root, state.linear, slopes)
+    log = state.log + log_of(slope)
+    return Bounds(log, state.shape, state.varies, ball, activated=activated)
 
 
 def combined(states: list[Bounds], coefficients: list[float], norm: str) -> Bounds:

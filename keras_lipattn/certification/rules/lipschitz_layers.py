@@ -10,7 +10,7 @@ import numpy as np
 from keras_lipattn.bounds.bounded_tokens import projection_constant
 from keras_lipattn.bounds.layer_constants import center_normalization_constant
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
-from keras_lipattn.bounds.unit_head import unit_head_bound
+from keras_lipattn.bounds.unit_head import no_smaller_norms
 from keras_lipattn.certification.layer_call import LayerCall
 from keras_lipattn.certification.linear_map import matrix_norm
 from keras_lipattn.certification.maps import Affine, CenterValue, LipschitzMap, unbounded
@@ -316,20 +316,9 @@ def attention_mask_class(call: LayerCall) -> Any:
 
 
 def _larger_in(layer, norm: str, known, tokens: int | None) -> tuple[str, ...]:
-    """The other norm, of the 2-norm and the token norm, if its constant is no smaller for certain.
-
-    A layer of heads has no smaller a factor in the token norm than in the 2-norm (Theorems 5.1 and
-    5.2), and the same one if it has one head.
-    """
     if not isinstance(layer, L2MultiHeadAttention) or layer.relative_bias is not None:
         return ()
-    l2, token = (
-        unit_head_bound(tokens, norm=each, **known.arguments(tokens)).value
-        for each in ("l2", "token")
-    )
-    if norm == "l2":
-        return ("token",) if token >= l2 else ()
-    return ("l2",) if norm == "token" and layer.num_heads == 1 and l2 >= token else ()
+    return no_smaller_norms(norm, layer.num_heads, tokens, **known.arguments(tokens))
 
 
 def _stated_class(mask: Any, causal: bool) -> Any:
