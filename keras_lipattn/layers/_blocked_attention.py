@@ -204,10 +204,12 @@ class _Blocks:
         seed = tf.cast(self.seed % (2**31 - 1), "int32") + tf.stack([number * _SEED_STEP, 0])
         # Half of the random bits that a float takes.
         *sides, width = weights.shape
+        full: Any = None  # The range: all of it.
         pairs = tf.random.stateless_uniform(
-            (*sides, -(-width // 2)), seed, minval=None, maxval=None, dtype="int32"
+            (*sides, -(-width // 2)), seed, minval=full, maxval=full, dtype="int32"
         )
-        random = tf.reshape(tf.bitcast(pairs, "int16"), (*sides, -1))[..., :width]
+        random: Any = tf.reshape(tf.bitcast(pairs, "int16"), (*sides, -1))
+        random = random[..., :width]
         return tf.cast(random >= _dropped(self.dropout) - 2**15, weights.dtype)
 
     def _padded_attention_mask(self):
