@@ -2,7 +2,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-distributed test-backends test-jax test-torch lint bench papers gallery soundness chaos clean .venv
+.PHONY: help demo test test-oldest test-distributed test-backends test-jax test-torch lint bench papers gallery soundness chaos load fuzz memory clean .venv
 
 # The first interpreter that runs and is new enough; a pyenv shim may exist and not run.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
@@ -10,7 +10,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 BIN := .venv/bin
 WORKERS ?= 2
 DEMO_FLAGS ?=
-PAPERS := blow_up tightness invertible continuous_depth measures pretrained char_lm
+PAPERS := blow_up structure tightness invertible continuous_depth measures pretrained char_lm
 BENCH_FLAGS ?= --quick
 MINUTES ?= 10
 COMPARISONS ?= 10000
@@ -61,8 +61,18 @@ soundness: .venv/installed  ## attack the certificates of random models and ever
 	$(BIN)/python -m tools.soundness.rules --comparisons=$(COMPARISONS)
 	$(BIN)/python -m tools.soundness --minutes=$(MINUTES)
 
-chaos: .venv/installed  ## kill trainings at random moments and run them again (KILLS=20)
-	$(BIN)/python -m tools.chaos --kills=$(KILLS)
+chaos: .venv/installed  ## kill trainings and exports at random moments and run them again (KILLS=20)
+	$(BIN)/python -m tools.chaos --kills=$(KILLS) --minutes=120
+	$(BIN)/python -m tools.chaos --program=exports --kills=$(KILLS) --minutes=120
+
+load: .venv/installed  ## serve an export to 8 threads with 100,000 requests
+	$(BIN)/python -m tools.load
+
+fuzz: .venv/installed  ## change certificates, model files and flags at random, each for MINUTES=10
+	$(BIN)/python -m tools.fuzz --minutes=$(MINUTES)
+
+memory: .venv/installed  ## train, certify and export many times in one process
+	$(BIN)/python -m tools.memory
 
 clean:  ## remove everything made here, .venv too
 	rm -rf .venv .venv-jax .venv-torch .venv-oldest build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
@@ -102,5 +112,5 @@ OLDEST := keras==3.15.0 numpy==2.0.2 scipy==1.13.1
 		"is needed. Received: PYTHON='$(PYTHON)' (name one with make PYTHON=/path/to/python)" >&2; exit 1; }
 	rm -f $@
 	"$(PYTHON)" -m venv --clear .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[examples,dev]' -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[examples,dev,runtimes]' -c constraints.txt
 	touch $@

@@ -18,6 +18,7 @@ from keras_lipattn.conversion import Conversion, convert_attention
 from keras_lipattn.estimation import LipschitzEstimate, estimate_lipschitz
 from keras_lipattn.export import ExportError, export_saved_model
 from keras_lipattn.layers import (
+    BoundedMultiHeadAttention,
     CenterNormalization,
     ContinuousDepth,
     InvertibleResidual,
@@ -28,11 +29,13 @@ from keras_lipattn.layers import (
     Residual,
     ScaledCosineAttention,
     SpectralDense,
+    TokenProjection,
     condensed,
 )
 from keras_lipattn.version import __version__
 
 __all__ = [
+    "BoundedMultiHeadAttention",
     "CenterNormalization",
     "Certificate",
     "ContinuousDepth",
@@ -52,6 +55,7 @@ __all__ = [
     "Residual",
     "ScaledCosineAttention",
     "SpectralDense",
+    "TokenProjection",
     "__version__",
     "callbacks",
     "certification",

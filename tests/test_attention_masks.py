@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import jacobians, loop_attention, loop_cosine
+from helpers import bounds_cases, jacobians, loop_attention, loop_cosine
 from helpers.layer_cases import BATCH, FEATURES, LENGTH, Case, kernels
 
 import keras_lipattn as kl
@@ -222,6 +222,65 @@ def test_a_constant_mask_that_broadcasts_has_the_cap_of_the_full_one(kind):
     first = np.asarray(layer(x, attention_mask=both))[0]
     np.testing.assert_array_equal(layer(x, attention_mask=both[[0, 0]])[0], first)
     assert not np.allclose(layer(x, attention_mask=keys.T)[0], first)
+
+
+def test_patterns_are_recognized_in_arrays():
+    layer = Case().layer()
+    windowed = Case(kind=kl.L2MultiHeadAttention).layer(sliding_window=5)
+    index = np.arange(24)
+    lag = index[:, None] - index
+    for array, name in ((lag >= 0, "causal"), (lag <= 0, "causal"), (lag < 99, "full")):
+        for mask in (array, array.astype("float32"), np.stack([array, array])):
+            for norm in ("l2", "token", "linf"):
+                expected = layer.lipschitz(24, norm, name)
+                assert layer.lipschitz(norm=norm, mask=mask).value == expected.value
+    for causal, name in ((lag < 99, "full"), (lag >= 0, "causal")):
+        window = layer.lipschitz(mask=causal & (abs(lag) < 5)).value
+        assert window == pytest.approx(windowed.lipschitz(24, mask=name).value)
+        assert windowed.lipschitz(mask=causal).value == pytest.approx(window)
+        # A window that reaches every token hides nothing.
+        assert windowed.lipschitz(5, mask=name).value == layer.lipschitz(5, mask=name).value
+        assert window < layer.lipschitz(24, mask=name).value
+    block = layer.lipschitz(mask=index[:, None] // 6 == index // 6).value
+    assert block == pytest.approx(layer.lipschitz(6).value)
+
+
+@pytest.mark.parametrize("pattern", ["window", "causal window", "blocks", "prefix", "causal"])
+def test_caps_hold_for_masks_with_a_pattern(pattern):
+    tokens = 12
+    layer = kl.L2MultiHeadAttention(1, 2, use_bias=False, lipschitz_bound=1.0, dtype="float64")
+    layer.build((None, tokens, 2))
+    layer.query_kernel.assign(2**0.25 * np.eye(2)[:, None])
+    layer.value_kernel.assign(np.eye(2)[:, None])
+    layer.output_kernel.assign(np.eye(2)[None])
+    layer.condense()
+    mask = bounds_cases.masks(tokens, np.random.default_rng(0))[pattern]
+    loose = layer.lipschitz(mask="any", norm="token").value
+    # The cap knows the pattern: it scales down less than that of any mask.
+    assert layer.lipschitz(mask=mask, norm="token").value > loose
+    call = functools.partial(layer, attention_mask=mask)
+    rng = np.random.default_rng(1)
+    found = max(
+        jacobians.norms(jacobians.jacobian(call, x))["l2"]
+        for x in bounds_cases.inputs(tokens, 2, rng)
+    )
+    assert 0.2 < found <= 1.0
+
+
+def test_certificates_restrict_stated_masks_to_earlier_tokens():
+    layer = kl.L2MultiHeadAttention(1, 2, dtype="float64")
+    inputs = keras.Input((24, FEATURES), dtype="float64")
+    pairs = keras.Input((24, 24), dtype="bool")
+    outputs = layer(inputs, attention_mask=pairs, use_causal_mask=True)
+    model = keras.Model([inputs, pairs], outputs)
+    lag = np.subtract.outer(np.arange(24), np.arange(24))
+    for stated, mask in (
+        ("full", "causal"),
+        (abs(lag) < 5, (lag >= 0) & (lag < 5)),
+        (np.ones((24, 24), bool), "causal"),
+    ):
+        total = kl.certify(model, mask=stated, inputs=[inputs.name]).total
+        assert total == pytest.approx(layer.lipschitz(24, mask=mask).value)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,6 +2,7 @@
 
 import builtins
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -202,7 +203,7 @@ def test_json_is_legal_and_goes_both_ways(norm):
         text = certificate.to_json()
         # `parse_constant` is called for NaN and Infinity, which JSON does not have.
         content = json.loads(text, parse_constant=lambda name: pytest.fail(name))
-        assert content["schema"] == 1
+        assert content["schema"] == 2
         assert Certificate.from_json(text) == certificate
 
 
@@ -247,10 +248,147 @@ def test_a_broken_certificate_is_a_value_error(change):
         Certificate.from_json(_changed(change))
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"schema": 1}', "[" * 100_000, "null", '{"schema": 1'])
+@pytest.mark.parametrize("text", ["", "{", '{"schema": 2}', "[" * 100_000, "null", '{"schema": 2'])
 def test_a_broken_text_is_a_value_error(text):
     with pytest.raises(ValueError, match=r"Received|Expecting|deeply"):
         Certificate.from_json(text)
+
+
+def test_what_is_no_text_is_a_value_error():
+    for text in (None, 3, [], b"\xff", '{"schema": true}', '{"schema": 2, "schema": 2}'):
+        with pytest.raises(ValueError, match=r"Received|decode"):
+            Certificate.from_json(text)  # type: ignore[arg-type]
+
+
+def _paths_of(content, path=()):
+    """Keys of everything in a nested structure."""
+    if path:
+        yield path
+    items = content.items() if isinstance(content, dict) else ()
+    items = enumerate(content) if isinstance(content, list) else items
+    for key, item in items:
+        yield from _paths_of(item, (*path, key))
+
+
+_STRANGE = [None, True, -1, 0, 3, 10**400, -0.5, 1e999, "", "inf", "-inf", "nan", "x", [], [[]], {}]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_an_edited_certificate_is_a_value_error_or_equal(data):
+    text = data.draw(st.sampled_from(_texts()))
+    content = json.loads(text)
+    path = data.draw(st.sampled_from(sorted(_paths_of(content), key=str)))
+    inner = content
+    for key in path[:-1]:
+        inner = inner[key]
+    if data.draw(st.booleans()):
+        inner[path[-1]] = data.draw(st.sampled_from(_STRANGE))
+    else:
+        del inner[path[-1]]
+    try:
+        read = Certificate.from_json(json.dumps(content))
+    except ValueError:
+        return
+    # Derived entries are not read, and 0 and 0.0 are one number.
+    assert read == Certificate.from_json(text)
+
+
+@functools.cache
+def _texts():
+    local = certify(classifier(), center=np.ones(6), radius=0.1)
+    return [
+        certify(classifier(activation="softmax")).to_json(),
+        certify(demo(), norm="token").to_json(),
+        local.to_json(),
+    ]
+
+
+_PAIRS = ((0.0, 1.0), (1.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        lambda c: {"total": c.total / 100.0},
+        lambda c: {"total": c.total / 100.0, "log10": c.log10 - 2.0},
+        lambda c: {"total": math.nan},
+        lambda c: {"total": -1.0},
+        lambda c: {"total": "0.1"},
+        lambda c: {"total": None},
+        lambda c: {"log10": math.nan},
+        lambda c: {"pairwise_constants": tuple((0.0,) * 4 for _ in range(4))},
+        lambda c: {"pairwise_constants": ()},
+        lambda c: {"pairwise_constants": _PAIRS},
+        lambda c: {"pairwise_constants": "pairs"},
+        lambda c: {"head": "sigmoid"},
+        lambda c: {"rows": ()},
+        lambda c: {"rows": None},
+        lambda c: {"threat_model": dataclasses.replace(c.threat_model, input_radius=9.0)},
+        lambda c: {"threat_model": dataclasses.replace(c.threat_model, max_tokens=9)},
+        lambda c: {"threat_model": None},
+        lambda c: {"content_hash": 64 * "0"},
+        # Even with a new hash, values outside of their ranges match nothing.
+        lambda c: {"total": math.nan, "content_hash": ""},
+        lambda c: {"total": c.total / 100.0, "content_hash": ""},
+        lambda c: {"total": "0.1", "content_hash": ""},
+    ],
+)
+def test_a_changed_certificate_matches_nothing(changes):
+    model = classifier()
+    certificate = certify(model)
+    assert certificate.matches(model)
+    changed = dataclasses.replace(certificate, **changes(certificate))
+    assert not changed.matches(model)
+
+
+@pytest.mark.parametrize("changes", [{"total": 0.1, "log10": -1.0}, {"head": "softmax"}])
+def test_an_edited_text_does_not_have_its_own_hash(changes):
+    content = json.loads(certify(classifier()).to_json())
+    content.update(changes, pairwise_constants=[])
+    with pytest.raises(ValueError, match=r"content_hash.*Received"):
+        Certificate.from_json(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: {"total": 1.01 * c.total}, "logarithm"),
+        (lambda c: {"total": -1.0}, "total"),
+        (lambda c: {"published_log10": 3.0}, "published_total"),
+        (lambda c: {"head": "lstm"}, "head"),
+        (lambda c: {"pairwise_constants": ((0.0, 1.0),)}, "square"),
+        (lambda c: {"pairwise_constants": ((0.0, 1.0), (2.0, 0.0))}, "symmetric"),
+        (lambda c: {"pairwise_constants": ((0.1, 1.0), (1.0, 0.0))}, "diagonal"),
+        (lambda c: {"pairwise_constants": ((0.0, 1e9), (1e9, 0.0))}, "at most"),
+        (lambda c: {"pairwise_constants": _PAIRS, "head": "logit"}, "pairwise"),
+        (lambda c: {"fingerprint": "0"}, "fingerprint"),
+        (lambda c: {"rows": (*c.rows, c.rows[0])}, "differ"),
+        (lambda c: {"rows": (dataclasses.replace(c.rows[0], constant=-1.0),)}, "constant of row"),
+        (lambda c: {"rows": (dataclasses.replace(c.rows[0], tokens=-1),)}, "tokens of row"),
+        (
+            lambda c: {"threat_model": dataclasses.replace(c.threat_model, input_radius=-1.0)},
+            "input_radius",
+        ),
+        (lambda c: {"threat_model": dataclasses.replace(c.threat_model, radius=1.0)}, "center"),
+        (lambda c: {"threat_model": dataclasses.replace(c.threat_model, mask="some")}, "mask"),
+    ],
+)
+def test_values_out_of_range_are_refused_whatever_the_hash(change, message):
+    certificate = certify(classifier())
+    changed = dataclasses.replace(certificate, **change(certificate), content_hash="")
+    with pytest.raises(ValueError, match=f"{message}.*Received"):
+        Certificate.from_json(changed.to_json())
+
+
+@pytest.mark.parametrize("model", [lambda: demo(), lambda: classifier(activation="softmax")])
+@pytest.mark.parametrize("norm", ["l2", "token", "linf"])
+def test_every_certificate_is_in_its_own_ranges(model, norm):
+    model = model()
+    assert certify(model, norm=norm).matches(model)
+    local = certify(model, norm=norm, center=np.ones(model.input_shape[1:]), radius=0.1)
+    assert local.matches(model)
+    assert Certificate.from_json(local.to_json()) == local
 
 
 _numbers = st.floats(0.0, allow_nan=False)
@@ -263,7 +401,7 @@ def test_any_row_survives_json(constant, radius, cost, text):
     row = CertificateRow(
         path=text, layer="L", constant=constant, published=constant, radius=radius, cost=cost
     )
-    changed = dataclasses.replace(certificate, rows=(row,))
+    changed = dataclasses.replace(certificate, rows=(row,), content_hash="")
     assert Certificate.from_json(changed.to_json()) == changed
 
 

@@ -12,7 +12,8 @@ from helpers.certify_cases import (
 )
 
 from keras_lipattn.certification import certify
-from keras_lipattn.certification.propagation import Options, Propagation
+from keras_lipattn.certification.options import Options
+from keras_lipattn.certification.propagation import Propagation
 from keras_lipattn.certification.traced_model import TracedModel
 
 RADIUS = 2.0

@@ -7,7 +7,8 @@ from helpers.certify_cases import layer_cases, model_of
 from keras import layers, ops
 
 from keras_lipattn.certification import certify
-from keras_lipattn.certification.propagation import Options, Propagation
+from keras_lipattn.certification.options import Options
+from keras_lipattn.certification.propagation import Propagation
 from keras_lipattn.certification.traced_model import TracedModel
 
 CASES = {case.name: case for case in layer_cases()}

@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 
-from tools.chaos import attack, inspection
+from tools.chaos import attack, exports, inspection
 from tools.chaos.phase import Phase
 from tools.chaos.trainings import Kill, Trainings
 
@@ -89,3 +89,18 @@ def test_the_program_fails_when_anything_was_found(monkeypatch, capsys, tmp_path
     assert "seed 7: 3 kills, 2 trainings" in printed
     assert printed.count("writing backup of epoch 2") == 3
     assert ("is broken" in printed) == (problem is not None)
+
+
+def test_exports_killed_beside_another_writer_leave_whole_versions_and_foreign_files(
+    tmp_path, capsys
+):
+    assert exports.attack_exports(tmp_path, kills=1, seed=3, minutes=30.0) == 0
+    assert "seed 3: 1 kills" in capsys.readouterr().out
+    model = tmp_path / "model"
+    assert exports.inspect(model) == []
+    (model / "latest" / "saved_model.pb").unlink()
+    (model / "1" / "variables" / "variables.index").write_bytes(b"")
+    assert exports.inspect(model) == [
+        "version 1 has no variables/variables.index",
+        "latest/saved_model.pb changed",
+    ]

@@ -22,7 +22,7 @@ from keras import layers
 import keras_lipattn as kl
 from keras_lipattn.certification import Certificate, certify
 from keras_lipattn.certification.certifying import local_certificate
-from keras_lipattn.certification.propagation import Options
+from keras_lipattn.certification.options import Options
 from keras_lipattn.estimation.norms import norm_of
 
 CASES = {case.name: case for case in layer_cases()}

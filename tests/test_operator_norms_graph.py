@@ -3,6 +3,7 @@
 # The annotations of TensorFlow and numpy do not cover what is passed and returned here.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -16,7 +17,13 @@ from keras_lipattn.linalg.gram import (
     converged_upper_bound,
     gram_upper_bound,
 )
-from keras_lipattn.linalg.power import ScaledMatrix, cold_vector, power_step, warm_vector
+from keras_lipattn.linalg.power import (
+    MatrixProduct,
+    ScaledMatrix,
+    cold_vector,
+    power_step,
+    warm_vector,
+)
 from keras_lipattn.linalg.precision import product_allowance
 
 DTYPES = ("float32", "float64")
@@ -300,3 +307,31 @@ def test_the_gradient_at_zero_is_finite():
 def test_cold_vectors_are_always_the_same():
     np.testing.assert_array_equal(cold_vector((3, 4)), cold_vector((3, 4)))
     np.testing.assert_allclose(np.linalg.norm(cold_vector((3, 4)), axis=-1), 1.0)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("size", [0.0, 1e-12, 1.0, 1e12])
+def test_a_product_that_is_not_formed_has_the_norm_and_the_gradient_of_its_matrix(stacked, size):
+    rng = np.random.default_rng(3)
+    left, right = (tf.Variable(rng.normal(size=shape) * size) for shape in ((3, 6, 2), (3, 2, 5)))
+    product = MatrixProduct(left, right, stacked)
+    matrix = product.formed(keras.ops).numpy()
+    assert matrix.shape == product.shape == ((18, 5) if stacked else (3, 6, 5))
+    exact = np.linalg.norm(matrix, 2, axis=(-2, -1))
+    vector = tf.constant(cold_vector((*matrix.shape[:-2], 5)))
+    first, _ = power_step(product, vector)
+    # Never above the norm, and not far below in the first step.
+    assert (first.numpy() <= exact * (1.0 + 1e-12)).all()
+    assert (first.numpy() >= 0.4 * exact).all()
+    for _ in range(200):
+        found, vector = power_step(product, vector)
+    np.testing.assert_allclose(found, exact, rtol=1e-9)
+    np.testing.assert_allclose(np.linalg.norm(vector, axis=-1), 1.0)
+    with tf.GradientTape() as tape:
+        total = tf.reduce_sum(power_step(product, vector)[0])
+    ours = tape.gradient(total, [left, right])
+    with tf.GradientTape() as tape:
+        formed = MatrixProduct(left, right, stacked).formed(keras.ops)
+        total = tf.reduce_sum(power_step(formed, vector)[0])
+    for one, other in zip(ours, tape.gradient(total, [left, right]), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-9 * size)

@@ -110,11 +110,17 @@ def _imported(*folders, at_import_time=False):
     return {_DISTRIBUTIONS.get(name, name).replace("_", "-") for name in names}
 
 
-_DISTRIBUTIONS = {"absl": "absl-py", "sklearn": "scikit-learn"}
+_DISTRIBUTIONS = {
+    "absl": "absl-py",
+    "google": "protobuf",
+    "grpc": "grpcio",
+    "sklearn": "scikit-learn",
+    "tensorflow_serving": "tensorflow-serving-api",
+}
 _REQUIRED = _requirements(SETUP["options"]["install_requires"])
 _EXTRAS = {name: _requirements(lines) for name, lines in SETUP["options.extras_require"].items()}
 # Tests and examples that use them are skipped without them.
-_OPTIONAL = {"keras-hub", "onnxruntime"}
+_OPTIONAL = {"keras-hub", *_EXTRAS["runtimes"]}
 # Commands, plugins, and modules that other packages import.
 _NOT_IMPORTED = {
     "codespell",
@@ -169,7 +175,8 @@ def test_requirements_with_hashes_are_those_that_make_installs():
     # Windows has one more, which nothing here is tested with.
     assert {name: pinned.get(name, hashed[name]) for name in hashed} == hashed
     direct = _requirements(SETUP["options"]["install_requires"])
-    assert direct | _EXTRAS["examples"] | _EXTRAS["dev"] <= set(hashed)
+    extras = _EXTRAS["examples"] | _EXTRAS["dev"] | _EXTRAS["runtimes"]
+    assert direct | extras <= set(hashed)
     blocks = re.split(r"\n(?=\S)", (ROOT / "requirements-dev.txt").read_text())
     assert all("--hash=sha256:" in block for block in blocks if not block.startswith("#"))
 

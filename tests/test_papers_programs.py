@@ -17,6 +17,7 @@ import numpy as np
 import pretrained
 import pytest
 import report
+import structure
 import tensorflow as tf
 import tightness
 import vowels
@@ -24,6 +25,7 @@ import vowels
 KEPT = pathlib.Path(__file__).parents[1] / "docs" / "papers"
 PROGRAMS = {
     "blow_up": blow_up,
+    "structure": structure,
     "tightness": tightness,
     "invertible": invertible,
     "density": density,
@@ -70,6 +72,10 @@ def test_blow_up_runs_and_grows_on_every_path(tmp_path):
     for curve in results["curves"].values():
         assert curve["exponent"] > 0.9
         assert curve["norm"][-1] > 20 * results["certified"]
+    for row in results["enforced"]:
+        assert row["found"] <= row["sound"] * (1 + 1e-6)
+        # The published constant holds for one head alone.
+        assert (row["found"] > 1.2 * row["published"]) == (row["heads"] > 1)
         assert max(curve["l2_norm"]) <= results["certified"] <= results["published"]
 
 

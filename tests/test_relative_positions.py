@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers import bounds_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
@@ -18,12 +19,16 @@ from scipy.special import lambertw
 import keras_lipattn as kl
 from keras_lipattn.bounds.key_weights import (
     KeyWeights,
+    biases_by_lag,
     log_lambert,
+    weighted_constants,
     weighted_unit_bound,
     weights_by_lag,
     weights_by_pair,
 )
+from keras_lipattn.bounds.mild_weights import mild_constants
 from keras_lipattn.bounds.unit_head import unit_head_bound, weighted_bound
+from keras_lipattn.layers._masks import mask_class
 from keras_lipattn.layers._relative_bias import by_distance
 
 NORMS = ("l2", "token", "linf")
@@ -164,9 +169,55 @@ def test_the_constant_of_no_biases_is_that_of_equal_weights(norm, mask):
     certified = layer_with(zero, tokens=tokens).lipschitz(norm=norm, mask=mask)
     free = layer_with(zero, tokens=tokens)
     free.relative_bias = None
-    # Theorem 3.D, which the theorem of weights contains, in place of those of full and causal
-    # masks, and one scaling of the heads less.
-    assert certified.value == pytest.approx(free.lipschitz(norm=norm, mask="any").value, rel=1e-4)
+    # One scaling of the heads less.
+    assert certified.value == pytest.approx(free.lipschitz(norm=norm, mask=mask).value, rel=1e-4)
+
+
+def mild(table, mask, tokens=None, window=None):
+    """Theorems 3.E and 3.F for one head."""
+    known = mask_class(mask, sliding_window=window)
+    seen = by_distance(table, tokens, known.causal, window, np)
+    degrees = dict(n_keys=known.n_keys, n_queries=known.n_queries)
+    weights = weights_by_lag(*seen, tokens, np, **degrees)
+    totals = np.exp(weights.log_keys)
+    found = mild_constants(*seen, tokens, totals, known.arguments(tokens))
+    return weighted_constants(weights, "l2")[0], found[0]
+
+
+def test_mild_biases_cost_little():
+    constant = np.full((1, 8), 0.5)
+    assert mild(constant, "full", 1024)[0] > 72.0
+    assert mild(constant, "full", 1024)[1] < 19.8
+    assert mild(np.zeros((1, 8)), "full", 1024)[1] == unit_head_bound(1024).value
+    for mask in MASKS:
+        for window in (None, 9):
+            tokens = 200 if window is None else None
+            none = mild(np.zeros((1, 8)), mask, tokens, window)[1]
+            small = np.full((1, 8), 1e-7)
+            small[0, 3] = 0.0
+            # The formula for weights tends to the one without.
+            assert mild(small, mask, tokens, window)[1] == pytest.approx(none, rel=5e-3)
+            # Extreme biases are left to Theorem 3.E.
+            extreme = 30.0 * np.random.default_rng(0).normal(size=(1, 8))
+            assert mild(extreme, mask, tokens, window)[1] == math.inf
+            assert mild(np.full((1, 8), math.nan), mask, tokens, window)[1] == math.inf
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("mask", MASKS)
+def test_no_jacobian_exceeds_the_constant_of_mild_biases(mask, window):
+    tokens, rng = 12, np.random.default_rng(0)
+    lag = np.subtract.outer(np.arange(tokens), np.arange(tokens))
+    visible = (abs(lag) < (window or tokens)) & ((lag >= 0) | (mask == "full"))
+    b, c = bounds_cases.unit_head(2)
+    for scale in (0.1, 0.5, 1.0, 2.0):
+        table = scale * rng.normal(size=(1, 6))
+        weights = np.exp(biases_by_lag(table, lag)[0]) * visible
+        bound = min(mild(table, mask, tokens, window))
+        for y in bounds_cases.inputs(tokens, 2, rng):
+            # A mask of weights: scores are its logarithms minus squared distances.
+            jac = bounds_cases.jacobian(y, b, c, weights)
+            assert bounds_cases.attained(jac, "l2")[0] <= bound * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("xp", [np, ops])

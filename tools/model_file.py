@@ -35,10 +35,12 @@ def load_model(path: pathlib.Path, modules: Iterable[str] = ()) -> Any:
         _import(module)
     try:
         return keras.saving.load_model(path, compile=False)
-    except (ImportError, OSError, TypeError, ValueError) as error:
+    # A broken file raises errors of zipfile, h5py, json and Keras: BadZipFile, KeyError and others.
+    except Exception as error:
+        message = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(
             "The file cannot be loaded as a Keras model; layers of your own are found when their "
-            f"module is named by --import. Received: {path} with {type(error).__name__}: {error}"
+            f"module is named by --import. Received: {path} with {message}"
         ) from error
 
 

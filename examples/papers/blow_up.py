@@ -6,8 +6,12 @@ attention and for three common mistakes in L2 attention, and along the same path
 
     python examples/papers/blow_up.py
 
-Reference:
+A second table is about dot-product attention on bounded tokens. A constant that is published for
+training with enforced Lipschitz constants holds for one head, and fails for several.
+
+References:
     Kim, Papamakarios, Mnih, "The Lipschitz constant of self-attention", ICML 2021, Theorem 3.1.
+    Newhouse et al., "Training Transformers with Enforced Lipschitz Constants", 2025.
 """
 
 import keras
@@ -23,6 +27,11 @@ QUERY = np.array([[1.0], [0.0]])
 VALUE = np.array([[1.0], [1.0]])
 OUTPUT = np.array([[1.0, 0.0]])
 UNTIED_KEY = 2.0 * QUERY
+
+# The second experiment: heads that share a width, and tokens of root mean square at most 1.
+HEADS = (1, 2, 4)
+WIDTH = 8
+FEW = 6
 
 STYLES = {
     "dot-product": ("tab:red", "-"),
@@ -102,6 +111,69 @@ def jacobian_norms(function, x):
     return np.linalg.norm(jacobian.reshape(-1, size, size), 2, axis=(1, 2))
 
 
+def enforced_constants(heads):
+    """Constants of attention with orthogonal weights, tokens in the norm max RMS <= 1.
+
+    Returns:
+        The published one, and the same with the factors that several heads need: the values that
+        heads take from different tokens add up to `sqrt(heads)`, and a head's scores are products
+        of vectors that may hold the whole size of a token, divided by its own width.
+    """
+    return (1.0 + 2.0) / 3.0, (heads**0.5 + 2.0 * heads) / 3.0
+
+
+def largest_growth(heads, restarts, steps):
+    """Largest factor found by which attention expands a change of its tokens in the norm max RMS.
+
+    Tokens, orthogonal weights and the change climb together. The factor is that of the last token,
+    which sees all tokens under a causal mask, too.
+    """
+    rng = np.random.default_rng(0)
+    size = (restarts, FEW, WIDTH)
+    tokens, change = (tf.Variable(rng.normal(size=size)) for _ in range(2))
+    kernels = tf.Variable(rng.normal(size=(restarts, 3, WIDTH, WIDTH)))
+    own = WIDTH // heads
+
+    def split(x):
+        return tf.transpose(tf.reshape(x, (restarts, FEW, heads, own)), (0, 2, 1, 3))
+
+    def attend(x, query, key, value):
+        scores = split(x @ query) @ tf.linalg.matrix_transpose(split(x @ key)) / own
+        values = tf.nn.softmax(scores) @ split(x @ value)
+        joined = tf.reshape(tf.transpose(values, (0, 2, 1, 3)), size)
+        return joined / 3.0
+
+    def rms(x):
+        return tf.sqrt(tf.reduce_mean(tf.square(x), axis=-1, keepdims=True))
+
+    optimizer = keras.optimizers.Adam(0.05)
+
+    @tf.function
+    def step():
+        with tf.GradientTape() as tape:
+            weights = tf.unstack(tf.linalg.qr(kernels)[0], axis=1)
+            x, push = tokens / tf.maximum(rms(tokens), 1.0), 1e-5 * change / rms(change)
+            moved = attend(x + push, *weights) - attend(x - push, *weights)
+            factors = rms(moved[:, -1]) / 2e-5
+            loss = -tf.reduce_sum(factors)
+        variables = (tokens, change, kernels)
+        optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
+        return tf.reduce_max(factors)
+
+    return max(float(step()) for _ in range(steps))
+
+
+def enforced(full):
+    """For each number of heads the two constants and what is found."""
+    effort = (48, 400) if full else (12, 150)
+    rows = []
+    for heads in HEADS:
+        published, sound = enforced_constants(heads)
+        found = largest_growth(heads, *effort)
+        rows.append({"heads": heads, "published": published, "found": found, "sound": sound})
+    return rows
+
+
 def compute(full):
     """Norms of the Jacobians along the paths, up to distance 100 (1000 in the full setting)."""
     t = np.geomspace(0.1, 1000.0 if full else 100.0, 121 if full else 61)
@@ -129,6 +201,7 @@ def compute(full):
         "certified": bound.value,
         "published": bound.published,
         "curves": curves,
+        "enforced": enforced(full),
     }
 
 
@@ -166,6 +239,16 @@ def draw(results, folder):
             f"L2MultiHeadAttention on the same path (certified {results['certified']:.3f})",
         ],
         rows,
+    )
+    names = ("published", "found", "sound")
+    report.table(
+        "enforced",
+        folder,
+        ["heads", "published constant", "found", "constant with the number of heads"],
+        [
+            [str(row["heads"]), *(f"{row[name]:.3f}" for name in names)]
+            for row in results["enforced"]
+        ],
     )
 
 

@@ -12,19 +12,21 @@ from keras_lipattn.bounds.multihead import (
 )
 from keras_lipattn.bounds.unit_head import (
     UnitBound,
-    mask_degrees,
     published_head_bound,
     unit_head_bound,
 )
 from keras_lipattn.bounds.unit_head_lemmas import phi_inv, s_star
+from keras_lipattn.bounds.visible_pairs import Cliques, mask_cliques, mask_degrees
 
 __all__ = [
+    "Cliques",
     "LipschitzBound",
     "UnitBound",
     "bound_linf",
     "certified_layer_bound",
     "frobenius_scaling",
     "layer_matrices",
+    "mask_cliques",
     "mask_degrees",
     "phi_inv",
     "published_head_bound",

@@ -100,6 +100,7 @@ def weighted_layer_bound(
     *,
     norm: str,
     weights: KeyWeights | None,
+    mild: npt.ArrayLike = math.inf,
     **others: typing.Any,
 ) -> LipschitzBound:
     """Certified bound of a layer whose keys have weights: section 5 with Theorems 3.E and 4.1.
@@ -110,6 +111,7 @@ def weighted_layer_bound(
         norm: `"l2"`, `"token"` or `"linf"`.
         weights: `KeyWeights` of the heads, shape `(H,)` or `(1,)`; `None` where no query sees
             another token.
+        mild: constants of the heads by Theorem 3.F, for `norm="l2"`.
         **others: `product_scale`, `query_error`, `product_error`, `published` of
             `certified_layer_bound`.
 
@@ -119,6 +121,9 @@ def weighted_layer_bound(
     heads = len(np.asarray(b))
     unit = weighted_unit_bound(weights, norm, np, slack=_CERTIFIED)
     constants = np.broadcast_to(weighted_constants(weights, norm), heads)
+    theorem = unit.theorem or IDENTITY
+    if norm == "l2" and np.any(np.asarray(mild) < constants):
+        constants, theorem = np.minimum(constants, mild), "Theorems 3.E and 3.F"
     scores = np.broadcast_to(SAFETY * np.asarray(unit.score_part), heads)
     return certified_layer_bound(
         b,
@@ -127,7 +132,7 @@ def weighted_layer_bound(
         tokens=None,
         head_constants=constants,
         head_scores=scores,
-        head_theorem=unit.theorem or IDENTITY,
+        head_theorem=theorem,
         **others,
     )
 

@@ -46,6 +46,15 @@ ACTIVATIONS = {
     "tanh_shrink": 1.0,
 }
 
+# Smallest slopes, rounded down, where they are negative.
+LEAST_SLOPES = {
+    "gelu": -0.128905,
+    "gelu_tanh": -0.128994,
+    "hard_silu": -0.5,
+    "mish": -0.113,
+    "silu": -0.099840,
+}
+
 # Reasons why an activation has no finite constant.
 UNBOUNDED_ACTIVATIONS = {
     "exponential": "the exponential has unbounded slope",

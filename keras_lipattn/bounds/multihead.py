@@ -25,6 +25,7 @@ from keras_lipattn.bounds.head_scaling import (
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
 from keras_lipattn.bounds.unit_head import UnitBound, unit_head_bound
 from keras_lipattn.bounds.unit_head_lemmas import phi_inv
+from keras_lipattn.bounds.visible_pairs import Cliques
 from keras_lipattn.linalg import SAFETY, cached_by_content, fast_operator_norm
 from keras_lipattn.linalg.power import ScaledMatrix
 from keras_lipattn.linalg.precision import SMALLEST_NORMAL
@@ -239,6 +240,7 @@ def certified_layer_bound(
     mask: str = "full",
     n_keys: int | None = None,
     n_queries: int | None = None,
+    cliques: Cliques | None = None,
     head_constants: npt.ArrayLike | None = None,
     head_scores: npt.ArrayLike | None = None,
     head_theorem: str = "",
@@ -259,6 +261,7 @@ def certified_layer_bound(
         mask: `"full"` (padding included), `"causal"` or `"any"`.
         n_keys: for `mask="any"`, the largest number of other keys a query sees.
         n_queries: for `mask="any"`, the largest number of other queries that see a key.
+        cliques: for `mask="any"`, the cliques of the mask if they are known.
         head_constants: shape `(H,)`, constants of the heads that replace the one of the unit head
             (from Theorem 6, for instance).
         head_scores: for `norm="linf"` with `head_constants`, shape `(H,)`: the constants `4 Phi`.
@@ -282,7 +285,8 @@ def certified_layer_bound(
     _check_shapes(b, c)
     ones = np.ones(len(b))
     if head_constants is None:
-        unit = unit_head_bound(tokens, mask, norm, n_keys=n_keys, n_queries=n_queries)
+        structure = dict(n_keys=n_keys, n_queries=n_queries, cliques=cliques)
+        unit = unit_head_bound(tokens, mask, norm, **structure)
         heads, scores = ones, unit.score_part * ones
     else:
         if norm == "linf" and head_scores is None:

@@ -1,6 +1,6 @@
 """Lipschitz constants of the unit head, the map `Y -> softmax(-|y_i - y_j|^2) Y`.
 
-Theorems 3.A to 3.E bound the 2-norm, Theorem 4 is the exact constant of the token norm, Theorem
+Theorems 3.A to 3.G bound the 2-norm, Theorem 4 is the exact constant of the token norm, Theorem
 5.3 needs two numbers for the max norm. A mask keeps the diagonal: a token always sees itself.
 """
 
@@ -9,7 +9,6 @@ import math
 import typing
 
 import numpy as np
-import numpy.typing as npt
 
 from keras_lipattn.bounds.lipschitz_bound import NORMS
 from keras_lipattn.bounds.unit_head_lemmas import (
@@ -27,6 +26,7 @@ from keras_lipattn.bounds.unit_head_lemmas import (
     points,
     s_star,
 )
+from keras_lipattn.bounds.visible_pairs import Cliques
 from keras_lipattn.linalg import SAFETY
 
 MASKS = ("full", "causal", "any")
@@ -68,8 +68,9 @@ def unit_head_bound(
     *,
     n_keys: int | None = None,
     n_queries: int | None = None,
+    cliques: Cliques | None = None,
 ) -> UnitBound:
-    """Certified Lipschitz constant of the unit head: the smallest of Theorems 3.A to 3.D, or 4.
+    """Certified Lipschitz constant of the unit head: the smallest of Theorems 3.A to 3.G, or 4.
 
     The mask must keep the diagonal. No token may see a padded one, and padded rows of the output
     must be zero; `"full"` and `"causal"` then cover every shorter or padded sequence too.
@@ -82,6 +83,7 @@ def unit_head_bound(
             default.
         n_queries: for `mask="any"`, the largest number of *other* queries that see a key;
             `N - 1` by default.
+        cliques: for `mask="any"`, the cliques of the mask if they are known.
 
     Returns:
         A `UnitBound` of Python floats, cached. When `tokens` is `None` the value is `inf`,
@@ -96,7 +98,7 @@ def unit_head_bound(
     >>> round(bound.value, 3), bound.theorem
     (8.697, 'Theorem 3.B')
 
-    Reference: Theorems 3.A to 3.D, 4 and 5.3 of docs/theory.md; Kim, Papamakarios and Mnih,
+    Reference: Theorems 3.A to 3.D, 3.G, 4 and 5.3 of docs/theory.md; Kim, Papamakarios and Mnih,
         "The Lipschitz constant of self-attention", ICML 2021.
     """
     if mask not in MASKS:
@@ -107,7 +109,7 @@ def unit_head_bound(
     n_keys = _whole("n_keys", n_keys, least=0)
     n_queries = _whole("n_queries", n_queries, least=0)
     if mask != "any":
-        n_keys = n_queries = None
+        n_keys = n_queries = cliques = None
     if tokens is not None:
         n_keys = tokens - 1 if n_keys is None else min(n_keys, tokens - 1)
         n_queries = tokens - 1 if n_queries is None else min(n_queries, tokens - 1)
@@ -119,7 +121,7 @@ def unit_head_bound(
         four_phi = SAFETY * 4.0 * phi_inv(n_keys)
         return UnitBound(token_norm_bound(n_keys), "Theorem 5.3", four_phi)
     if mask == "any":
-        return _l2_by_degrees(tokens, n_keys, n_queries)
+        return _l2_by_degrees(tokens, n_keys, n_queries, cliques)
     return _l2(tokens, mask)
 
 
@@ -147,32 +149,6 @@ def published_head_bound(tokens: int) -> float:
     Reference: "The Lipschitz constant of self-attention", ICML 2021, Theorem 3.2.
     """
     return math.sqrt(tokens) * (4.0 * phi_inv(tokens - 1) + 1.0)
-
-
-def mask_degrees(mask: npt.ArrayLike) -> tuple[int, int]:
-    """Largest number of other keys a query sees, and of other queries that see a key.
-
-    Args:
-        mask: array of shape `(N, N)` or `(..., N, N)`, true where query `i` sees key `j`. The
-            diagonal does not matter: a token always sees itself. With leading axes the degrees
-            are the largest over them.
-
-    Returns:
-        `(n_keys, n_queries)`, two integers.
-
-    Raises:
-        ValueError: if the last two axes are not square.
-    """
-    mask = np.asarray(mask)
-    if mask.ndim < 2 or mask.shape[-1] != mask.shape[-2]:
-        raise ValueError(
-            "`mask` must be square, of shape `(..., N, N)`: queries and keys of self-attention "
-            f"are the same tokens. Received: shape={mask.shape}"
-        )
-    others = mask.astype(bool) & ~np.eye(mask.shape[-1], dtype=bool)
-    if others.size == 0:
-        return 0, 0
-    return int(others.sum(axis=-1).max()), int(others.sum(axis=-2).max())
 
 
 def weighted_bound(n_keys: float, n_queries: float) -> float:
@@ -207,7 +183,7 @@ def _l2(tokens: int, mask: str) -> UnitBound:
     if tokens == 1:
         return UnitBound(1.0, IDENTITY)
     own = (
-        UnitBound(_full_mask(tokens), "Theorem 3.B")
+        UnitBound(symmetric_bound(tokens - 1, math.sqrt(tokens - 1.0)), "Theorem 3.B")
         if mask == "full"
         else UnitBound(_causal_mask(tokens), "Theorem 3.C")
     )
@@ -222,7 +198,9 @@ def _l2(tokens: int, mask: str) -> UnitBound:
 
 
 @functools.lru_cache(maxsize=4096)
-def _l2_by_degrees(tokens: int | None, n_keys: int, n_queries: int) -> UnitBound:
+def _l2_by_degrees(
+    tokens: int | None, n_keys: int, n_queries: int, cliques: Cliques | None = None
+) -> UnitBound:
     if n_keys == 0 or n_queries == 0:
         return UnitBound(1.0, IDENTITY)
     phi = phi_inv(n_keys)
@@ -232,51 +210,114 @@ def _l2_by_degrees(tokens: int | None, n_keys: int, n_queries: int) -> UnitBound
         UnitBound(_by_degrees(n_keys, n_queries, _masked_entry)[0], "Theorem 3.D"),
         UnitBound(SAFETY * closed, "Theorem 3.A"),
     ]
+    if cliques is not None:
+        own = _clique_mask(n_keys, cliques.root)
+        if cliques.symmetric:
+            own = min(own, symmetric_bound(n_keys, cliques.root))
+        candidates.append(UnitBound(own, "Theorem 3.G"))
     if tokens is not None:
         published = SAFETY * math.sqrt(tokens) * (4.0 * phi + 1.0)
         candidates.append(UnitBound(published, "Kim et al., Theorem 3.2"))
     return min(candidates)
 
 
-def _full_mask(tokens: int) -> float:
-    """Theorem 3.B for `tokens >= 2`."""
-    n = tokens - 1
+@functools.lru_cache(maxsize=4096)
+def symmetric_bound(
+    n_keys: float, root: float, *, least: float = 1.0, asymmetry: float = 1.0
+) -> float:
+    """Theorem 3.B, and 3.F and 3.G for symmetric masks.
+
+    Args:
+        n_keys: largest sum of the weights of the other keys of a query, `> 0`.
+        root: largest sum over the cliques of a key of the roots of the squares of its weights;
+            `sqrt(N - 1)` for a full mask without weights.
+        least: smallest weight of a visible key.
+        asymmetry: largest ratio of the weights of two tokens for each other.
+
+    Returns:
+        A float, certified.
+    """
     return optimized_bound(
-        functools.partial(_full_squared, n),
+        functools.partial(_symmetric_squared, n_keys, root, least, asymmetry),
         (np.linspace(math.log(0.005), 0.0, 12), np.linspace(-4.0, 4.0, 12)),
-        sample=points(n, 160),
-        cover=cells(n, _CELLS),
+        sample=points(n_keys, 160),
+        cover=cells(n_keys, _CELLS),
     )[0]
 
 
-def _full_squared(n: int, grid: Cells, beta: float, excess: float) -> float:
+def _symmetric_squared(
+    n_keys: float,
+    root: float,
+    least: float,
+    asymmetry: float,
+    grid: Cells,
+    beta: float,
+    excess: float,
+) -> float:
     """Square of the bound; `B` is `1 + excess` times the smallest value the grid admits."""
     low, high = grid
-    load = off_diagonal(high, n, beta) / (1.0 + low) ** 1.5
+    load = off_diagonal(high, n_keys, beta) / (1.0 + low) ** 1.5
+    if least != 1.0:
+        load = load * np.sqrt((1.0 + high / least) / (1.0 + low))
     scale = (1.0 + excess) * load.max()
-    constants = majorant_norm(1.0 - _SPLITS, 1.0 / beta)
-    columns = _SPLITS[:, None] * high + constants[:, None] * math.sqrt(n)
-    row = diagonal_block(low, high, n) ** 2 / (1.0 - load / scale)
+    columns = asymmetry * _SPLITS[:, None] * high + _split_constants(beta)[:, None] * root
+    row = diagonal_block(low, high, n_keys) ** 2 / (1.0 - load / scale)
     return float((row + scale * columns.min(axis=0)).max())
 
 
+@functools.lru_cache(maxsize=4096)
+def _split_constants(beta: float) -> Floats:
+    return majorant_norm(1.0 - _SPLITS, 1.0 / beta)
+
+
 def _causal_mask(tokens: int) -> float:
-    """Theorem 3.C for `tokens >= 2`."""
-    n = tokens - 1
-    sampled = _positions(tokens, 24)
+    """Theorem 3.C for `tokens >= 2`: blocks `(start, end]` of positions.
+
+    A block is evaluated with the largest number of visible keys, `end - 1`, and the largest number
+    of later queries, `N - start - 1`. The first block is `(0, 1]`.
+    """
+
+    def blocks(ends: np.ndarray) -> tuple[Floats, Floats]:
+        starts = np.concatenate([[0], ends[:-1]])
+        return ends - 1.0, np.sqrt(tokens - starts - 1.0)
+
+    positions = _positions(tokens, 24)
+    # Points of a search, not blocks.
+    sampled = positions - 1.0, np.sqrt(tokens - positions + 0.0)
     ends = np.union1d(_positions(tokens, 160), np.arange(1, min(tokens, 64) + 1))
+    return ordered_bound(sampled, blocks(ends))
+
+
+def _clique_mask(n_keys: int, root: float) -> float:
+    """Theorem 3.G for masks that need not be symmetric."""
+    block = np.array([float(n_keys)]), np.array([root])
+    return ordered_bound(block, block)
+
+
+def ordered_bound(
+    sampled: tuple[Floats, Floats], blocks: tuple[Floats, Floats], *, least: float = 1.0
+) -> float:
+    """Theorems 3.C, 3.F and 3.G for masks that need not be symmetric.
+
+    Args:
+        sampled: `(keys, roots)` of tokens for the search, see `_OrderedGrid`.
+        blocks: the same of blocks that cover all tokens.
+        least: smallest weight of a visible key.
+
+    Returns:
+        A float, certified.
+    """
     axes = (
         np.linspace(math.log(0.005), 0.0, 7),
         np.linspace(math.log(0.05), math.log(20.0), 6),
         np.linspace(-4.0, 2.0, 5),
     )
+    n_keys = float(blocks[0].max())
     return optimized_bound(
-        _CausalGrid.squared_bound,
+        _OrderedGrid.squared_bound,
         axes,
-        sample=_CausalGrid(tokens, points(n, 120), starts=sampled - 1, ends=sampled),
-        cover=_CausalGrid(
-            tokens, cells(n, _CELLS), starts=np.concatenate([[0], ends[:-1]]), ends=ends
-        ),
+        sample=_OrderedGrid(points(n_keys, 120), *sampled, least),
+        cover=_OrderedGrid(cells(n_keys, _CELLS), *blocks, least),
     )[0]
 
 
@@ -284,33 +325,40 @@ def _positions(tokens: int, count: int) -> np.ndarray:
     return np.unique(np.round(np.geomspace(1, tokens, count)).astype(np.int64))
 
 
-class _CausalGrid:
-    """Cells of the row mass times blocks of positions, for one number of tokens.
+class _OrderedGrid:
+    """Cells of the row mass times blocks of tokens.
 
-    A block `(start, end]` of positions is evaluated with the largest number of visible keys,
-    `end - 1`, and the largest number of later queries, `N - start - 1`. The first is `(0, 1]`.
+    Args:
+        grid: cells up to the largest number of visible keys.
+        keys: shape `(blocks,)`, the largest number or weight of other keys of a token of the block.
+        roots: shape `(blocks,)`, the sum of roots of the cliques that see a token of the block,
+            times the largest weight.
+        least: smallest weight of a visible key.
     """
 
-    def __init__(self, tokens: int, grid: Cells, *, starts: np.ndarray, ends: np.ndarray) -> None:
-        self.n = tokens - 1
+    def __init__(self, grid: Cells, keys: Floats, roots: Floats, least: float) -> None:
         self.low, self.high = grid
-        self.later = np.sqrt(tokens - starts - 1.0)
-        keys = ends[1:, None] - 1.0
+        # The mass of the other tokens without weights is at most this.
+        self.mass = self.high / least
+        # A token that sees only itself has row mass 0 and derivative 1.
+        self.alone, self.keys = roots[keys == 0.0], keys[keys > 0.0, None]
+        self.roots = roots[keys > 0.0]
         own, slope, log_mass = diagonal_parts(self.low, self.high)
-        diagonal = own + slope * np.maximum(np.log(keys) - log_mass, 0.0)
-        self.diagonal_squared = np.where(self.low <= keys, diagonal**2, 0.0)
+        diagonal = own + slope * np.maximum(np.log(self.keys) - log_mass, 0.0)
+        self.used = self.low <= self.keys
+        self.diagonal_squared = np.where(self.used, diagonal**2, 0.0)
 
     def squared_bound(self, beta: float, excess_kappa: float, excess: float) -> float:
         """Square of the bound; `zbar` is `1 + excess` times the smallest admissible value."""
         kappa = 1.0 + excess_kappa
-        weight = np.minimum(1.0, kappa / (self.high + np.sqrt(self.high**2 + kappa)))
-        load = off_diagonal(self.high, self.n, beta) / (1.0 + self.low) ** 2 / weight
+        weight = np.minimum(1.0, kappa / (self.mass + np.sqrt(self.mass**2 + kappa)))
+        load = off_diagonal(self.high, self.keys, beta) / ((1.0 + self.low) ** 2 * weight)
+        load = np.where(self.used, load, 0.0)
         scale = (1.0 + excess) * load.max()
-        inverse = 1.0 / (1.0 - load / scale)
-        # The first token sees only itself: its row mass is 0, which lies in the first cell.
-        row = np.concatenate([inverse[:1], (self.diagonal_squared * inverse).max(axis=1)])
+        row = (self.diagonal_squared / (1.0 - load / scale)).max(axis=1)
         column = float(majorant_norm(1.0, 1.0 / beta)) * math.sqrt(kappa) * scale
-        return float((row + column * self.later).max())
+        alone = 1.0 + column * self.alone.max(initial=0.0)
+        return float(max((row + column * self.roots).max(), alone))
 
 
 def _by_degrees(

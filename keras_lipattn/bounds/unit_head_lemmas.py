@@ -117,16 +117,16 @@ def diagonal_block(low: Floats, high: Floats, n: float) -> Floats:
     return own + slope * np.maximum(math.log(n) - log_mass, 0.0)
 
 
-def off_diagonal(high: Floats, n: float, beta: float) -> Floats:
+def off_diagonal(high: Floats, n: float | Floats, beta: float) -> Floats:
     """`S + Psi(S)` of Lemma 3.3 at the upper end of each cell; it does not decrease with `S`.
 
     Args:
         high: upper ends of the cells, shape `(K,)`.
-        n: number of other tokens, or their weight.
+        n: number of other tokens, or their weight; an array broadcasts.
         beta: parameter of the lemma, `0 < beta <= 1`.
 
     Returns:
-        Shape `(K,)`. Divided by `1 + S` it is `omega(S)`.
+        Shape `(K,)` or that of the broadcast. Divided by `1 + S` it is `omega(S)`.
     """
     peak = _peak(beta)
     distance = np.log(n / high)

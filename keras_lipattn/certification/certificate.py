@@ -4,20 +4,24 @@ import dataclasses
 import json
 import math
 import os
-import types
-import typing
 from typing import Any
 
 import keras
 import numpy as np
 
-from keras_lipattn.bounds.lipschitz_bound import NORMS
+from keras_lipattn.certification.certificate_content import (
+    check_values,
+    decode,
+    encode,
+    hash_of_content,
+    parse,
+)
 from keras_lipattn.certification.fingerprint import fingerprint_of
 from keras_lipattn.certification.reasons import REPLACEMENTS
 from keras_lipattn.certification.threat_model import ThreatModel
 from keras_lipattn.linalg import SAFETY
 
-SCHEMA = 1
+SCHEMA = 2
 # Above this total a margin of 1 between logits certifies a radius below 1e-3 / sqrt(2), less
 # than a fifth of one gray level of an image in [0, 1].
 VACUOUS_ABOVE = 1e3
@@ -84,6 +88,9 @@ class Certificate:
         pairwise_constants: for each pair of classes a Lipschitz constant of the difference of their
             logits; empty for models that are not classifiers.
         fingerprint: SHA-256 of the weights, see `matches`.
+        content_hash: SHA-256 of all the other entries; computed if it is empty. A copy by
+            `dataclasses.replace` keeps the hash of the original, and `matches` then tells them
+            apart. Anyone can compute a new hash: it detects changes, it is not a signature.
 
     Example:
 
@@ -106,6 +113,11 @@ class Certificate:
     head: str = ""
     pairwise_constants: tuple[tuple[float, ...], ...] = ()
     fingerprint: str = ""
+    content_hash: str = ""
+
+    def __post_init__(self):
+        if not self.content_hash:
+            object.__setattr__(self, "content_hash", hash_of_content(self))
 
     @property
     def norm(self) -> str:
@@ -289,8 +301,24 @@ class Certificate:
     # Identity ---------------------------------------------------------------------------------
 
     def matches(self, model: keras.Model) -> bool:
-        """Whether `model` has exactly the certified weights: same names, dtypes, shapes, values."""
-        return self.fingerprint == fingerprint_of(model)
+        """Whether this is the certificate of exactly these weights.
+
+        Args:
+            model: a built model.
+
+        Returns:
+            `True` if the model has the certified names, dtypes, shapes and values of weights, and
+            the content of the certificate is as it was certified. A changed total, an entry
+            outside of its range, or an edited matrix of pairs gives `False`.
+        """
+        try:
+            check_values(self)
+        except (TypeError, ValueError, AttributeError):
+            # After `dataclasses.replace` a field may have another type.
+            return False
+        return self.content_hash == hash_of_content(self) and self.fingerprint == fingerprint_of(
+            model
+        )
 
     # Text -------------------------------------------------------------------------------------
 
@@ -319,7 +347,7 @@ class Certificate:
         content["vacuous"] = self.vacuous
         content["reasons"] = self.reasons
         content["proposals"] = self.proposals
-        return json.dumps(_encode(content), indent=2, allow_nan=False)
+        return json.dumps(encode(content), indent=2, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> "Certificate":
@@ -332,24 +360,17 @@ class Certificate:
             A `Certificate` equal to the one written.
 
         Raises:
-            ValueError: if the text is not a certificate, or has another schema.
+            ValueError: if the text is not a certificate, has another schema, an entry has another
+                type or is outside of its range, or the content does not have its own hash.
         """
-        try:
-            content = json.loads(text, parse_constant=_refuse)
-        except RecursionError:
-            raise ValueError("The text is not a certificate: it is nested too deeply.") from None
-        schema = content.get("schema") if isinstance(content, dict) else None
-        if schema != SCHEMA:
+        entries = parse(text, SCHEMA)
+        certificate = decode(cls, entries, "certificate")
+        check_values(certificate)
+        found = hash_of_content(certificate)
+        if entries["content_hash"] != found:
             raise ValueError(
-                f"The text must be a certificate of schema {SCHEMA}. Received: schema={schema!r}"
-            )
-        for derived in ("schema", "vacuous", "reasons", "proposals"):
-            content.pop(derived, None)
-        certificate = _read(cls, content, "certificate")
-        if certificate.norm not in NORMS:
-            raise ValueError(
-                f"The norm of a certificate must be one of {tuple(NORMS)}. "
-                f"Received: norm={certificate.norm!r}"
+                "The content of a certificate must have the hash `content_hash`: it was changed "
+                f"after it was certified. Received: {entries['content_hash']!r} for {found}"
             )
         return certificate
 
@@ -370,52 +391,3 @@ def _factor(cost: float) -> str:
     """Formats the factor with this natural logarithm."""
     digits = cost / math.log(10.0)
     return f"{math.exp(cost):.3g}" if digits < 4.0 else f"10^{digits:.0f}"
-
-
-def _read(kind: Any, value: Any, name: str) -> Any:
-    """The value that `_encode` wrote for this type; `name` is for errors."""
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        hints = typing.get_type_hints(kind)
-        unknown = sorted(set(value) - set(hints))
-        if unknown:
-            raise ValueError(
-                f"The {name} of a certificate has no such entries. Received: {unknown}"
-            )
-        fields = {key: _read(hints[key], item, key) for key, item in value.items()}
-        try:
-            return kind(**fields)
-        except TypeError as error:
-            raise ValueError(f"The {name} is incomplete. Received: {error}") from error
-    parts = typing.get_args(kind)
-    if typing.get_origin(kind) is tuple and isinstance(value, list):
-        if parts[-1] is Ellipsis:
-            parts = parts[:1] * len(value)
-        if len(parts) == len(value):
-            return tuple(_read(part, item, name) for part, item in zip(parts, value, strict=True))
-    elif isinstance(kind, types.UnionType):
-        return None if value is None else _read(parts[0], value, name)
-    elif kind is float and (type(value) in (int, float) or value in ("inf", "-inf")):
-        try:
-            return float(value)
-        except OverflowError:
-            pass
-    elif type(value) is kind:
-        return value
-    raise ValueError(
-        f"The entry {name!r} of a certificate must be of type {getattr(kind, '__name__', kind)}. "
-        f"Received: {name}={value!r}"
-    )
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"Numbers of a certificate must be finite JSON numbers. Received: {constant}")
-
-
-def _encode(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _encode(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_encode(item) for item in value]
-    if isinstance(value, float) and math.isinf(value):
-        return "inf" if value > 0 else "-inf"
-    return value

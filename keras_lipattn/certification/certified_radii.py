@@ -11,7 +11,7 @@ from keras_lipattn._arguments import require_positive_integer
 from keras_lipattn.certification.centers import examples_of
 from keras_lipattn.certification.certificate import Certificate
 from keras_lipattn.certification.certifying import certify, local_certificate
-from keras_lipattn.certification.propagation import Options
+from keras_lipattn.certification.options import Options
 from keras_lipattn.certification.tensor_state import Enclosure
 from keras_lipattn.linalg import SAFETY
 
@@ -116,5 +116,5 @@ def _radius(near, globally: Certificate, steps: int, allowance: float) -> float:
 def _uncapped(certificate: Certificate, logits: np.ndarray, allowance: float) -> float:
     """The radius that the constant gives, even where the certificate does not cover it."""
     everywhere = dataclasses.replace(certificate.threat_model, radius=math.inf)
-    certificate = dataclasses.replace(certificate, threat_model=everywhere)
+    certificate = dataclasses.replace(certificate, threat_model=everywhere, content_hash="")
     return float(certificate.certified_radius(logits, allowance=allowance))

@@ -16,7 +16,8 @@ from keras_lipattn.certification.evaluation import require_float64
 from keras_lipattn.certification.fingerprint import fingerprint_of
 from keras_lipattn.certification.local_pass import LocalPass
 from keras_lipattn.certification.maps import side_by_side
-from keras_lipattn.certification.propagation import Options, Propagation
+from keras_lipattn.certification.options import Options
+from keras_lipattn.certification.propagation import Propagation
 from keras_lipattn.certification.reasons import Cause, Reason
 from keras_lipattn.certification.self_check import check_certificate
 from keras_lipattn.certification.tensor_state import Enclosure, TensorState
@@ -188,7 +189,7 @@ def local_certificate(
         if options.norm != "l2":
             _, certificate = _certify_traced(traced, options, local)
         threat = dataclasses.replace(certificate.threat_model, lost=tuple(local.lost.items()))
-        certificates.append(dataclasses.replace(certificate, threat_model=threat))
+        certificates.append(dataclasses.replace(certificate, threat_model=threat, content_hash=""))
     worst = max(certificates, key=lambda one: one.total)
     pairs = np.max([one.pairwise_constants for one in certificates], axis=0)
     # The bound of dot-product attention depends on the ball that holds its tokens. A smaller ball
@@ -206,6 +207,7 @@ def local_certificate(
         worst,
         threat_model=threat,
         pairwise_constants=tuple(tuple(float(value) for value in row) for row in pairs),
+        content_hash="",
     )
     return total, enclosures
 

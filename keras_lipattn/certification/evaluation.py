@@ -81,7 +81,7 @@ def _run(operation: Any, args: Any, kwargs: Any, dtype: str | None) -> Any:
         raise UnknownValue("it is not known to compute in float64 when its input is float64")
     scope = keras.StatelessScope(collect_losses=True)
     try:
-        with scope, _RoundedVariables(dtype), _in_float64(operation):
+        with scope, _RoundedVariables(dtype), in_float64(operation):
             return operation.call(*args, **kwargs)
     except Exception as error:
         # Backends raise different errors for operations that they do not have in float64.
@@ -104,7 +104,7 @@ def _computes_in_float64(layer: keras.layers.Layer) -> bool:
 
 
 @contextlib.contextmanager
-def _in_float64(operation: Any) -> Iterator[None]:
+def in_float64(operation: Any) -> Iterator[None]:
     """Sets the dtype policy of a layer and its inner layers to float64 for a while."""
     layers = operation._flatten_layers() if isinstance(operation, keras.layers.Layer) else []
     before = [vars(layer)["_dtype_policy"] for layer in layers]

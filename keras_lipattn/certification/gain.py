@@ -16,10 +16,11 @@ class Gain:
 
     The constant for all inputs together is then the largest one: `Add` of two inputs has the
     constant sqrt(2), and `Concatenate` of two inputs has 1. The token norm and the max norm are
-    maxima themselves, so there is one logarithm, with the key 0.
+    maxima themselves, so there is one logarithm, with the key 0. The change of the tensor may be
+    measured in another norm than those of the inputs.
 
     Args:
-        norm: `"l2"`, `"token"` or `"linf"`.
+        norm: norm of the change of the tensor, `"l2"`, `"token"` or `"linf"`.
         logs: maps the number of a certified input to a logarithm. An input without an entry has no
             influence.
     """
@@ -78,7 +79,12 @@ class Gain:
                     for key in sorted(keys)
                 },
             )
-        return max(gains, key=lambda gain: gain.log)
+        # The largest of changes with different inputs is at most the root of their squares.
+        keys = {key for gain in gains for key in gain.logs}
+        return cls(
+            norm,
+            {key: max(gain.logs.get(key, -math.inf) for gain in gains) for key in sorted(keys)},
+        )
 
     @classmethod
     def summed(cls, norm: str, gains: Sequence["Gain"]) -> "Gain":

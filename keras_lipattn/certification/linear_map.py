@@ -1,5 +1,7 @@
 """Linear maps of the last axis, stored so that consecutive ones merge."""
 
+import collections
+
 import numpy as np
 
 from keras_lipattn.linalg import SAFETY, cached_by_content, fast_operator_norm
@@ -7,6 +9,11 @@ from keras_lipattn.linalg import SAFETY, cached_by_content, fast_operator_norm
 # A map of the last axis: a matrix of shape `(d_in, d_out)` that acts as `x @ matrix`, its
 # diagonal of shape `(d,)`, or `None` for the identity.
 LinearMap = np.ndarray | None
+
+# The last products of matrices.
+_products: collections.deque[tuple[np.ndarray, np.ndarray, np.ndarray]] = collections.deque(
+    maxlen=4
+)
 
 
 def compose(first: LinearMap, second: LinearMap) -> LinearMap:
@@ -17,7 +24,15 @@ def compose(first: LinearMap, second: LinearMap) -> LinearMap:
         return first
     if first.ndim == 1:
         return first * second if second.ndim == 1 else first[:, None] * second
-    return first * second if second.ndim == 1 else first @ second
+    if second.ndim == 1:
+        return first * second
+    # A certificate needs each product in several norms, one after the other.
+    for a, b, product in tuple(_products):
+        if a is first and b is second:
+            return product
+    product = first @ second
+    _products.append((first, second, product))
+    return product
 
 
 def add(first: LinearMap, second: LinearMap, width: int) -> LinearMap:
@@ -34,6 +49,20 @@ def as_matrix(linear: LinearMap, width: int) -> np.ndarray:
     if linear is None:
         return np.eye(width)
     return np.diag(linear) if linear.ndim == 1 else linear
+
+
+def of_coefficient(coefficient: float | np.ndarray, width: int | None) -> LinearMap:
+    """The map `x -> coefficient * x`, for a number or an array of shape `(width,)`."""
+    if np.ndim(coefficient) == 0:
+        if coefficient == 1.0 or width is None:
+            return None
+        return np.full(width, float(coefficient))
+    return np.asarray(coefficient, np.float64)
+
+
+def largest_size(coefficient: float | np.ndarray) -> float:
+    """Largest absolute value of a coefficient."""
+    return float(np.max(np.abs(coefficient)))
 
 
 def matrix_norm(linear: LinearMap, norm: str) -> float:

@@ -1,7 +1,6 @@
-"""The maps by which rules describe layers.
+"""The maps by which rules describe layers: bounds of the change of their outputs.
 
-A map bounds the change of its output (`propagate`, on states of tensors). For local certificates
-some maps also compute their output (`apply`, on numbers).
+For local certificates some maps also compute their output (`apply`, on numbers).
 """
 
 import dataclasses
@@ -11,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from keras_lipattn.bounds.activated_product import activated_product_constant
 from keras_lipattn.certification import linear_map
 from keras_lipattn.certification.gain import Gain
-from keras_lipattn.certification.linear_map import LinearMap
+from keras_lipattn.certification.linear_map import LinearMap, largest_size, of_coefficient
 from keras_lipattn.certification.reasons import Reason
-from keras_lipattn.certification.tensor_state import Kind, TensorState, costs_after
+from keras_lipattn.certification.tensor_state import Activated, Kind, TensorState, costs_after
 from keras_lipattn.certification.token_range import TokenRange
 
 
@@ -60,6 +60,7 @@ class LipschitzMap:
         assumes_fixed_mask: whether the constant holds only if a mask does not change.
         center: the output at the center of a local certificate.
         function_of: see `TensorState`.
+        larger_in: norms in which the constant of the call is known to be no smaller.
 
     Raises:
         ValueError: if `constant` is `inf` and there is no `reason`.
@@ -79,6 +80,7 @@ class LipschitzMap:
     assumes_fixed_mask: bool = False
     center: CenterValue | None = None
     function_of: tuple[str, TensorState, float] | None = None
+    larger_in: tuple[str, ...] = ()
 
     def __post_init__(self):
         constant = float(self.constant)
@@ -185,12 +187,22 @@ class Affine(LipschitzMap):
             merged = linear_map.matrix_norm(linear, norm)
             gain = gain.smaller(anchor.gain.scaled(merged))
             published = published.smaller(anchor.published.scaled(merged))
+        activated = state.activated
+        if activated is not None and self.matrix is not None:
+            after = linear_map.compose(activated.after, self.matrix)
+            activated = dataclasses.replace(activated, after=after)
+            if after is not None and after.ndim == 2:
+                first, slopes = activated.before, activated.slopes
+                constant = activated_product_constant(first, after, slopes, norm)
+                gain = gain.smaller(activated.root.gain.scaled(constant))
+                published = published.smaller(activated.root.published.scaled(constant))
         return TensorState(
             gain=gain,
             published=published,
             range=token_range,
             anchor=anchor,
             linear=linear,
+            activated=activated,
             routes=((state, self.matrix), (anchor, linear)),
             **layout,
         )
@@ -224,7 +236,9 @@ class Combination(LipschitzMap):
         total = None
         for coefficient, state in terms:
             term = state.repeated_range(width).mapped(
-                _as_linear(coefficient, width), None, _largest(coefficient)
+                of_coefficient(coefficient, width),
+                None,
+                largest_size(coefficient),
             )
             total = term if total is None else total.plus(term)
         groups: dict[int, list[tuple]] = {}
@@ -234,11 +248,11 @@ class Combination(LipschitzMap):
         gains, published = [], []
         merged_root, merged_map = None, None
         for members in groups.values():
-            certified = Gain.summed(norm, [s.gain.scaled(_largest(c)) for c, s in members])
-            earlier = Gain.summed(norm, [s.published.scaled(_largest(c)) for c, s in members])
+            certified = Gain.summed(norm, [s.gain.scaled(largest_size(c)) for c, s in members])
+            earlier = Gain.summed(norm, [s.published.scaled(largest_size(c)) for c, s in members])
             if width is not None:
                 root = members[0][1].root
-                maps = [linear_map.compose(s.linear, _as_linear(c, width)) for c, s in members]
+                maps = [linear_map.compose(s.linear, of_coefficient(c, width)) for c, s in members]
                 linear = maps[0]
                 for other in maps[1:]:
                     linear = linear_map.add(linear, other, width)
@@ -269,7 +283,7 @@ class Combination(LipschitzMap):
         return sum(terms[1:], terms[0])
 
     def error_weights(self, count):
-        return [_largest(coefficient) for coefficient in self.coefficients]
+        return [largest_size(coefficient) for coefficient in self.coefficients]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -278,9 +292,11 @@ class Elementwise(LipschitzMap):
 
     Args:
         value_at_zero: upper bound of the absolute value of the function at 0.
+        slopes: lower and upper bound of its slopes, by default `-constant` and `constant`.
     """
 
     value_at_zero: float
+    slopes: tuple[float, float] | None = None
 
     def _output_state(self, operands, norm, layout):
         (state,) = [state for state in operands if not state.is_fixed]
@@ -295,10 +311,15 @@ class Elementwise(LipschitzMap):
                     self.constant * state.range.largest + self.value_at_zero,
                 )
             )
+        activated = None
+        if state.linear is not None and state.linear.ndim == 2:
+            slopes = self.slopes or (-self.constant, self.constant)
+            activated = Activated(state.root, state.linear, slopes)
         return TensorState(
             gain=state.gain.scaled(self.constant),
             published=state.published.scaled(self.published),
             range=token_range,
+            activated=activated,
             **layout,
         )
 
@@ -429,15 +450,3 @@ def side_by_side(norm: str, states: Sequence[TensorState], *, entrywise: bool = 
         Gain.stacked(norm, [state.gain for state in states], entrywise=entrywise),
         Gain.stacked(norm, [state.published for state in states], entrywise=entrywise),
     )
-
-
-def _as_linear(coefficient, width: int | None):
-    if np.ndim(coefficient) == 0:
-        if coefficient == 1.0 or width is None:
-            return None
-        return np.full(width, float(coefficient))
-    return np.asarray(coefficient, np.float64)
-
-
-def _largest(coefficient) -> float:
-    return float(np.max(np.abs(coefficient)))

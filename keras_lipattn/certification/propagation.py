@@ -1,8 +1,7 @@
 """Propagation of Lipschitz constants through a trace, from the inputs to the outputs."""
 
-import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -11,9 +10,11 @@ from keras import KerasTensor
 from keras_lipattn.certification.batch_axis import BatchComparison, Layout
 from keras_lipattn.certification.fixed_entries import interval_after
 from keras_lipattn.certification.gain import Gain
-from keras_lipattn.certification.layer_call import LayerCall, is_mask
+from keras_lipattn.certification.layer_call import is_mask
 from keras_lipattn.certification.local_pass import LocalPass
 from keras_lipattn.certification.maps import LipschitzMap, unbounded
+from keras_lipattn.certification.options import Options
+from keras_lipattn.certification.other_norms import OtherNorms
 from keras_lipattn.certification.reasons import (
     COMPUTES_INTEGERS,
     MOVES_BATCH,
@@ -21,8 +22,8 @@ from keras_lipattn.certification.reasons import (
     Cause,
     Reason,
 )
-from keras_lipattn.certification.registry import find_rule
 from keras_lipattn.certification.rows import Rows
+from keras_lipattn.certification.rule_calls import RuleCalls
 from keras_lipattn.certification.tensor_state import Interval, Kind, TensorState
 from keras_lipattn.certification.token_range import TokenRange
 from keras_lipattn.certification.trace import Trace, TracedCall
@@ -46,17 +47,6 @@ _FILLED = {
 
 # An output of which nothing is known.
 _NUMBER = Layout((), (), 1, "float32")
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """Arguments of `certify`."""
-
-    norm: str = "l2"
-    sequence_length: int | None = None
-    input_radius: float | None = None
-    assume_fixed_mask: bool = False
-    mask: Any = None
 
 
 class Propagation:
@@ -94,7 +84,8 @@ class Propagation:
         self.needed: set[int] = set()
         self.resets: set[int] = set()
         self._comparison = comparison
-        self._logit_call = logit_call
+        self._norms = OtherNorms(options.norm)
+        self._rules = RuleCalls(options, self._norms, self.state_of, logit_call)
 
     def run(self, names: Sequence[str]) -> list[TensorState]:
         """Propagates constants and returns the states of the outputs.
@@ -109,13 +100,13 @@ class Propagation:
         if self.local is not None:
             states = self.local.begin(states)
         for tensor, state in zip(self.trace.inputs, states, strict=True):
-            self.states[id(tensor)] = state
+            self.states[id(tensor)] = self._norms.complete(state)
         self.needed = self.trace.needed_calls()
         for index, call in enumerate(self.trace.calls):
             if index in self.needed:
                 outputs = self._apply(index, call)
                 for tensor, state in zip(call.outputs, outputs, strict=True):
-                    self.states[id(tensor)] = state
+                    self.states[id(tensor)] = self._norms.complete(state)
         if self.local is not None:
             self.local.is_complete = True
         return [self._of_one_example(self.state_of(tensor)) for tensor in self.trace.outputs]
@@ -227,8 +218,12 @@ class Propagation:
             return self._record(call, unbounded(TAKES_MASK), given, layouts, index)
         if all(_is_integer(layout.dtype) for layout in layouts):
             return self._integers(index, call, given, layouts, arguments)
-        rule_map = self._ask_rule(index, call, arguments, layouts[0])
-        return self._record(call, rule_map, given, layouts, index)
+        rule_map = self._rules.ask(index, call, arguments, layouts[0])
+
+        def ask(norm):
+            return self._rules.ask(index, call, arguments, layouts[0], norm)
+
+        return self._record(call, rule_map, given, layouts, index, ask)
 
     def _ranged(self, index, call: TracedCall, arguments, output: TensorState) -> TensorState:
         """The state of a fixed tensor with the range that a rule gives."""
@@ -244,7 +239,7 @@ class Propagation:
         if not perturbed:
             return output
         arguments = keras.tree.map_structure(lambda leaf: perturbed.get(id(leaf), leaf), arguments)
-        rule_map = self._ask_rule(index, call, arguments, layout)
+        rule_map = self._rules.ask(index, call, arguments, layout)
         if rule_map.resets_input or math.isinf(rule_map.constant):
             return output
         given = list(perturbed.values())
@@ -253,47 +248,6 @@ class Propagation:
 
     def _fill(self, leaf: Any) -> Any:
         return self.state_of(leaf) if isinstance(leaf, KerasTensor) else leaf
-
-    def _ask_rule(self, index: int, call: TracedCall, arguments, layout: Layout) -> LipschitzMap:
-        rule, missing = find_rule(call.operation)
-        if rule is None:
-            return unbounded(missing, cause=Cause.NO_RULE)
-        layer_call = self._layer_call(
-            arguments,
-            layout,
-            compute_dtype=call.compute_dtype,
-            drop_activation=index == self._logit_call,
-            keras_masks=tuple(self.state_of(mask) for mask in call.keras_masks),
-        )
-        return _as_map(rule(call.operation, layer_call))
-
-    def _layer_call(self, arguments, layout: Layout, **fields) -> LayerCall:
-        return LayerCall(
-            norm=self.options.norm,
-            arguments=arguments,
-            shape=layout.shape,
-            dynamic=layout.dynamic,
-            fold=layout.fold,
-            output_dtype=layout.dtype,
-            mask=self.options.mask,
-            assume_fixed_mask=self.options.assume_fixed_mask,
-            ask=self._ask_layer,
-            **fields,
-        )
-
-    def _ask_layer(self, layer: keras.layers.Layer, state: TensorState) -> LipschitzMap:
-        """The map of an inner layer on one input, such as a layer used as an activation."""
-        rule, missing = find_rule(layer)
-        if rule is None:
-            reason = f"{type(layer).__name__} {layer.name!r} inside it: {missing}"
-            return unbounded(reason, cause=Cause.NO_RULE)
-        layout = Layout(state.shape, state.dynamic, state.fold, state.dtype)
-        call = self._layer_call(
-            {next(iter(layer._call_signature.parameters)): state},
-            layout,
-            compute_dtype=layer.compute_dtype,
-        )
-        return _as_map(rule(layer, call))
 
     def _integers(self, index, call, given, layouts, arguments) -> list[TensorState]:
         """Outputs that are integers or booleans: either constant or discontinuous."""
@@ -347,7 +301,7 @@ class Propagation:
         one_input = len({state.integer_input for state in perturbed}) == 1
         if type(call.operation).__name__ not in _MOVES or not one_input:
             return None
-        rule_map = self._ask_rule(index, call, arguments, layouts[0])
+        rule_map = self._rules.ask(index, call, arguments, layouts[0])
         if not rule_map.constant <= 1.0 or len(perturbed) > 1:
             return None
         return [
@@ -367,8 +321,19 @@ class Propagation:
 
     # Rows -------------------------------------------------------------------------------------
 
-    def _record(self, call, rule_map: LipschitzMap, given, layouts, index) -> list[TensorState]:
-        """Adds the row of a call and returns the states of its outputs."""
+    def _record(
+        self,
+        call,
+        rule_map: LipschitzMap,
+        given,
+        layouts,
+        index,
+        ask: Callable[[str], LipschitzMap] | None = None,
+    ) -> list[TensorState]:
+        """Adds the row of a call and returns the states of its outputs.
+
+        `ask` returns its map in another norm.
+        """
         perturbed = [state for state in given if not state.is_fixed]
         row = len(self.rows)
         path = self.rows.unique(call.path)
@@ -390,6 +355,8 @@ class Propagation:
                 rule_map.propagate(given, row, self.options.norm, layout.fields())
                 for layout in layouts
             ]
+            if ask is not None and perturbed and math.isfinite(rule_map.constant):
+                outputs = self._norms.after(rule_map, ask, given, outputs, row)
         if rule_map.max_tokens is not None:
             self.max_tokens.append(rule_map.max_tokens)
         if rule_map.assumes_fixed_mask:
@@ -423,18 +390,16 @@ class Propagation:
     def _enclosed(self, index, rule_map, given, outputs) -> list[TensorState]:
         if self.local is None:
             return outputs
-        return self.local.after(index, rule_map, given, outputs)
-
-
-def _as_map(answer: Any) -> LipschitzMap:
-    if isinstance(answer, LipschitzMap):
-        return answer
-    value = float(answer)
-    return LipschitzMap(
-        constant=value,
-        theorem="constant of its rule",
-        reason="its rule returns no finite constant" if not math.isfinite(value) else "",
-    )
+        enclosed = self.local.after(index, rule_map, given, outputs)
+        return [
+            after.replace(
+                others={
+                    norm: state.replace(enclosure=after.enclosure, range=after.range)
+                    for norm, state in before.others.items()
+                }
+            )
+            for before, after in zip(outputs, enclosed, strict=True)
+        ]
 
 
 def _looks_up(operation: Any) -> bool:

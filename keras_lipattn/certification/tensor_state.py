@@ -4,6 +4,7 @@ import dataclasses
 import enum
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -62,6 +63,23 @@ class Enclosure:
         return TokenRange(tokens.radius + self.radius, tokens.center, tokens.largest + self.radius)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Activated:
+    """A tensor as `f(root @ before) @ after` plus a constant, for functions `f` of single entries.
+
+    Args:
+        root: an earlier tensor.
+        before: a matrix.
+        slopes: lower and upper bound of the slopes of the functions.
+        after: linear map of the last axis.
+    """
+
+    root: "TensorState"
+    before: np.ndarray
+    slopes: tuple[float, float]
+    after: LinearMap = None
+
+
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class TensorState:
     """A tensor of a traced model.
@@ -87,6 +105,7 @@ class TensorState:
         linear: that map.
         routes: pairs of an earlier tensor and a linear map from it to this one, the last linear
             layer first.
+        activated: the tensor as a perceptron of an earlier one, `None` if it is none.
         interval: for a fixed tensor, lower and upper bound of its entries.
         function_of: for rules of later calls, a name, a tensor and a number: this tensor is the
             activation of that name of the other tensor; or its product with constants of the model
@@ -94,6 +113,7 @@ class TensorState:
         values: its values, for constants of the model.
         costs: for each row of the certificate, its part in the logarithm of `gain`.
         enclosure: its value in a local certificate, `None` if not known.
+        others: its states in other norms than that of the certificate, see `OtherNorms`.
     """
 
     gain: Gain
@@ -108,11 +128,18 @@ class TensorState:
     anchor: "TensorState | None" = None
     linear: LinearMap = None
     routes: "tuple[tuple[TensorState, LinearMap], ...]" = ()
+    activated: Activated | None = None
     interval: Interval = ANYTHING
     function_of: "tuple[str, TensorState, float] | None" = None
     values: np.ndarray | None = None
     costs: Mapping[int, float] = dataclasses.field(default_factory=dict)
     enclosure: Enclosure | None = None
+    others: "Mapping[str, TensorState]" = dataclasses.field(default_factory=dict)
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """Its fields `shape`, `dynamic`, `fold` and `dtype`."""
+        return {name: getattr(self, name) for name in ("shape", "dynamic", "fold", "dtype")}
 
     @property
     def is_fixed(self) -> bool:
@@ -158,8 +185,8 @@ class TensorState:
         return TokenRange(SAFETY * math.sqrt(width) * self.range.largest, None, self.range.largest)
 
     def replace(self, **changes) -> "TensorState":
-        """A copy with other fields."""
-        return dataclasses.replace(self, **changes)
+        """A copy with other fields, without the states in other norms unless they are given."""
+        return dataclasses.replace(self, **{"others": {}, **changes})
 
 
 def costs_after(gain: Gain, perturbed: list[TensorState], row: int) -> dict[int, float]:

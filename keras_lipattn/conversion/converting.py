@@ -1,4 +1,4 @@
-"""Replacement of dot-product attention by L2 attention in a trained model."""
+"""Replacement of dot-product attention in a trained model by attention with a constant."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -8,6 +8,7 @@ import keras
 import numpy as np
 from keras.src import backend
 
+from keras_lipattn._arguments import require_positive
 from keras_lipattn._seen_calls import specs_of
 from keras_lipattn.certification.keras_models import call_specs, function_of, names_kept
 from keras_lipattn.conversion.slots import (
@@ -17,7 +18,12 @@ from keras_lipattn.conversion.slots import (
     is_plain_graph,
 )
 from keras_lipattn.conversion.tied_weights import matching_value, tied_query
-from keras_lipattn.layers import L2MultiHeadAttention
+from keras_lipattn.layers import BoundedMultiHeadAttention, L2MultiHeadAttention
+
+# Factor of the largest token of the calibration: others may be a little larger.
+MARGIN = 1.1
+# A radius beyond any token, whose square is still a number in float32.
+_NO_BALL = 1e15
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,21 +38,44 @@ class Conversion:
         relative_error: `|new(x) - old(x)| / |old(x)|` at inference, in the 2-norm over all entries
             of all outputs on the given batch; `None` without a batch. It is a measurement on this
             batch, not a bound.
+        radii: Maps the paths of layers with bounded tokens to the radii of their balls.
+        touching: Maps the same paths to the share of tokens of the given batch that are on or
+            outside the ball, for which alone the new layer differs from the old one; empty without
+            a batch.
     """
 
     model: keras.Model
     replaced: tuple[str, ...]
     kept: Mapping[str, str]
     relative_error: float | None
+    radii: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    touching: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
-def convert_attention(model: keras.Model, x: Any = None) -> Conversion:
-    """Copies a model with L2 attention in place of every `keras.layers.MultiHeadAttention`.
+def convert_attention(
+    model: keras.Model,
+    x: Any = None,
+    *,
+    to: str = "l2",
+    calibration: Any = None,
+    margin: float = MARGIN,
+) -> Conversion:
+    """Copies a model with other attention in place of every `keras.layers.MultiHeadAttention`.
 
-    Dot-product attention has no Lipschitz constant. L2 attention has one, but it cannot represent
-    the same functions, since one kernel projects both queries and keys. The weights of the copy
-    approximate the original. They are a start for fine-tuning, on data or on the outputs of the
-    original. Before that the outputs may differ considerably; `relative_error` measures this.
+    **To bounded tokens**, `to="bounded"`: `BoundedMultiHeadAttention` with equal weights. The
+    radius of its ball is that of the largest token that the layer gets on the batch `calibration`,
+    times `margin`. As long as tokens stay inside the ball the outputs are the same, up to rounding.
+    The certificate is finite for all inputs, and it is proportional to about the square of the
+    radius: penalties, caps and fine-tuning bring it down from there. Cross-attention is converted
+    too. Queries that see no key, and padded ones, are the exceptions: the fused path of Keras
+    averages over all keys there, and the new layer returns the output bias, or zero.
+
+    **To distances**, `to="l2"`: `L2MultiHeadAttention`, which needs no ball. What follows is about
+    this conversion. Dot-product attention has no Lipschitz constant. L2 attention has one, but it
+    cannot represent the same functions, since one kernel projects both queries and keys. The
+    weights of the copy approximate the original. They are a start for fine-tuning, on data or on
+    the outputs of the original. Before that the outputs may differ considerably; `relative_error`
+    measures this.
 
     - The query kernel approximates the positive part of the symmetric part of `W_Q W_K^T`. The term
       `-|y_j|^2` is added to the scores, so tokens far from the origin get less weight. The query
@@ -70,8 +99,13 @@ def convert_attention(model: keras.Model, x: Any = None) -> Conversion:
         model: A built model. It does not change. The copy is made from its configuration, so it
             must be a model that Keras can save.
         x: A batch of inputs to measure the error on, in the structure that `model` is called on.
+            For `to="bounded"` it should be another one than `calibration`.
             Subclassed models with integer inputs need it, unless an earlier `fit` had a
             `LipschitzMonitor`: Keras records the shapes of inputs but not their dtypes.
+
+        to: `"l2"` or `"bounded"`.
+        calibration: For `to="bounded"`, a batch of typical inputs, in the structure of `x`.
+        margin: For `to="bounded"`, the factor of the largest token.
 
     Returns:
         A `Conversion` with the new model, the replaced and kept layers and the relative error on
@@ -79,8 +113,9 @@ def convert_attention(model: keras.Model, x: Any = None) -> Conversion:
         theirs and from `Converted`, which saves and loads them.
 
     Raises:
-        ValueError: If `model` is not a built model, cannot be created from its configuration, or
-            cannot be called on the known shapes and dtypes of its inputs.
+        ValueError: If an argument is out of range, or `model` is not a built model, cannot be
+            created from its configuration, or cannot be called on the known shapes and dtypes of
+            its inputs.
 
     Example:
 
@@ -95,18 +130,30 @@ def convert_attention(model: keras.Model, x: Any = None) -> Conversion:
     >>> history = conversion.model.fit(x, model.predict(x, verbose=0), verbose=0)
     >>> keras_lipattn.certify(conversion.model).is_finite
     True
+    >>> bounded = keras_lipattn.convert_attention(model, x[8:], to="bounded", calibration=x[:8])
+    >>> bounded.relative_error < 1e-5 or max(bounded.touching.values()) > 0.0
+    True
+    >>> keras_lipattn.certify(bounded.model).is_finite
+    True
     """
     if not isinstance(model, keras.Model) or not model.built:
         raise ValueError(f"`model` must be a built `keras.Model`. Received: model={model!r}")
-    arguments = _arguments(model, x)
+    bounded = _is_bounded(to, calibration, margin)
+    if x is None and bounded:
+        # Shapes and dtypes alone.
+        specs = calibration
+    else:
+        specs = x
+    arguments = _arguments(model, specs)
     olds = attention_slots(model)
     with names_kept():
         copy = _copy(model, arguments)
         pairs = list(zip(model._flatten_layers(), copy._flatten_layers(), strict=True))
         # The names that Keras generates differ in the copy. The order is the same.
         slots = dict(zip(olds, attention_slots(copy).values(), strict=True))
-        reasons = _reasons_to_keep(copy, olds, slots, arguments)
-        news = {path: _replacement(olds[path]) for path in slots if reasons.get(path) == ""}
+        reasons = _reasons_to_keep(copy, olds, slots, arguments, cross=bounded)
+        replacement = _bounded_replacement if bounded else _replacement
+        news = {path: replacement(olds[path]) for path in slots if reasons.get(path) == ""}
         exchange(copy, {id(slots[path]): new for path, new in news.items()})
         _convert_classes(copy, list(news.values()))
         _call_symbolically(copy, arguments)
@@ -114,8 +161,20 @@ def convert_attention(model: keras.Model, x: Any = None) -> Conversion:
     for old, new in pairs:
         if id(new) not in gone:
             _copy_state(old, new)
+    radii, touching = {}, {}
     for path, new in news.items():
-        _assign_approximation(olds[path], new)
+        if bounded:
+            _assign_weights(olds[path], new)
+        else:
+            _assign_approximation(olds[path], new)
+    if bounded:
+        largest = {path: size.max() for path, size in _token_sizes(copy, news, calibration).items()}
+        for path, new in news.items():
+            # A layer that gets zeros alone needs some ball.
+            new.token_radius = radii[path] = float(margin * largest[path]) or 1.0
+        if x is not None:
+            sizes = _token_sizes(copy, news, x)
+            touching = {p: float(np.mean(sizes[p] >= radii[p])) for p in news}
     if model.compiled:
         copy.compile_from_config(model.get_compile_config())
     return Conversion(
@@ -123,7 +182,31 @@ def convert_attention(model: keras.Model, x: Any = None) -> Conversion:
         replaced=tuple(news),
         kept={path: reason for path, reason in reasons.items() if reason},
         relative_error=None if x is None else _relative_error(model, copy, x),
+        radii=radii,
+        touching=touching,
     )
+
+
+def _is_bounded(to: str, calibration: Any, margin: float) -> bool:
+    """Whether to convert to bounded tokens; the arguments must fit."""
+    if to not in ("l2", "bounded"):
+        raise ValueError(f'`to` must be "l2" or "bounded". Received: to={to!r}')
+    if to == "l2":
+        if calibration is not None:
+            raise ValueError(
+                '`calibration` is for `to="bounded"`: attention by distance needs no ball. '
+                f"Received: to={to!r} and a calibration"
+            )
+        return False
+    if calibration is None:
+        raise ValueError(
+            '`to="bounded"` needs `calibration`, a batch of inputs from which the radii of the '
+            "balls are taken. Received: calibration=None"
+        )
+    require_positive("margin", margin, optional=False)
+    if margin < 1.0:
+        raise ValueError(f"`margin` must be at least 1. Received: margin={margin}")
+    return True
 
 
 def _arguments(model: keras.Model, x: Any) -> tuple:
@@ -189,7 +272,12 @@ def _copy_graph(model: Any, copy_of: Callable) -> keras.Model:
 
 
 def _reasons_to_keep(
-    copy: keras.Model, olds: dict[str, Any], slots: dict[str, Any], arguments: tuple
+    copy: keras.Model,
+    olds: dict[str, Any],
+    slots: dict[str, Any],
+    arguments: tuple,
+    *,
+    cross: bool,
 ) -> dict[str, str]:
     """Reasons not to replace each dot-product attention layer; empty if it can be replaced.
 
@@ -198,6 +286,7 @@ def _reasons_to_keep(
         olds: Attention layers of the model.
         slots: Attention layers of the copy, by the same paths.
         arguments: Arguments of the call.
+        cross: Whether cross-attention can be replaced.
     """
     calls: dict[int, list[str]] = {id(layer): [] for layer in slots.values()}
     plain = [layer for layer in slots.values() if type(layer) is keras.layers.MultiHeadAttention]
@@ -205,7 +294,7 @@ def _reasons_to_keep(
     class Recording(keras.layers.MultiHeadAttention):
         # Checked before Keras converts arguments, which may turn one tensor into two.
         def __call__(self, query, value, key=None, *args, **kwargs):
-            calls[id(self)].append(_cross_attention(query, value, key))
+            calls[id(self)].append("" if cross else _cross_attention(query, value, key))
             return super().__call__(query, value, key, *args, **kwargs)
 
     try:
@@ -253,6 +342,49 @@ def _replacement(old: keras.layers.MultiHeadAttention) -> L2MultiHeadAttention:
     shapes = old.get_build_config() or {}
     new.build(shapes["shapes_dict"]["query_shape"])
     return new
+
+
+def _bounded_replacement(old: keras.layers.MultiHeadAttention) -> BoundedMultiHeadAttention:
+    """Attention on bounded tokens with the arguments of `old`; its radius is set later."""
+    config = old.get_config()
+    del config["use_gate"]
+    # Keras leaves it out of the configuration.
+    config["flash_attention"] = old._flash_attention
+    new = BoundedMultiHeadAttention.from_config(config)
+    new.build(**old.get_build_config()["shapes_dict"])
+    # Nothing is projected before the radius is known.
+    new.token_radius = _NO_BALL
+    return new
+
+
+def _assign_weights(old: keras.layers.MultiHeadAttention, new: BoundedMultiHeadAttention) -> None:
+    for name in ("query", "key", "value", "output"):
+        dense = getattr(old, f"{name}_dense")
+        getattr(new, f"{name}_kernel").assign(dense.kernel)
+        if old.use_bias:
+            getattr(new, f"{name}_bias").assign(dense.bias)
+
+
+def _token_sizes(model: keras.Model, news: dict[str, Any], x: Any) -> dict[str, np.ndarray]:
+    """Norms of the tokens that each of the layers gets as query, value or key."""
+    found: dict[int, list[np.ndarray]] = {id(layer): [] for layer in news.values()}
+
+    class Measuring(BoundedMultiHeadAttention):
+        def __call__(self, query, value=None, key=None, *args, **kwargs):
+            different = {id(one): one for one in (query, value, key) if one is not None}
+            for tensor in different.values():
+                tokens = keras.ops.convert_to_numpy(tensor).astype(np.float64)
+                found[id(self)].append(np.linalg.norm(tokens, axis=-1).ravel())
+            return super().__call__(query, value, key, *args, **kwargs)
+
+    try:
+        for layer in news.values():
+            layer.__class__ = Measuring
+        model(x, training=False)
+    finally:
+        for layer in news.values():
+            layer.__class__ = BoundedMultiHeadAttention
+    return {path: np.concatenate(found[id(layer)]) for path, layer in news.items()}
 
 
 def _convert_classes(layer: Any, news: list[Any]) -> None:

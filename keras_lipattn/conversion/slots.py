@@ -8,13 +8,13 @@ from keras.src.models.functional import Functional
 from keras.src.ops.node import KerasHistory
 
 from keras_lipattn.certification.keras_models import function_of, sibling_names
-from keras_lipattn.layers import L2MultiHeadAttention
+from keras_lipattn.layers import BoundedMultiHeadAttention, L2MultiHeadAttention
 
-_ATTENTION = (keras.layers.MultiHeadAttention, L2MultiHeadAttention)
+_ATTENTION = (keras.layers.MultiHeadAttention, L2MultiHeadAttention, BoundedMultiHeadAttention)
 
 
 def attention_slots(root: keras.layers.Layer) -> dict[str, keras.layers.Layer]:
-    """Maps paths to the attention layers inside `root`, dot-product or L2, each of them once.
+    """Maps paths to the attention layers inside `root`, those of Keras and ours, each once.
 
     Layers made from the same configuration have them in the same order. The names that Keras
     generates differ.

@@ -1,6 +1,7 @@
 """The signature `certified` of a classifier: class, margin and certified radius of each example."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -116,44 +117,51 @@ class CertifiedSignature:
         import tensorflow as tf
 
         z = logits if logits.dtype == tf.float64 else tf.cast(logits, tf.float32)
-        allowance = self._allowance(inputs, z, kappa, tf)
+        # From here on all numbers are finite: converters to other formats write a selection as a
+        # product with its condition, where `0 * inf` is NaN.
+        half = 0.5 * z.dtype.max
+        finite = tf.clip_by_value(_replace_nan(z, 0.0, tf), -0.5 * half, 0.5 * half)
+        # No margin is above the largest allowance.
+        allowance = _replace_nan(self._allowance(inputs, finite, kappa, tf), half, tf)
+        allowance = tf.minimum(allowance, half)
         if self.certificate.head in ("sigmoid", "logit"):
-            winner, margin, radius = self._by_sign(z, 0.5 * allowance, tf)
+            winner, margin, radius = self._by_sign(finite, 0.5 * allowance, tf)
         else:
-            winner, margin, radius = self._by_rank(z, allowance, tf)
-        radius = tf.minimum(radius, self._distance_to_edge(inputs, z.dtype, tf))
-        # Comparisons with NaN are false, so NaN is never certified.
-        valid = tf.logical_and(radius > 0.0, tf.reduce_all(tf.math.is_finite(z), axis=-1))
-        valid = tf.logical_and(valid, self._has_certified_length(inputs, tf))
+            winner, margin, radius = self._by_rank(finite, allowance, tf)
+        for distance in self._distances_to_edge(inputs, z.dtype, tf):
+            radius = tf.minimum(radius, distance)
+        radius = tf.clip_by_value(_replace_nan(radius, 0.0, tf), 0.0, z.dtype.max)
+        is_finite = _all_finite(z, tf)
+        valid = tf.logical_and(is_finite, self._has_certified_length(inputs, tf))
+        for entry in self.perturbed:
+            valid = tf.logical_and(valid, _all_finite(inputs[entry.name], tf))
         zero = tf.zeros_like(radius)
         return {
             "logits": z,
             "class": winner,
-            "margin": tf.where(tf.math.is_finite(margin), margin, zero),
+            "margin": tf.where(is_finite, margin, zero),
             self.radius_name: tf.where(valid, radius * _ROUNDED_DOWN, zero),
         }
 
     def _by_sign(self, z, allowance, tf):
         z = z[:, 0]
         margin = tf.abs(z)
-        speed = _rounded_up(self.certificate.total, z.dtype)
-        return tf.cast(z > 0.0, tf.int64), margin, _ratio(margin - allowance, speed, tf)
+        radius = _ratio(margin - allowance, self.certificate.total, tf)
+        return tf.cast(z > 0.0, tf.int64), margin, radius
 
     def _by_rank(self, z, allowance, tf):
-        classes = z.shape[-1]
         winner = tf.argmax(z, axis=-1, output_type=tf.int64)
-        own = tf.one_hot(winner, classes, on_value=True, off_value=False, dtype=tf.bool)
-        lead = tf.reduce_max(z, axis=-1, keepdims=True) - z
-        infinite = tf.fill(tf.shape(z), tf.constant(math.inf, z.dtype))
-        lead = tf.where(own, infinite, lead)
+        own = tf.equal(tf.range(z.shape[-1], dtype=tf.int64), winner[:, None])
+        # No other class is led by more.
+        lead = tf.where(own, 0.5 * z.dtype.max, tf.reduce_max(z, axis=-1, keepdims=True) - z)
         if self.certificate.pairwise_constants:
+            # The constant of a class with itself is 0, so its ratio is the largest.
             pairs = _rounded_up(np.asarray(self.certificate.pairwise_constants), z.dtype)
-            speed = tf.gather(tf.constant(pairs), winner)
+            speed = tf.gather(tf.constant(np.maximum(pairs, _tiny(z.dtype))), winner)
         else:
             factor = 2.0 if self.certificate.norm == "linf" else math.sqrt(2.0) * (1.0 + 1e-9)
-            speed = _rounded_up(self.certificate.total * factor, z.dtype)
-        # The constant of the winner with itself is 0.
-        radii = tf.where(own, infinite, _ratio(lead - allowance[:, None], speed, tf))
+            speed = self.certificate.total * factor
+        radii = _ratio(lead - allowance[:, None], speed, tf)
         return winner, tf.reduce_min(lead, axis=-1), tf.reduce_min(radii, axis=-1)
 
     def _allowance(self, inputs, z, kappa, tf):
@@ -166,28 +174,29 @@ class CertifiedSignature:
         """Norm of each example over all its inputs, in the norm of the certificate."""
         norms = []
         for entry in self.perturbed:
-            x = tf.abs(tf.cast(inputs[entry.name], dtype))
+            x = tf.cast(inputs[entry.name], dtype)
             if self.certificate.norm == "linf":
-                norms.append(_largest(x, tf))
+                norms.append(_largest(tf.abs(x), tf))
             elif self.certificate.norm == "token":
                 norms.append(_largest(_token_norms(x, tf), tf))
             else:
-                norms.append(tf.norm(tf.reshape(x, (tf.shape(x)[0], -1)), axis=-1))
+                norms.append(tf.sqrt(tf.reduce_sum(tf.square(x), axis=_inner_axes(x))))
         for entry in self.embedded:
             shape = tf.shape(inputs[entry.name])
             tokens = tf.cast(tf.reduce_prod(shape[1:]), dtype)
             scale = tf.sqrt(tokens) if self.certificate.norm == "l2" else tf.ones_like(tokens)
             norms.append(tf.fill(shape[:1], scale * tf.constant(self.largest_embedding, dtype)))
-        stacked = tf.stack(norms)
+        if len(norms) == 1:
+            return norms[0]
         if self.certificate.norm == "l2":
-            return tf.norm(stacked, axis=0)
-        return tf.reduce_max(stacked, axis=0)
+            return tf.sqrt(functools.reduce(tf.add, map(tf.square, norms)))
+        return functools.reduce(tf.maximum, norms)
 
-    def _distance_to_edge(self, inputs, dtype, tf):
-        """Distance to the edge of the certified ball, zero or negative outside of it."""
+    def _distances_to_edge(self, inputs, dtype, tf):
+        """Distances of the inputs to the edge of the certified ball, not positive outside of it."""
         limit = self.certificate.threat_model.input_radius
         if math.isinf(limit):
-            return tf.constant(math.inf, dtype)
+            return []
         distances = []
         for entry in self.perturbed:
             x = tf.cast(inputs[entry.name], dtype)
@@ -197,7 +206,7 @@ class CertifiedSignature:
                 # A token moves by at most sqrt(size) times its largest entry.
                 distance /= math.sqrt(x.shape[-1]) * (1.0 + _ROUNDING_OF_NORMS)
             distances.append(distance)
-        return tf.reduce_min(tf.stack(distances), axis=0)
+        return distances
 
     def _has_certified_length(self, inputs, tf):
         length = self.served.sequence_length
@@ -327,14 +336,36 @@ def _are_probabilities(output: np.ndarray) -> bool:
 
 
 def _ratio(margin, speed, tf):
-    """`margin / speed`; infinite where nothing moves, 0 or negative where there is no margin."""
-    return tf.where(margin > 0.0, margin / speed, tf.minimum(margin, 0.0))
+    """`margin / speed`, 0 without a margin and at most the largest finite number."""
+    dtype = margin.dtype
+    if not tf.is_tensor(speed):
+        speed = np.maximum(_rounded_up(speed, dtype), _tiny(dtype))
+    return tf.minimum(tf.maximum(margin, 0.0) / speed, dtype.max)
+
+
+def _tiny(dtype):
+    """The smallest number of a dtype that no runtime flushes to zero."""
+    return np.finfo(dtype.as_numpy_dtype).tiny
+
+
+def _replace_nan(x, value, tf):
+    # Comparison with itself: some runtimes have no `IsNan`.
+    return tf.where(tf.not_equal(x, x), tf.constant(value, x.dtype), x)
+
+
+def _all_finite(x, tf):
+    """Whether all entries of each example are finite. Comparisons with NaN are false."""
+    return tf.reduce_all(tf.abs(x) <= x.dtype.max, axis=_inner_axes(x))
+
+
+def _inner_axes(x):
+    """All axes but the first; a reshape could not infer sizes of an empty batch."""
+    return list(range(1, x.shape.rank))
 
 
 def _largest(x, tf):
     """Largest entry of each example, 0 if it has none."""
-    flat = tf.reshape(x, (tf.shape(x)[0], -1))
-    return tf.maximum(tf.reduce_max(flat, axis=-1), tf.constant(0.0, x.dtype))
+    return tf.maximum(tf.reduce_max(x, axis=_inner_axes(x)), tf.constant(0.0, x.dtype))
 
 
 def _token_norms(x, tf):

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import keras
 
 from keras_lipattn.certification import Certificate, certify
 from keras_lipattn.export.certified_signature import CertifiedSignature, plan_signature
+from keras_lipattn.export.proof import proof_of, recorded_calls
 from keras_lipattn.export.serving_graph import (
     ExportError,
     relative_rounding_error,
@@ -25,6 +27,7 @@ from keras_lipattn.layers import condensed, lipschitz_layers
 from keras_lipattn.version import __version__
 
 SCHEMA = 1
+MANIFEST = "manifest.json"
 # With a larger relative error of the logits, the allowance exceeds most margins.
 _COARSE = 1e-3
 _OTHER_BACKEND = (
@@ -55,12 +58,14 @@ class _Export:
         signature: Plan of the signature `certified`, with the model and its certificate.
         functions: Concrete functions by the name of their signature.
         saved: Object with the variables of these functions.
+        proof: Content of `proof.json`.
         kappa: Factor of the rounding allowance.
     """
 
     signature: CertifiedSignature
     functions: Mapping[str, Any]
     saved: Any
+    proof: str
     kappa: float
 
 
@@ -87,6 +92,8 @@ def export_saved_model(
     directory/1/saved_model.pb, variables/, ...
     directory/1/assets.extra/certificate.json    the certificate, for `Certificate.from_json`
     directory/1/assets.extra/export.json         signatures, units, allowance, comparison
+    directory/1/assets.extra/proof.json          the tensors of each layer, for `verify_export`
+    directory/1/assets.extra/manifest.json       SHA-256 and size of every other file
     ```
 
     The layers of this package are condensed: their caps are applied once, with exact norms, and
@@ -154,7 +161,7 @@ def export_saved_model(
     >>> certificate.matches(model)
     True
     >>> sorted(file.name for file in path.glob("assets.extra/*"))
-    ['certificate.json', 'export.json']
+    ['certificate.json', 'export.json', 'manifest.json', 'proof.json']
     """
     if keras.config.backend() != "tensorflow":
         raise RuntimeError(_OTHER_BACKEND.format(backend=keras.config.backend()))
@@ -245,12 +252,17 @@ def _check_certified(signature: CertifiedSignature) -> None:
 def _trace(signature: CertifiedSignature) -> _Export:
     """Trace the signatures of a model while it is condensed."""
     served = signature.served
-    functions = {"serving_default": served.trace_outputs()}
+    name = "serving_default"
+    with recorded_calls() as calls:
+        functions = {name: served.trace_outputs()}
     kappa = relative_rounding_error(functions["serving_default"].graph, served.sequence_length)
     if not signature.missing:
-        functions["certified"] = signature.trace(kappa)
+        name = "certified"
+        with recorded_calls() as calls:
+            functions[name] = signature.trace(kappa)
+    proof = proof_of(calls, functions[name], name)
     saved = trackable(served.model, functions.values())
-    return _Export(signature=signature, functions=functions, saved=saved, kappa=kappa)
+    return _Export(signature=signature, functions=functions, saved=saved, proof=proof, kappa=kappa)
 
 
 @contextlib.contextmanager
@@ -272,6 +284,21 @@ def _write_records(export: _Export, comparison: Comparison, folder: pathlib.Path
     (folder / "certificate.json").write_text(certificate.to_json() + "\n")
     record = json.dumps(_record(export, comparison), indent=2, allow_nan=False)
     (folder / "export.json").write_text(record + "\n")
+    (folder / "proof.json").write_text(export.proof + "\n")
+    (folder / MANIFEST).write_text(_manifest(folder.parent) + "\n")
+
+
+def _manifest(version: pathlib.Path) -> str:
+    """SHA-256 and size of every file of an export, as JSON; written last."""
+    files = {}
+    for path in sorted(version.rglob("*")):
+        if path.is_file():
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            name = path.relative_to(version).as_posix()
+            files[name] = {"sha256": digest, "size": path.stat().st_size}
+    content = {"schema": SCHEMA, "keras_lipattn": __version__, "files": files}
+    return json.dumps(content, indent=2)
 
 
 def _record(export: _Export, comparison: Comparison) -> dict[str, Any]:

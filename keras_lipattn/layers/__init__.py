@@ -1,5 +1,6 @@
 """Layers with a proven Lipschitz constant."""
 
+from keras_lipattn.layers.bounded_multi_head_attention import BoundedMultiHeadAttention
 from keras_lipattn.layers.center_normalization import CenterNormalization
 from keras_lipattn.layers.condensing import condensed, lipschitz_layers
 from keras_lipattn.layers.continuous_depth import ContinuousDepth
@@ -14,8 +15,10 @@ from keras_lipattn.layers.residual import Residual
 from keras_lipattn.layers.scaled_cosine_attention import ScaledCosineAttention
 from keras_lipattn.layers.self_attention import SelfAttention
 from keras_lipattn.layers.spectral_dense import SpectralDense
+from keras_lipattn.layers.token_projection import TokenProjection
 
 __all__ = [
+    "BoundedMultiHeadAttention",
     "CenterNormalization",
     "ContinuousDepth",
     "Inversion",
@@ -31,6 +34,7 @@ __all__ = [
     "ScaledCosineAttention",
     "SelfAttention",
     "SpectralDense",
+    "TokenProjection",
     "Tracking",
     "condensed",
     "lipschitz_layers",

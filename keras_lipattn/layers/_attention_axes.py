@@ -68,41 +68,43 @@ class AttentionAxes:
         moved = ops.transpose(mask, self._order)
         return ops.reshape(moved, (self._sequences(shape), self._tokens(shape)))
 
-    def score_shape(self, shape, num_heads):
+    def score_shape(self, shape, num_heads, key_shape=None):
         """Shape of the scores, `(B, ..., H, queries..., keys...)`, as Keras has it.
 
         The axes without attention come before the heads. Those of queries and keys are in the
-        order of `attention_axes`.
+        order of `attention_axes`. `key_shape` is `shape` by default.
         """
-        tokens = [shape[axis] for axis in self._given]
-        return (*self._outer(shape, num_heads), *tokens, *tokens)
+        sides = [[one[axis] for axis in self._given] for one in (shape, key_shape or shape)]
+        return (*self._outer(shape, num_heads), *sides[0], *sides[1])
 
-    def restore_scores(self, scores, tensor):
-        """Scores `(B', H, T, T)` in the shape of `score_shape`."""
+    def restore_scores(self, scores, tensor, keys=None):
+        """Scores `(B', H, T, S)` in the shape of `score_shape`."""
         if self._rank == 3:
             return scores
         shape = ops.shape(tensor)
-        tokens = [shape[axis] for axis in self.axes]
-        sides = (*self._outer(shape, scores.shape[1]), *tokens, *tokens)
+        key_shape = shape if keys is None else ops.shape(keys)
+        tokens = [[one[axis] for axis in self.axes] for one in (shape, key_shape)]
+        sides = (*self._outer(shape, scores.shape[1]), *tokens[0], *tokens[1])
         places = [self.axes.index(axis) for axis in self._given]
         return ops.transpose(ops.reshape(scores, sides), self._order_of_scores(places))
 
-    def mask_shapes(self, shape, num_heads):
+    def mask_shapes(self, shape, num_heads, key_shape=None):
         """Shapes of a mask of pairs by rank; a side of 1 is legal in place of any of these.
 
         They are what Keras broadcasts to `score_shape`: the axes of queries and keys come last,
         those before them are the first ones of the scores. With several axes of attention a mask
         of the flattened tokens, `(T, T)` or `(B, T, T)`, is legal too.
         """
-        full, length = self.score_shape(shape, num_heads), self.length(shape)
+        full = self.score_shape(shape, num_heads, key_shape)
+        lengths = self.length(shape), self.length(key_shape or shape)
         outer = 2 + len(self._others)
-        shapes = [(length, length), (shape[0], length, length)]
+        shapes = [lengths, (shape[0], *lengths)]
         shapes += [(*full[:lead], *full[outer:]) for lead in range(outer + 1)]
         # Where two have the same rank, the later one stays, which is that of Keras.
         return {len(shape): shape for shape in shapes}
 
-    def flatten_pairs(self, mask, tensor):
-        """A mask of one of `mask_shapes` as one that broadcasts to `(B', H, T, T)`."""
+    def flatten_pairs(self, mask, tensor, keys=None):
+        """A mask of one of `mask_shapes` as one that broadcasts to `(B', H, T, S)`."""
         rank, outer = len(mask.shape), 2 + len(self._others)
         flattened = rank < 2 * len(self.axes)
         lead = rank - (2 if flattened else 2 * len(self.axes))
@@ -111,14 +113,15 @@ class AttentionAxes:
         if self._rank == 3:
             return mask
         shape = ops.shape(tensor)
+        key_shape = shape if keys is None else ops.shape(keys)
         *sequences, heads = self._outer(shape, ops.shape(mask)[outer - 1])
         if flattened:
-            tokens = [self._tokens(shape)]
+            tokens = [[self._tokens(one)] for one in (shape, key_shape)]
         else:
-            tokens = [shape[axis] for axis in self.axes]
+            tokens = [[one[axis] for axis in self.axes] for one in (shape, key_shape)]
             places = [self._given.index(axis) for axis in self.axes]
             mask = ops.transpose(mask, self._order_of_scores(places))
-        return _merge(mask, [sequences, [heads], tokens, tokens])
+        return _merge(mask, [sequences, [heads], *tokens])
 
     def _outer(self, shape, num_heads):
         """The first sides of `score_shape`."""

@@ -52,11 +52,11 @@ def attend_by_distance(
     # Distances do not change under a shift, their expansion loses digits far from the origin.
     x = ops.cast(tokens, norm_dtype)
     center = ops.stop_gradient(_center(x, mask))
-    near = _split_heads(ops.matmul(ops.cast(x - center, dtype), kernel), num_heads)
+    near = _split_heads(ops.matmul(ops.cast(x - center, dtype), kernel), num_heads, x)
     shift = ops.matmul(ops.cast(center, dtype), kernel)
     y = ops.cast(near, norm_dtype)
     # Of rows with dropped weights, which no longer sum to one: the center is weighted like tokens.
-    values = near + _split_heads(shift, num_heads) if dropout else None
+    values = near + _split_heads(shift, num_heads, center) if dropout else None
     if not return_scores:
         # The kernels of backends support neither biases nor weights of tokens.
         plain = not dropout and mask.relative_bias is None and mask.log_weights is None
@@ -86,6 +86,41 @@ def _use_blocks(length, dropout):
     return not dropout or keras.backend.backend() == "tensorflow"
 
 
+def attend_across(
+    queries, keys, values, kernel, mask, *, num_heads, dropout, seed, dtype
+) -> tuple[Any, Any, Any]:
+    """`softmax_j(-|y_i - y'_j|^2) y''` for projected queries `y`, keys `y'` and values `y''`.
+
+    Args:
+        queries: Tensor `(B, T, D)`, in a ball: distances are expanded about the origin.
+        keys: Tensor `(B, S, D)`.
+        values: Tensor `(B, S, D)`, or `keys`.
+        kernel: Tensor `(D, H*K)` of the compute dtype.
+        mask: `Mask` of the call.
+        num_heads: Number of heads `H`.
+        dropout: Probability that an attention weight is dropped.
+        seed: Seed generator of the dropout.
+        dtype: The compute dtype.
+
+    Returns:
+        What `attend_by_distance` returns, with attention weights `(B, H, T, S)`.
+    """
+    norm_dtype = "float64" if dtype == "float64" else "float32"
+    rows, columns, mixed = (
+        _split_heads(ops.matmul(tokens, kernel), num_heads, tokens)
+        for tokens in (queries, keys, values)
+    )
+    y, z = ops.cast(rows, norm_dtype), ops.cast(columns, norm_dtype)
+    scores = ops.matmul(2.0 * y, ops.swapaxes(z, -1, -2)) - ops.expand_dims(_squares(z), -2)
+    if mask.relative_bias is not None:
+        places = (ops.arange(ops.shape(part)[2], dtype="int32") for part in (y, z))
+        scores = scores + mask.relative_bias.at(*places)
+    weights = kept = ops.cast(mask.softmax(scores), dtype)
+    if dropout:
+        kept = keras.random.dropout(weights, dropout, seed=seed)
+    return _join_heads(ops.matmul(kept, mixed)), None, weights
+
+
 def decode_by_distance(new, cache, position, mask, num_heads):
     """Heads `(B, S, H*K)` of new tokens over those of a cache.
 
@@ -100,8 +135,8 @@ def decode_by_distance(new, cache, position, mask, num_heads):
     norm_dtype = "float64" if dtype == "float64" else "float32"
     # Every token sees the first one: the origin that the full pass takes.
     origin = ops.cast(cache[:, :1], norm_dtype)
-    y = _split_heads(ops.cast(cache, norm_dtype) - origin, num_heads)
-    rows = _split_heads(ops.cast(new, norm_dtype) - origin, num_heads)
+    y = _split_heads(ops.cast(cache, norm_dtype) - origin, num_heads, cache)
+    rows = _split_heads(ops.cast(new, norm_dtype) - origin, num_heads, new)
     positions = position + ops.arange(rows.shape[2], dtype="int32")
     columns = ops.arange(y.shape[2], dtype="int32")
     scores = _scores(rows, y, mask)
@@ -135,10 +170,11 @@ def _join_heads(heads):
     return ops.reshape(ops.transpose(heads, (0, 2, 1, 3)), (batch, length, num_heads * size))
 
 
-def _split_heads(projected, num_heads):
-    # The batch is spelled out: an empty tensor leaves no size to infer.
-    batch, length, size = ops.shape(projected)
-    heads = ops.reshape(projected, (batch, length, num_heads, size // num_heads))
+def _split_heads(projected, num_heads, tokens):
+    # The batch is spelled out: an empty tensor leaves no size to infer. Sizes are those of
+    # `tokens`, which were projected: tf2onnx gets the shape of a product wrong.
+    batch, length = ops.shape(tokens)[:2]
+    heads = ops.reshape(projected, (batch, length, num_heads, projected.shape[-1] // num_heads))
     return ops.transpose(heads, (0, 2, 1, 3))
 
 

@@ -37,7 +37,7 @@ _plain = threading.local()
 @contextlib.contextmanager
 def plain_attention():
     """Context in which attention is made of operations that have derivatives of every kind."""
-    before = _must_be_plain()
+    before = must_be_plain()
     _plain.on = True
     try:
         yield
@@ -45,7 +45,7 @@ def plain_attention():
         _plain.on = before
 
 
-def _must_be_plain():
+def must_be_plain():
     return getattr(_plain, "on", False)
 
 
@@ -54,7 +54,7 @@ def handwritten_gradient_suffices():
 
     Its gradient is written by hand; JAX alone differentiates that in turn.
     """
-    return not _must_be_plain() or keras.backend.backend() == "jax"
+    return not must_be_plain() or keras.backend.backend() == "jax"
 
 
 def use_fused_kernel(y, dtype, flash_attention):
@@ -67,7 +67,7 @@ def use_fused_kernel(y, dtype, flash_attention):
             has a kernel that keeps scores accurate, `None` for where it is expected to pay.
     """
     _, _, length, key_dim = y.shape
-    if flash_attention is False or _must_be_plain() or dtype not in _STEPS:
+    if flash_attention is False or must_be_plain() or dtype not in _STEPS:
         return False
     backend = keras.backend.backend()
     if backend == "torch":

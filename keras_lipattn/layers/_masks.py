@@ -1,5 +1,6 @@
 """Masks of attention: padding, visible pairs, and the class that decides which theorem applies."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,8 +8,14 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lipattn.bounds.unit_head import mask_degrees
+from keras_lipattn.bounds.visible_pairs import (
+    Cliques,
+    mask_cliques,
+    mask_degrees,
+    require_square,
+)
 from keras_lipattn.layers._backend import has_value
+from keras_lipattn.linalg import cached_by_content
 
 # Far below any score: the own score is at least zero. Finite, so that a row in which everything is
 # padded stays finite until it is set to zero.
@@ -20,21 +27,42 @@ class MaskClass:
     """Class of a mask, as the bounds need it.
 
     Attributes:
-        mask: `"full"` (padding included), `"causal"` (padding included) or `"any"`.
+        mask: `"full"` (padding included), `"causal"` (padding included, tokens in any order) or
+            `"any"`.
         n_keys: For `"any"`, the most other keys a query sees; `None` if unknown.
         n_queries: For `"any"`, the most other queries that see a key; `None` if unknown.
         causal: Whether later tokens are known to be hidden.
+        cliques: For `"any"`, the `Cliques` of the mask; `None` if unknown.
+        window: For `"any"`, the window if it alone, or with `causal`, decides what is visible.
+        tensors: Number of tensors that attention is between: 1 for self-attention, 2 where keys and
+            values are another tensor than the queries, 3 where all may differ.
     """
 
     mask: str
     n_keys: int | None = None
     n_queries: int | None = None
     causal: bool = False
+    cliques: Cliques | None = None
+    window: int | None = None
+    tensors: int = 1
 
     def intersect(self, other):
         """The class of masks whose pairs are visible under both."""
         degrees = (_least(self.n_keys, other.n_keys), _least(self.n_queries, other.n_queries))
-        return MaskClass("any", *degrees, self.causal or other.causal)
+        return MaskClass("any", *degrees, self.causal or other.causal, tensors=self.tensors)
+
+    def arguments(self, tokens):
+        """Arguments of `unit_head_bound` for at most `tokens` tokens, `None` if unknown."""
+        cliques = self.cliques
+        if self.window is not None and tokens is not None:
+            if tokens <= self.window:
+                return {"mask": "causal" if self.causal else "full"}
+            if not self.causal:
+                # A key that many queries see on one side is seen by few on the other side.
+                root = 2.0 * math.sqrt(min(self.window - 1.0, 0.5 * (tokens - 1.0)))
+                cliques = Cliques(root, True)
+        degrees = {"n_keys": self.n_keys, "n_queries": self.n_queries}
+        return {"mask": self.mask, **degrees, "cliques": cliques}
 
 
 def _least(a, b):
@@ -42,17 +70,16 @@ def _least(a, b):
 
 
 def mask_class(mask, *, sliding_window=None):
-    """`MaskClass` of `mask`: `"full"`, `"causal"`, `"any"`, or an array as `degrees_of` takes it.
+    """`MaskClass` of `mask`: `"full"`, `"causal"`, `"any"`, or an array.
 
-    A window makes every mask one that is known by its degrees only: the theorems for full and
-    causal masks sum over all tokens.
+    Arrays have shape `(..., T, T)`, in which either `T` may be 1 and broadcasts. A mask
+    `(..., 1, 1)` does not tell the number of tokens: nothing is known of it.
 
     Raises:
         ValueError: If `mask` is none of these.
     """
-    degrees = (None, None)
     if not isinstance(mask, str):
-        degrees, mask = degrees_of(mask), "any"
+        return _class_of_array(mask, False, sliding_window)
     if mask not in ("full", "causal", "any"):
         raise ValueError(
             '`mask` must be "full", "causal", "any" or a boolean array of shape `(T, T)`. '
@@ -60,38 +87,62 @@ def mask_class(mask, *, sliding_window=None):
         )
     causal = mask == "causal"
     if sliding_window is None:
-        return MaskClass(mask, *degrees, causal)
+        return MaskClass(mask, causal=causal)
     reach = sliding_window - 1
     seen = reach if causal else 2 * reach
-    n_keys, n_queries = (seen if d is None else min(d, seen) for d in degrees)
-    return MaskClass("any", n_keys, n_queries, causal)
+    if mask == "any":
+        return MaskClass("any", seen, seen)
+    cliques = Cliques((1.0 if causal else 2.0) * math.sqrt(reach), not causal)
+    return MaskClass("any", seen, seen, causal, cliques, sliding_window)
 
 
-def degrees_of(mask):
-    """The degrees of an array `(..., T, T)`, in which either `T` may be 1 and broadcasts.
+def class_of_call(attention_mask, use_causal_mask, sliding_window):
+    """`MaskClass` of a call with these arguments.
 
-    A mask `(..., 1, 1)` does not tell the number of tokens: its degrees are `(None, None)`.
+    Only one mask for all examples that is a constant where the layer is called is known. A mask per
+    example is data: the mask of one example must not change the cap of another.
     """
+    if attention_mask is None:
+        return mask_class("causal" if use_causal_mask else "full", sliding_window=sliding_window)
+    if isinstance(attention_mask, np.ndarray) and attention_mask.ndim == 2:
+        queries, keys = attention_mask.shape
+        # `call` refuses other shapes.
+        if queries == keys or 1 in (queries, keys):
+            return _class_of_array(attention_mask, use_causal_mask, sliding_window)
+    others = mask_class("causal" if use_causal_mask else "any", sliding_window=sliding_window)
+    return MaskClass("any").intersect(others)
+
+
+def _class_of_array(mask, causal, sliding_window):
+    """The class of an array, restricted to earlier tokens if `causal` and to a window."""
     sides = np.shape(mask)[-2:]
     if sides == (1, 1):
-        return None, None
+        others = mask_class("causal" if causal else "any", sliding_window=sliding_window)
+        return MaskClass("any").intersect(others)
+    mask = np.asarray(mask).astype(bool)
     if len(sides) == 2 and 1 in sides:
-        length = sides[0] if sides[1] == 1 else sides[1]
-        mask = np.broadcast_to(mask, (*np.shape(mask)[:-2], length, length))
-    return mask_degrees(mask)
+        mask = np.broadcast_to(mask, (*mask.shape[:-2], max(sides), max(sides)))
+    require_square(mask)
+    return cached_by_content(_recognized, mask, causal, sliding_window)
 
 
-def constant_degrees(attention_mask):
-    """Degrees of one mask for all examples that is a constant where the layer is called.
-
-    They are unknown for any other mask. A mask per example is data: the mask of one example must
-    not change the cap of another.
-    """
-    if not isinstance(attention_mask, np.ndarray) or attention_mask.ndim != 2:
-        return None, None
-    queries, keys = attention_mask.shape
-    # `call` refuses other shapes.
-    return degrees_of(attention_mask) if queries == keys or 1 in (queries, keys) else (None, None)
+def _recognized(mask, causal, sliding_window):
+    position = np.arange(mask.shape[-1])
+    lag = position[:, None] - position
+    if causal:
+        mask = mask & (lag >= 0)
+    if sliding_window is not None:
+        mask = mask & (np.abs(lag) < sliding_window)
+    mask = mask | (lag == 0)
+    if mask.all():
+        return MaskClass("full")
+    hides_later = not mask[..., lag < 0].any()
+    if hides_later and mask[..., lag > 0].all():
+        return MaskClass("causal", causal=True)
+    if mask[..., lag < 0].all() and not mask[..., lag > 0].any():
+        # A causal mask for the tokens in reverse order.
+        return MaskClass("causal")
+    return MaskClass("any", *mask_degrees(mask), hides_later, mask_cliques(mask))
 
 
 @dataclass(frozen=True)
@@ -105,6 +156,9 @@ class Mask:
         sliding_window: `None`, or the distance from which on tokens are hidden.
         log_weights: Logarithms of the weights of the tokens, `(B, T)`, or `None`.
         relative_bias: `RelativeBias` of the scores, or `None`.
+        valid_keys: Boolean `(B, S)` where keys are other tokens than queries, or `None`.
+        is_cross: Whether keys are other tokens than queries. `valid` is about queries alone then.
+        keeps_diagonal: Whether a token always sees itself.
     """
 
     valid: Any = None
@@ -113,6 +167,9 @@ class Mask:
     sliding_window: int | None = None
     log_weights: Any = None
     relative_bias: Any = None
+    valid_keys: Any = None
+    is_cross: bool = False
+    keeps_diagonal: bool = True
 
     @property
     def hides_padding_only(self):
@@ -121,10 +178,18 @@ class Mask:
             self.attention_mask is None and not self.use_causal_mask and self.sliding_window is None
         )
 
+    @property
+    def may_hide_all(self):
+        """Whether the row of a query that is not padded may see no key."""
+        if self.is_cross:
+            return not self.hides_padding_only or self.valid_keys is not None
+        return self.attention_mask is not None and not self.keeps_diagonal
+
     def visible(self, rows, columns, attention_mask):
         """Boolean tensor, broadcastable to `(B, H, R, T)`, of visible pairs; `None` if all are.
 
-        The diagonal is always visible: without it no Lipschitz constant exists.
+        With `keeps_diagonal` a token always sees itself: without it attention by distance on all of
+        space has no Lipschitz constant.
 
         Args:
             rows: Positions of the queries, an integer tensor `(R,)`.
@@ -144,25 +209,39 @@ class Mask:
         visible = parts[0]
         for part in parts[1:]:
             visible = ops.logical_and(visible, part)
+        if not self.keeps_diagonal:
+            return visible
         return ops.logical_or(visible, ops.equal(lag, 0))
 
-    def visible_pairs(self, length):
-        """`visible` for all pairs of `length` tokens: padding does not count."""
+    def visible_pairs(self, queries, keys=None):
+        """`visible` for all pairs of so many queries and keys: padding does not count."""
         if self.hides_padding_only:
             return None
-        positions = ops.arange(length, dtype="int32")
-        return self.visible(positions, positions, self.attention_mask)
+        rows = ops.arange(queries, dtype="int32")
+        columns = rows if keys is None else ops.arange(keys, dtype="int32")
+        return self.visible(rows, columns, self.attention_mask)
+
+    def visible_keys(self, queries, keys):
+        """The keys that every query sees, broadcastable to `(B, H, T, S)`; `None` if all."""
+        visible = self.visible_pairs(queries, keys)
+        valid = self.valid_keys if self.is_cross else self.valid
+        if valid is None:
+            return visible
+        valid = valid[:, None, None, :]
+        return valid if visible is None else ops.logical_and(visible, valid)
 
     def softmax(self, scores):
-        """Softmax of scores `(B, H, T, T)` over the keys that a query sees, padding hidden.
+        """Softmax of scores `(B, H, T, S)` over the keys that a query sees, padding hidden.
 
-        The row of a padded query may see nothing: it is uniform, and its output is set to zero.
+        A row that sees nothing is zero. Those of padded queries may also be uniform: their outputs
+        are set to zero later.
         """
-        visible = self.visible_pairs(ops.shape(scores)[-1])
-        if self.valid is not None:
-            keys = self.valid[:, None, None, :]
-            visible = keys if visible is None else ops.logical_and(visible, keys)
-        return masked_softmax(scores, visible)
+        _, _, queries, keys = ops.shape(scores)
+        visible = self.visible_keys(queries, keys)
+        weights = masked_softmax(scores, visible)
+        if visible is None or not self.may_hide_all:
+            return weights
+        return ops.where(ops.any(visible, axis=-1, keepdims=True), weights, 0.0)
 
 
 def masked_softmax(scores, visible):
@@ -175,15 +254,14 @@ def masked_softmax(scores, visible):
     return ops.softmax(scores, axis=-1)
 
 
-def check_masks(query_shape, axes, num_heads, token_masks, attention_mask):
-    """Raises a `ValueError` for a mask that does not fit the query.
+def check_token_masks(query_shape, axes, token_masks, of="query"):
+    """Raises a `ValueError` for a mask of tokens that does not fit the tensor that it is for.
 
     Args:
         query_shape: Static shape `(B, ..., D)`.
-        axes: `AttentionAxes` of the query.
-        num_heads: Number of heads.
+        axes: `AttentionAxes` of the tensor.
         token_masks: Masks per token by name, each a tensor or `None`.
-        attention_mask: A tensor or `None`.
+        of: Name of the tensor.
     """
     for name, mask in token_masks.items():
         if mask is None:
@@ -193,13 +271,25 @@ def check_masks(query_shape, axes, num_heads, token_masks, attention_mask):
         batch = 1 if shared else query_shape[0]
         if not _fits(mask.shape, (batch, *query_shape[1:-1])):
             raise ValueError(
-                f"`{name}` must have the shape of `query` without its last axis, "
+                f"`{name}` must have the shape of `{of}` without its last axis, "
                 f"{tuple(query_shape[:-1])}. Received: {name} of shape {tuple(mask.shape)}"
             )
+
+
+def check_attention_mask(query_shape, axes, num_heads, attention_mask, key_shape=None):
+    """Raises a `ValueError` for a mask of pairs that does not fit queries and keys.
+
+    Args:
+        query_shape: Static shape `(B, ..., D)`.
+        axes: `AttentionAxes` of the query.
+        num_heads: Number of heads.
+        attention_mask: A tensor or `None`.
+        key_shape: Static shape of the keys; that of the query by default.
+    """
     if attention_mask is None:
         return
     shape = tuple(attention_mask.shape)
-    legal = axes.mask_shapes(query_shape, num_heads)
+    legal = axes.mask_shapes(query_shape, num_heads, key_shape)
     if not _broadcasts(shape, legal.get(len(shape))):
         *others, last = map(str, legal.values())
         raise ValueError(

@@ -13,7 +13,7 @@ from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras_lipattn.layers._backend import has_value
 from keras_lipattn.linalg.exact import fast_operator_norm
 from keras_lipattn.linalg.gram import converged_upper_bound, gram_upper_bound
-from keras_lipattn.linalg.power import ScaledMatrix, power_step, warm_vector
+from keras_lipattn.linalg.power import MatrixProduct, ScaledMatrix, power_step, warm_vector
 
 # Host and graph evaluate scalings and factors in different precisions: a relative 1e-6 covers the
 # float32 roundings between a remembered norm and the matrix the graph multiplies with.
@@ -123,7 +123,7 @@ class RecordedNorms:
 
 
 def _formed(matrix, xp):
-    return matrix.formed(xp) if isinstance(matrix, ScaledMatrix) else matrix
+    return matrix.formed(xp) if isinstance(matrix, ScaledMatrix | MatrixProduct) else matrix
 
 
 class NormLayout:

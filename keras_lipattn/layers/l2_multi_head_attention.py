@@ -8,14 +8,25 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lipattn._arguments import require_positive_integer
+from keras_lipattn._arguments import require_positive, require_positive_integer
+from keras_lipattn.bounds.bounded_tokens import (
+    BALL,
+    bias_spread,
+    distance_constants,
+    distance_layer_bound,
+    distance_terms,
+    terms_by_input,
+)
+from keras_lipattn.bounds.head_scaling import frobenius_scaling
 from keras_lipattn.bounds.key_weights import (
+    weighted_constants,
     weighted_layer_bound,
     weighted_unit_bound,
     weights_by_lag,
     weights_of_tokens,
 )
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
+from keras_lipattn.bounds.mild_weights import mild_constants
 from keras_lipattn.bounds.multihead import (
     certified_layer_bound,
     layer_matrices,
@@ -23,12 +34,18 @@ from keras_lipattn.bounds.multihead import (
     running_layer_bound,
 )
 from keras_lipattn.bounds.unit_head import UNKNOWN_LENGTH, UnitBound, unit_head_bound
-from keras_lipattn.layers._distance_attention import attend_by_distance, decode_by_distance
-from keras_lipattn.layers._masks import Mask, mask_class
+from keras_lipattn.layers._distance_attention import (
+    attend_across,
+    attend_by_distance,
+    decode_by_distance,
+)
+from keras_lipattn.layers._masks import Mask, MaskClass, mask_class
 from keras_lipattn.layers._norms import ExactNorms, ignore_floating_point_errors
 from keras_lipattn.layers._precision import cast_to_compute_dtype
 from keras_lipattn.layers._relative_bias import RelativeBias, by_distance
 from keras_lipattn.layers.self_attention import SelfAttention
+from keras_lipattn.layers.token_projection import project_tokens
+from keras_lipattn.linalg import SAFETY, fast_operator_norm
 
 
 class Folded(NamedTuple):
@@ -62,6 +79,14 @@ class L2MultiHeadAttention(SelfAttention):
     certified constant. Only the output has a bias: a query bias would cancel in the distances, and
     a value bias would be absorbed by the output bias.
 
+    **Bounded tokens.** With `token_radius` tokens are first projected onto a ball. In the token and
+    max norms the constant then depends neither on the number of tokens, nor on masks, nor on
+    relative positions (Theorem 4.2), and `lipschitz_bound` needs no `max_sequence_length`. Value
+    and key may be other tensors than the query (cross-attention, Theorem 7.7):
+    `cross_lipschitz()` returns the constant with respect to each of them. What is averaged are the
+    projected tokens of the value. A query sees no key of its own there: where it sees none at all,
+    its row is the output bias.
+
     **Masks.** The diagonal is always visible: whatever the masks say, a token attends to itself, or
     no bound exists. A token is padded when any of `query_mask`, `value_mask`, `key_mask` or the
     Keras mask of the input says so: no token sees it (not even a NaN in it) and its output row is
@@ -91,6 +116,8 @@ class L2MultiHeadAttention(SelfAttention):
             distance from 1 to R, before and after, that starts at 0; tokens further apart share the
             last one. Positions are those of the flattened sequence. The biases, `relative_bias`,
             have no regularizer or constraint.
+        token_radius: If set to `r`, tokens are projected onto the ball of this radius before
+            anything else; see `TokenProjection`.
         spectral_norm: If set to `c`, caps the operator norms of the query, value and output
             kernels, as the matrices `(D, H*key_dim)`, `(D, H*value_dim)`, `(H*value_dim, output)`.
         lipschitz_bound: If set to `L`, caps the constant of the whole layer in `lipschitz_norm` by
@@ -99,7 +126,7 @@ class L2MultiHeadAttention(SelfAttention):
             (largest 2-norm of a token) or `"linf"` (largest absolute entry).
         max_sequence_length: Number of tokens `lipschitz_bound` is for. The static length seen in
             `build` by default. A longer input is an error, or NaN rows where its length is not
-            known before running.
+            known before running. With `token_radius` it is needed in the 2-norm alone.
         kernel_initializer: Initializer of the three kernels, as the matrices above.
         bias_initializer: Initializer of the output bias.
         kernel_regularizer: Regularizer of the three kernels.
@@ -116,11 +143,12 @@ class L2MultiHeadAttention(SelfAttention):
 
     Call arguments:
         query: Tensor `(B, ..., T, D)`.
-        value: Omitted, or `query` itself.
-        key: Omitted, or `query` itself.
+        value: Omitted, or `query` itself; with `token_radius` any tensor `(B, ..., S, D)`.
+        key: Omitted, or `query` itself; with `token_radius` any tensor of the shape of `value`,
+            which it is by default.
         query_mask: Boolean `(B, T)`, false where a token is padding.
-        value_mask: The same.
-        key_mask: The same.
+        value_mask: The same, of `value`.
+        key_mask: The same, of `key`.
         attention_mask: Mask `(T, T)`, `(B, T, T)` or `(B, H, T, T)` of any dtype, nonzero where a
             query (row) may see a key (column). Any side may be 1 and broadcasts: `(B, 1, T)` hides
             keys from every query but their own. The diagonal always counts as true. With more axes
@@ -141,7 +169,8 @@ class L2MultiHeadAttention(SelfAttention):
         attention, heads, axes of the queries, axes of the keys.
 
     Raises:
-        ValueError: For `value` or `key` other than the query, arguments out of range, masks which
+        ValueError: For `value` or `key` other than the query without `token_radius`, arguments out
+            of range, masks which
             do not fit, `lipschitz_bound` with an unknown length, or an input longer than the
             length `lipschitz_bound` is for.
 
@@ -160,6 +189,7 @@ class L2MultiHeadAttention(SelfAttention):
     """
 
     _not_cross = "no Lipschitz bound exists for cross-attention"
+    _unless = ", unless `token_radius` is set"
     _weighs_tokens = True
 
     def __init__(
@@ -174,6 +204,7 @@ class L2MultiHeadAttention(SelfAttention):
         sliding_window=None,
         flash_attention=None,
         max_relative_position=None,
+        token_radius=None,
         spectral_norm=None,
         lipschitz_bound=None,
         lipschitz_norm="l2",
@@ -217,8 +248,19 @@ class L2MultiHeadAttention(SelfAttention):
             **kwargs,
         )
         require_positive_integer("max_relative_position", max_relative_position, optional=True)
+        require_positive("token_radius", token_radius)
         self.max_relative_position = max_relative_position
+        self.token_radius = token_radius
         self.flash_attention = flash_attention
+
+    def _check_other_shapes(self, axes, query_shape, value_shape, key_shape):
+        super()._check_other_shapes(axes, query_shape, value_shape, key_shape)
+        for name, shape in (("value", value_shape), ("key", key_shape)):
+            if shape is not None and shape[-1] != query_shape[-1]:
+                raise ValueError(
+                    f"One kernel projects all tokens: `{name}` must have the features of `query`, "
+                    f"{query_shape[-1]}. Received: {name}_shape={tuple(shape)}"
+                )
 
     def add_kernels(self):
         features, heads, value_dim = self.features, self.num_heads, self.value_dim
@@ -251,16 +293,41 @@ class L2MultiHeadAttention(SelfAttention):
         return xp.transpose(query, (1, 0, 2)), xp.transpose(value, (1, 0, 2)), output
 
     def matrices(self, weights, norm, xp):
-        return layer_matrices(weights.b, weights.output, norm, xp)
+        matrices = layer_matrices(weights.b, weights.output, norm, xp)
+        if self.token_radius is None or norm != "l2":
+            return matrices
+        return {**matrices, "head_query": weights.b}
 
     def bound(self, weights, norms, norm, tokens, mask, xp):
-        return running_layer_bound(
-            weights.b,
-            weights.output,
-            norm=norm,
-            unit=self._unit_bound(norm, tokens, mask, xp),
-            norms=norms,
-            xp=xp,
+        b, c = weights.b, weights.output
+        if self.token_radius is None:
+            unit = self._unit_bound(norm, tokens, mask, xp)
+            return running_layer_bound(b, c, norm=norm, unit=unit, norms=norms, xp=xp)
+        radius = self.token_radius * norms["head_query"]
+        relative_bias = self.score_biases(xp)
+        spread = bias_spread(relative_bias, xp)
+        constants, scores = self._ball_constants(radius, norm, tokens, mask, spread, xp)
+        if mask.tensors == 1 and (relative_bias is None or self._has_reach(tokens)):
+            unit = self._unit_bound(norm, tokens, mask, xp)
+            constants = xp.minimum(constants, unit.value)
+            scores = xp.minimum(scores, unit.score_part)
+        scale = None if norm == "linf" else frobenius_scaling(b, c, xp)
+        return distance_layer_bound(
+            b, c, constants, scores, norm=norm, scale=scale, norms=norms, xp=xp
+        )
+
+    def _ball_constants(self, radius, norm, tokens, mask, spread, xp, *, exact=False):
+        """Constants and score parts of the heads by Theorem 4.2, or 7.7 for other tensors."""
+        return distance_constants(
+            radius,
+            norm,
+            xp,
+            tokens=tokens,
+            mask=mask.mask,
+            n_queries=None if mask.n_queries is None else mask.n_queries + 1,
+            spread=spread,
+            tensors=mask.tensors,
+            exact=exact,
         )
 
     def _num_summands(self):
@@ -270,8 +337,7 @@ class L2MultiHeadAttention(SelfAttention):
         """The constant of a head, with biases the largest of all heads in closed form."""
         relative_bias = self.score_biases(xp)
         if relative_bias is None:
-            degrees = {"n_keys": mask.n_keys, "n_queries": mask.n_queries}
-            return unit_head_bound(tokens, mask.mask, norm, **degrees)
+            return unit_head_bound(tokens, norm=norm, **mask.arguments(tokens))
         if not self._has_reach(tokens):
             return UnitBound(math.inf, "", math.inf, UNKNOWN_LENGTH)
         # On the host too: both must come to the same factor.
@@ -344,6 +410,8 @@ class L2MultiHeadAttention(SelfAttention):
         weights = state.weights(cap_mask)
         b, c, relative_bias = weights.b, weights.output, state.relative_bias
         allowances = self.rounding_allowances(state, cap_mask)
+        if self.token_radius is not None:
+            return self._certified_on_ball(norm, mask, tokens, cap_mask, state, token_weights)
         if token_weights is not None:
             token_weights = self._flat_token_weights(token_weights)
             of_keys, reason = weights_of_tokens(token_weights, relative_bias)
@@ -354,18 +422,91 @@ class L2MultiHeadAttention(SelfAttention):
             if not self._has_reach(tokens):
                 return _no_bound(norm, UNKNOWN_LENGTH)
             of_keys = self._key_weights(relative_bias, tokens, mask, np)
-            return weighted_layer_bound(b, c, norm=norm, weights=of_keys, **allowances)
+            mild: Any = math.inf
+            if norm == "l2" and of_keys is not None:
+                seen = by_distance(relative_bias, tokens, mask.causal, self.sliding_window, np)
+                totals = np.exp(np.minimum(of_keys.log_keys, 300.0))
+                mild = mild_constants(*seen, tokens, totals, mask.arguments(tokens))
+            return weighted_layer_bound(b, c, norm=norm, weights=of_keys, mild=mild, **allowances)
         return certified_layer_bound(
             b,
             c,
             norm=norm,
             tokens=tokens,
-            mask=mask.mask,
-            n_keys=mask.n_keys,
-            n_queries=mask.n_queries,
+            **mask.arguments(tokens),
             **allowances,
             published=self._published(state, norm, tokens, cap_mask),
         )
+
+    def _certified_on_ball(self, norm, mask, tokens, cap_mask, state, token_weights):
+        """The certificate with `token_radius`: for each head the smaller one of two constants."""
+        weights, relative_bias = state.weights(cap_mask), state.relative_bias
+        allowances = self.rounding_allowances(state, cap_mask)
+        spread, unit, parts, unit_theorem = bias_spread(relative_bias, np), np.inf, np.inf, ""
+        if token_weights is not None:
+            token_weights = self._flat_token_weights(token_weights)
+            others, reason = weights_of_tokens(token_weights, relative_bias)
+            if reason:
+                return _no_bound(norm, reason)
+            unit, parts, unit_theorem = _weighted_unit(others, norm)
+            # Of keys with weights only the number is used.
+            mask, tokens = MaskClass("any"), token_weights.shape[-1]
+        elif mask.tensors == 1 and relative_bias is not None:
+            if self._has_reach(tokens):
+                others = self._key_weights(relative_bias, tokens, mask, np)
+                unit, parts, unit_theorem = _weighted_unit(others, norm)
+        elif mask.tensors == 1:
+            degrees = {"n_keys": mask.n_keys, "n_queries": mask.n_queries}
+            unit, unit_theorem, parts, _ = unit_head_bound(tokens, mask.mask, norm, **degrees)
+        radius = self._head_radii(weights, allowances)
+        constants, scores = self._ball_constants(radius, norm, tokens, mask, spread, np, exact=True)
+        ball = BALL if mask.tensors == 1 else "Theorem 7.7"
+        return certified_layer_bound(
+            weights.b,
+            weights.output,
+            norm=norm,
+            tokens=None,
+            head_constants=np.minimum(SAFETY * constants, unit),
+            head_scores=np.minimum(SAFETY * scores, parts),
+            head_theorem=ball if np.any(SAFETY * constants < unit) else unit_theorem,
+            **allowances,
+            published=self._published(state, norm, tokens, cap_mask),
+        )
+
+    def _head_radii(self, weights, allowances):
+        """Radii of the balls that hold the projected tokens of the heads, `(H,)`."""
+        sizes = SAFETY * np.asarray(fast_operator_norm(np.asarray(weights.b, np.float64)))
+        return self.token_radius * (sizes + allowances["query_error"])
+
+    def cross_certified(self, norm, mask, queries, cap_mask):
+        """The constants of `cross_lipschitz` for a class of mask and a number of queries."""
+        names = ("query", "value", "key")[: mask.tensors]
+        reason = self.bias_reason()
+        seen = queries if mask.n_queries is None else mask.n_queries + 1
+        if not reason and norm == "l2" and seen is None:
+            reason = UNKNOWN_LENGTH
+        if reason:
+            return {name: _no_bound(norm, reason) for name in names}
+        state = self.host_weights()
+        weights, allowances = state.weights(cap_mask), self.rounding_allowances(state, cap_mask)
+        terms = distance_terms(self._head_radii(weights, allowances), np)
+        parts = terms_by_input(terms, separate_key=mask.tensors == 3)
+        scores = {"query": terms.query, "value": terms.key, "key": terms.key}
+        # A key is seen by so many queries.
+        mass = math.sqrt(seen) if norm == "l2" and seen is not None else 1.0
+        return {
+            name: certified_layer_bound(
+                weights.b,
+                weights.output,
+                norm=norm,
+                tokens=None,
+                head_constants=SAFETY * part * (1.0 if name == "query" else mass),
+                head_scores=SAFETY * scores[name],
+                head_theorem="Theorem 7.7",
+                **allowances,
+            )
+            for name, part in parts.items()
+        }
 
     def rounding_allowances(self, state, cap_mask):
         """What the certificate allows for the weights that run to differ from the rounded ones.
@@ -396,7 +537,8 @@ class L2MultiHeadAttention(SelfAttention):
 
     def graph_bound(self, *, norm="l2", sequence_length=None, mask="full"):
         bound = super().graph_bound(norm=norm, sequence_length=sequence_length, mask=mask)
-        if self._condensed is None or self.relative_bias is None or math.isinf(bound):
+        plain = self.relative_bias is None and self.token_radius is None
+        if self._condensed is None or plain or math.isinf(bound):
             return bound
         # What a graph divides by must not change by condensing it: its formula is less tight.
         mask, tokens = self.mask_and_length(sequence_length, norm, mask)
@@ -440,7 +582,19 @@ class L2MultiHeadAttention(SelfAttention):
 
     # Calling ----------------------------------------------------------------------------------
 
-    def attend(self, tokens, weights, mask, training, return_scores):
+    def attend(self, tokens, weights, mask, training, return_scores, keys=None, values=None):
+        if keys is not None:
+            return attend_across(
+                tokens,
+                keys,
+                values,
+                weights.projection,
+                mask,
+                num_heads=self.num_heads,
+                dropout=self.dropout if training else 0.0,
+                seed=self._seed_generator,
+                dtype=self.compute_dtype,
+            )
         return attend_by_distance(
             tokens,
             weights.projection,
@@ -500,24 +654,33 @@ class L2MultiHeadAttention(SelfAttention):
         mask = Mask(use_causal_mask=True, sliding_window=self.sliding_window)
         if weights.relative_bias is not None:
             mask = dataclasses.replace(mask, relative_bias=RelativeBias(weights.relative_bias))
-        new = ops.matmul(ops.cast(inputs, self.compute_dtype), weights.projection)
+        new = ops.cast(inputs, self.compute_dtype)
+        if self.token_radius is not None:
+            new = project_tokens(new, self.token_radius, self.compute_dtype)
+        new = ops.matmul(new, weights.projection)
         position = ops.cast(position, "int32")
         cache = ops.slice_update(cache, (0, position, 0), new)
         heads = decode_by_distance(new, cache, position, mask, self.num_heads)
         output = ops.matmul(heads, weights.output)
         if self.output_bias is not None:
             output = output + ops.reshape(ops.cast(self.output_bias, self.compute_dtype), (-1,))
-        return self.shape_outputs(output), cache
+        return self.shape_outputs(output, inputs), cache
 
     def get_config(self):
         config = super().get_config()
         items = list(config.items())
         # Where the constructor has it.
         at = list(config).index("spectral_norm")
-        names = ("flash_attention", "max_relative_position")
+        names = ("flash_attention", "max_relative_position", "token_radius")
         own = [(name, getattr(self, name)) for name in names]
         return dict([*items[:at], *own, *items[at:]])
 
 
 def _no_bound(norm, reason):
     return LipschitzBound(value=math.inf, norm=norm, kind="certified", theorem="", reason=reason)
+
+
+def _weighted_unit(weights, norm):
+    """Constants of the unit head for weighted keys, their score parts, and the theorem."""
+    unit = weighted_unit_bound(weights, norm, np)
+    return weighted_constants(weights, norm), SAFETY * np.asarray(unit.score_part), unit.theorem

@@ -105,8 +105,9 @@ class LipschitzLayer(keras.layers.Layer):
             xp: Array namespace, `numpy` or `keras.ops`.
 
         Returns:
-            Dictionary of matrices `(m, n)`, batches `(H, m, n)` of matrices, or `ScaledMatrix`. A
-            kernel may be asked for by its own name, less `_kernel`: its norm is that before caps.
+            Dictionary of matrices `(m, n)`, batches `(H, m, n)` of matrices, `ScaledMatrix` or
+            `MatrixProduct`. A kernel may be asked for by its own name, less `_kernel`: its norm is
+            that before caps.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement `matrices`.")
 

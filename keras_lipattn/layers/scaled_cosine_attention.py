@@ -219,7 +219,8 @@ class ScaledCosineAttention(SelfAttention):
             biases = [self.query_bias, self.key_bias, self.value_bias]
             biases = [ops.cast(bias, self.compute_dtype) for bias in biases]
             projected = projected + ops.reshape(ops.concatenate(biases, axis=1), (-1,))
-        batch, length, _ = ops.shape(projected)
+        # Not of `projected`: tf2onnx gets the shape of a product wrong.
+        batch, length, _ = ops.shape(tokens)
         key_dim = self.key_dim
         # The batch is spelled out: an empty tensor leaves no size to infer.
         shape = (batch, length, self.num_heads, 2 * key_dim + self.value_dim)

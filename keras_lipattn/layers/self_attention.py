@@ -22,10 +22,10 @@ from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
 from keras_lipattn.layers._attention_axes import AttentionAxes
 from keras_lipattn.layers._masks import (
     Mask,
-    MaskClass,
-    check_masks,
+    check_attention_mask,
+    check_token_masks,
     check_token_weights,
-    constant_degrees,
+    class_of_call,
     log_weights,
     mask_class,
     valid_tokens,
@@ -34,6 +34,7 @@ from keras_lipattn.layers._norms import ExactNorms
 from keras_lipattn.layers._precision import is_finite
 from keras_lipattn.layers._relative_bias import RelativeBias
 from keras_lipattn.layers.lipschitz_layer import LipschitzLayer
+from keras_lipattn.layers.token_projection import project_tokens
 from keras_lipattn.linalg import SAFETY
 
 
@@ -90,8 +91,14 @@ class SelfAttention(LipschitzLayer):
 
     # Why another tensor is refused as value or key.
     _not_cross = "its Lipschitz bound is one for self-attention"
+    _unless = ""
     # Whether the score and the bound take `token_weights` into account.
     _weighs_tokens = False
+    # Radius of the ball onto which tokens are projected, or `None`. With it the layer accepts other
+    # tensors as value and key: `attend` gets their tokens as two more arguments.
+    token_radius: Any = None
+    # Whether a token sees itself whatever the masks say.
+    _keeps_diagonal = True
 
     def __init__(
         self,
@@ -149,9 +156,9 @@ class SelfAttention(LipschitzLayer):
         self.kernel_constraint = keras_constraints.get(kernel_constraint)
         self.bias_constraint = keras_constraints.get(bias_constraint)
         self.seed = seed
-        # Degrees of a constant mask, passed from `__call__` to `call`, which sees only tensors.
+        # Class of a constant mask, passed from `__call__` to `call`, which sees only tensors.
         # Replicas of a strategy trace in threads of their own.
-        self._call_degrees = threading.local()
+        self._call_class = threading.local()
 
     # What a subclass provides ---------------------------------------------------------------
 
@@ -210,8 +217,11 @@ class SelfAttention(LipschitzLayer):
     def build(self, query_shape, value_shape=None, key_shape=None):
         self.axes = self._checked_axes(query_shape, value_shape, key_shape)
         rank, features = len(query_shape), query_shape[-1]
+        self.value_features = (value_shape or query_shape)[-1]
+        self.key_features = (key_shape or value_shape or query_shape)[-1]
         static_length = self.axes.length(query_shape)
-        if self.max_sequence_length is None and self.lipschitz_bound is not None:
+        has_cap = self.lipschitz_bound is not None
+        if has_cap and self.max_sequence_length is None and self._needs_length(self.lipschitz_norm):
             if not static_length:
                 raise ValueError(
                     "`lipschitz_bound` needs the number of tokens: pass `max_sequence_length`, or "
@@ -234,11 +244,16 @@ class SelfAttention(LipschitzLayer):
             self._seed_generator = keras.random.SeedGenerator(self.seed)
         self.add_running_state()
 
+    def _needs_length(self, norm):
+        """Whether the constant in this norm depends on the number of tokens."""
+        return self.token_radius is None or norm == "l2"
+
     def _checked_axes(self, query_shape, value_shape=None, key_shape=None):
         """`AttentionAxes` of a query, whose shape and those of value and key must be legal."""
         query_shape = tuple(query_shape)
+        others = self._accepts_other_tensors
         for name, shape in (("value", value_shape), ("key", key_shape)):
-            if shape is not None and tuple(shape) != query_shape:
+            if not others and shape is not None and tuple(shape) != query_shape:
                 raise ValueError(
                     f"{type(self).__name__} is self-attention: `{name}_shape` must be omitted or "
                     f"equal `query_shape`, since {self._not_cross}. Received: "
@@ -251,7 +266,39 @@ class SelfAttention(LipschitzLayer):
                 f"This layer was built for a `query` of {built_for[0]} axes whose last one has "
                 f"{built_for[1]} features. Received: query_shape={query_shape}"
             )
+        if others:
+            self._check_other_shapes(axes, query_shape, value_shape, key_shape)
         return axes
+
+    @property
+    def _accepts_other_tensors(self):
+        return self.token_radius is not None
+
+    def _check_other_shapes(self, axes, query_shape, value_shape, key_shape):
+        """Raises a `ValueError` if value and key do not fit the query, or each other."""
+        shapes = {"value": value_shape or query_shape}
+        shapes["key"] = key_shape or shapes["value"]
+        own = {"value": "value_features", "key": "key_features"}
+        for name, shape in shapes.items():
+            shape = tuple(shape)
+            kept = [axis for axis in range(len(query_shape) - 1) if axis not in axes.axes]
+            fits = len(shape) == len(query_shape) and bool(shape[-1])
+            fits = fits and all(
+                None in (shape[axis], query_shape[axis]) or shape[axis] == query_shape[axis]
+                for axis in kept
+            )
+            if not fits or (self.built and shape[-1] != getattr(self, own[name])):
+                features = getattr(self, own[name]) if self.built else "any number of"
+                raise ValueError(
+                    f"`{name}` must have the axes of `query`, {query_shape}, apart from those of "
+                    f"attention and the features ({features}). Received: {name}_shape={shape}"
+                )
+        sides = [[shape[axis] for axis in axes.axes] for shape in shapes.values()]
+        if any(None not in pair and pair[0] != pair[1] for pair in zip(*sides, strict=True)):
+            raise ValueError(
+                "`value` and `key` must have the same tokens. Received: "
+                f"value_shape={tuple(shapes['value'])}, key_shape={tuple(shapes['key'])}"
+            )
 
     def add_attention_kernel(self, name, shape, input_axes=1):
         """A kernel with the layer's initializer, regularizer and constraint; see `add_kernel`.
@@ -328,6 +375,38 @@ class SelfAttention(LipschitzLayer):
         mask, tokens = self.mask_and_length(sequence_length, norm, mask)
         return self.certified(norm, mask, tokens, mask)
 
+    def cross_lipschitz(
+        self, sequence_length=None, norm="l2", separate_key=False
+    ) -> dict[str, LipschitzBound]:
+        """Certified Lipschitz constants of cross-attention with respect to each input.
+
+        Args:
+            sequence_length: Largest number of queries, as in `lipschitz`; only the 2-norm needs it.
+            norm: `"l2"`, `"token"` or `"linf"`, see `lipschitz`.
+            separate_key: Whether the layer is called with a key other than the value.
+
+        Returns:
+            Dictionary of a `LipschitzBound` each for `"query"`, `"value"` and, if it is separate,
+            `"key"`. They hold for any mask. If several inputs change, the output changes by at most
+            the sum of the parts.
+
+        Raises:
+            ValueError: If the layer is not built, does not accept other tensors, or an argument is
+                out of range.
+        """
+        if not self._accepts_other_tensors:
+            raise ValueError(
+                f"{type(self).__name__} has no constant for cross-attention without "
+                f"`token_radius`. Received: token_radius={self.token_radius}"
+            )
+        _, queries = self.mask_and_length(sequence_length, norm, "any")
+        mask = self.cap_mask_class(None, False, tensors=3 if separate_key else 2)
+        return self.cross_certified(norm, mask, queries, mask)
+
+    def cross_certified(self, norm, mask, queries, cap_mask) -> dict[str, LipschitzBound]:
+        """`cross_lipschitz` for a class of mask; for layers with `token_radius`."""
+        raise NotImplementedError(f"{type(self).__name__} must implement `cross_certified`.")
+
     def mask_and_length(self, sequence_length, norm, mask) -> tuple[Any, int | None]:
         super().mask_and_length(sequence_length, norm, mask)
         require_positive_integer("sequence_length", sequence_length, optional=True)
@@ -338,32 +417,28 @@ class SelfAttention(LipschitzLayer):
             return known, sequence_length or self._length
         return known, max(sequence_length or 1, *sides)
 
-    def cap_mask_class(self, attention_mask, use_causal_mask):
+    def cap_mask_class(self, attention_mask, use_causal_mask, tensors=1):
         """The class of mask that the cap of a call with these arguments is for.
 
         Args:
             attention_mask: An array, `None`, or anything else for a mask that is not known.
             use_causal_mask: Whether later tokens are hidden.
+            tensors: See `MaskClass`.
 
         Returns:
             A `MaskClass`. Where the call may have known more or less of the mask, it is the one
             whose cap scales down least.
         """
-        degrees = constant_degrees(attention_mask)
-        return self._call_mask_class(attention_mask is not None, use_causal_mask, degrees)
-
-    def _call_mask_class(self, has_mask, use_causal_mask, degrees):
-        if not has_mask:
-            mask = "causal" if use_causal_mask else "full"
-            return mask_class(mask, sliding_window=self.sliding_window)
-        window = mask_class(
-            "causal" if use_causal_mask else "any", sliding_window=self.sliding_window
-        )
-        return MaskClass("any", *degrees).intersect(window)
+        if tensors > 1:
+            # Of other tokens only the number of queries that see a key is known.
+            mask = mask_class("any", sliding_window=self.sliding_window)
+            return dataclasses.replace(mask, tensors=tensors)
+        return class_of_call(attention_mask, use_causal_mask, self.sliding_window)
 
     def _tracked_length(self, mask):
         tokens = self._tracking.sequence_length or self._length
-        if tokens is None and mask.n_queries is None:
+        needed = self._needs_length(self._tracking.norm)
+        if needed and tokens is None and mask.n_queries is None:
             raise ValueError(
                 f"The running bound of layer {self.path!r} needs a number of tokens: give the "
                 "monitor a `sequence_length`, or the layer a `max_sequence_length`. Received: an "
@@ -377,16 +452,23 @@ class SelfAttention(LipschitzLayer):
         given = self._call_signature.bind(*args, **kwargs).arguments
         query = given.pop("query")
         # Here and not only in `call`: Keras converts every argument on its own, after which a
-        # tensor passed twice may be two tensors. Then only the query goes on.
-        self._require_self_attention(query, given.pop("value", None), given.pop("key", None))
+        # tensor passed twice may be two tensors. Then only different tensors go on.
+        value, key = given.pop("value", None), given.pop("key", None)
+        self._require_self_attention(query, value, key)
+        given.update(_different(query, value, key))
         if isinstance(given.get("attention_mask"), list | tuple):
             given["attention_mask"] = np.asarray(given["attention_mask"])
-        self._call_degrees.value = constant_degrees(given.get("attention_mask"))
+        attention_mask = given.get("attention_mask")
+        if isinstance(attention_mask, np.ndarray):
+            tensors = 1 + ("value" in given) + ("key" in given)
+            causal = bool(given.get("use_causal_mask"))
+            known = self.cap_mask_class(attention_mask, causal, tensors)
+            self._call_class.value = known
         given = {name: value for name, value in given.items() if value is not None}
         try:
             return super().__call__(query, **given)
         finally:
-            self._call_degrees.value = (None, None)
+            self._call_class.value = None
 
     def call(
         self,
@@ -403,17 +485,31 @@ class SelfAttention(LipschitzLayer):
         token_weights=None,
     ):
         self._require_self_attention(query, value, key)
+        others = _different(query, value, key)
         token_masks = {
             "query_mask": query_mask,
             "value_mask": value_mask,
             "key_mask": key_mask,
             "mask of query": getattr(query, "_keras_mask", None),
         }
-        mask = self.mask_of_call(query, token_masks, attention_mask, use_causal_mask, token_weights)
-        degrees = getattr(self._call_degrees, "value", (None, None))
-        known = self._call_mask_class(attention_mask is not None, use_causal_mask, degrees)
+        if others:
+            mask = self._mask_of_cross_call(
+                query, others, token_masks, attention_mask, use_causal_mask, token_weights
+            )
+        else:
+            mask = self.mask_of_call(
+                query, token_masks, attention_mask, use_causal_mask, token_weights
+            )
+        known = getattr(self._call_class, "value", None)
+        if known is None:
+            known = self.cap_mask_class(attention_mask, use_causal_mask, 1 + len(others))
         weights = self.effective_weights(known, bool(training))
-        return self.call_with_weights(weights, query, mask, bool(training), return_attention_scores)
+        memory = ()
+        if others:
+            memory = others.get("key", others["value"]), others["value"]
+        return self.call_with_weights(
+            weights, query, mask, bool(training), return_attention_scores, memory=memory
+        )
 
     def mask_of_call(
         self, query, token_masks, attention_mask=None, use_causal_mask=False, token_weights=None
@@ -438,9 +534,52 @@ class SelfAttention(LipschitzLayer):
             token_weights = log_weights(
                 self.axes.flatten_mask(token_weights), valid, self._norm_dtype
             )
-        return Mask(valid, attention_mask, use_causal_mask, self.sliding_window, token_weights)
+        return Mask(
+            valid,
+            attention_mask,
+            use_causal_mask,
+            self.sliding_window,
+            token_weights,
+            keeps_diagonal=self._keeps_diagonal,
+        )
 
-    def call_with_weights(self, weights, query, mask, training=False, return_scores=False):
+    def _mask_of_cross_call(
+        self, query, others, token_masks, attention_mask, use_causal_mask, token_weights
+    ):
+        """`Mask` of a call with other tensors as value and key, whose arguments must fit."""
+        if token_weights is not None:
+            raise ValueError(
+                "`token_weights` are those of self-attention. Received: another tensor as value, "
+                f"and token_weights={describe(token_weights)}"
+            )
+        value = others["value"]
+        masks = {
+            "query": {name: token_masks[name] for name in ("query_mask", "mask of query")},
+            "value": {
+                **{name: token_masks[name] for name in ("value_mask", "key_mask")},
+                **{f"mask of {n}": getattr(x, "_keras_mask", None) for n, x in others.items()},
+            },
+        }
+        self._check_cross_call(query, others, masks, attention_mask, self.axes)
+        if attention_mask is not None:
+            attention_mask = self.axes.flatten_pairs(ops.cast(attention_mask, "bool"), query, value)
+        valid, valid_keys = (
+            valid_tokens([self.axes.flatten_mask(one) for one in given.values() if one is not None])
+            for given in masks.values()
+        )
+        return Mask(
+            valid,
+            attention_mask,
+            use_causal_mask,
+            self.sliding_window,
+            valid_keys=valid_keys,
+            is_cross=True,
+            keeps_diagonal=False,
+        )
+
+    def call_with_weights(
+        self, weights, query, mask, training=False, return_scores=False, memory: Any = ()
+    ):
         """The call with given weights. (`forward` belongs to PyTorch.)
 
         Args:
@@ -449,15 +588,16 @@ class SelfAttention(LipschitzLayer):
             mask: `Mask` of the call.
             training: Whether dropout applies.
             return_scores: Whether to return the attention weights too.
+            memory: Key and value if they are other tensors than the query.
         """
         weights = self._in_compute_dtype(weights)
         if weights.relative_bias is not None:
             mask = dataclasses.replace(mask, relative_bias=RelativeBias(weights.relative_bias))
-        tokens = self.axes.flatten(query)
-        if mask.valid is not None:
-            # A padded token may be anything: not even a NaN in it may reach another one.
-            tokens = ops.where(ops.expand_dims(mask.valid, -1), tokens, ops.zeros_like(tokens))
-        heads, shift, scores = self.attend(tokens, weights, mask, training, return_scores)
+        tokens = self._tokens(query, mask.valid)
+        others = {id(tensor): tensor for tensor in memory}
+        others = {name: self._tokens(x, mask.valid_keys) for name, x in others.items()}
+        others = [others[id(tensor)] for tensor in memory]
+        heads, shift, scores = self.attend(tokens, weights, mask, training, return_scores, *others)
         bias = None
         if self.output_bias is not None:
             bias = ops.reshape(ops.cast(self.output_bias, self.compute_dtype), (-1,))
@@ -468,23 +608,33 @@ class SelfAttention(LipschitzLayer):
         output = ops.matmul(heads, weights.output)
         if bias is not None:
             output = output + bias
-        if self.lipschitz_bound is not None and tokens.shape[1] is None:
+        if self.max_sequence_length and self.lipschitz_bound is not None and not tokens.shape[1]:
             too_long = ops.greater(ops.shape(tokens)[1], self.max_sequence_length)
             output = ops.where(too_long, ops.cast(np.nan, output.dtype), output)
         if mask.valid is not None:
             output = ops.where(ops.expand_dims(mask.valid, -1), output, ops.zeros_like(output))
-        output = self.shape_outputs(self.axes.restore(output, query))
+        output = self.shape_outputs(self.axes.restore(output, query), query)
         if not return_scores:
             return output
         if mask.valid is not None:
             scores = ops.where(mask.valid[:, None, :, None], scores, ops.zeros_like(scores))
-        return output, self.axes.restore_scores(scores, query)
+        return output, self.axes.restore_scores(scores, query, memory[0] if memory else None)
 
-    def shape_outputs(self, output):
-        """Output tokens `(..., O)` in their own shape, `(..., *output_shape)`."""
+    def _tokens(self, tensor, valid):
+        """Tokens `(B', T, D)` as `attend` gets them: zero where padded, in the ball if any."""
+        tokens = self.axes.flatten(tensor)
+        if valid is not None:
+            # A padded token may be anything: not even a NaN in it may reach another one.
+            tokens = ops.where(ops.expand_dims(valid, -1), tokens, ops.zeros_like(tokens))
+        if self.token_radius is None:
+            return tokens
+        return project_tokens(tokens, self.token_radius, self.compute_dtype)
+
+    def shape_outputs(self, output, tokens):
+        """Output tokens `(..., O)` in their own shape, for inputs `tokens`, `(..., D)`."""
         if len(self.output_token) == 1:
             return output
-        return ops.reshape(output, (*ops.shape(output)[:-1], *self.output_token))
+        return ops.reshape(output, (*ops.shape(tokens)[:-1], *self.output_token))
 
     def _in_compute_dtype(self, weights):
         return dataclasses.replace(
@@ -499,17 +649,20 @@ class SelfAttention(LipschitzLayer):
         )
 
     def _require_self_attention(self, query, value, key):
+        if self._accepts_other_tensors:
+            return
         for name, tensor in (("value", value), ("key", key)):
             if tensor is not None and tensor is not query:
                 raise ValueError(
                     f"{type(self).__name__} is self-attention: `{name}` must be omitted or be the "
-                    f"object passed as `query`, since {self._not_cross}. "
+                    f"object passed as `query`{self._unless}, since {self._not_cross}. "
                     f"Received: {name}={describe(tensor)}"
                 )
 
     def _check_call(self, query, token_masks, attention_mask, axes):
         self._check_length(axes.length(query.shape))
-        check_masks(query.shape, axes, self.num_heads, token_masks, attention_mask)
+        check_token_masks(query.shape, axes, token_masks)
+        check_attention_mask(query.shape, axes, self.num_heads, attention_mask)
         token_weights = token_masks.get("token_weights")
         if token_weights is None:
             return
@@ -519,6 +672,14 @@ class SelfAttention(LipschitzLayer):
                 f"of equal weight. Received: token_weights={describe(token_weights)}"
             )
         check_token_weights(token_weights, self.lipschitz_bound)
+
+    def _check_cross_call(self, query, others, masks, attention_mask, axes):
+        value, key = others["value"], others.get("key", others["value"])
+        self._check_other_shapes(axes, tuple(query.shape), value.shape, key.shape)
+        self._check_length(axes.length(query.shape))
+        check_token_masks(query.shape, axes, masks["query"])
+        check_token_masks(value.shape, axes, masks["value"], of="value")
+        check_attention_mask(query.shape, axes, self.num_heads, attention_mask, value.shape)
 
     # Keras ------------------------------------------------------------------------------------
 
@@ -533,14 +694,24 @@ class SelfAttention(LipschitzLayer):
         given = self._call_signature.bind(*args, **kwargs).arguments
         query = given["query"]
         self._require_self_attention(query, given.get("value"), given.get("key"))
-        axes = self._checked_axes(query.shape)
+        others = _different(query, given.get("value"), given.get("key"))
+        shapes = {f"{name}_shape": tensor.shape for name, tensor in others.items()}
+        axes = self._checked_axes(query.shape, **shapes)
         names = ("query_mask", "value_mask", "key_mask", "token_weights")
         token_masks = {name: given.get(name) for name in names}
-        self._check_call(query, token_masks, given.get("attention_mask"), axes)
-        output = keras.KerasTensor(self.compute_output_shape(query.shape), self.compute_dtype)
+        pairs = given.get("attention_mask")
+        if others:
+            of_keys = {name: token_masks[name] for name in names[1:3]}
+            masks = {"query": {"query_mask": token_masks["query_mask"]}, "value": of_keys}
+            self._check_cross_call(query, others, masks, pairs, axes)
+        else:
+            self._check_call(query, token_masks, pairs, axes)
+        shape = self.compute_output_shape(query.shape, **shapes)
+        output = keras.KerasTensor(shape, self.compute_dtype)
         if not given.get("return_attention_scores"):
             return output
-        shape = axes.score_shape(query.shape, self.num_heads)
+        key_shape = others["value"].shape if others else None
+        shape = axes.score_shape(query.shape, self.num_heads, key_shape)
         return output, keras.KerasTensor(shape, self.compute_dtype)
 
     def get_config(self):
@@ -566,3 +737,15 @@ class SelfAttention(LipschitzLayer):
             "bias_constraint": keras_constraints.serialize(self.bias_constraint),
             "seed": self.seed,
         }
+
+
+def _different(query, value, key):
+    """Value and key by name as far as they are other tensors than the query.
+
+    `"key"` is left out where it is the value.
+    """
+    value = query if value is None else value
+    key = value if key is None else key
+    if value is query and key is query:
+        return {}
+    return {"value": value} if key is value else {"value": value, "key": key}

@@ -16,8 +16,10 @@ SAFETY = 1.0 + 1e-9
 # From this longer side on, the Gram matrix is several times faster than a decomposition.
 GRAM_SIDE = 128
 
+Result = typing.TypeVar("Result")
+
 _CAPACITY = 512
-_results: collections.OrderedDict[tuple[str, bytes], float] = collections.OrderedDict()
+_results: collections.OrderedDict[tuple[str, bytes], typing.Any] = collections.OrderedDict()
 _lock = threading.Lock()
 
 
@@ -67,12 +69,12 @@ def fast_operator_norm(matrix: np.ndarray) -> typing.Any:
     return operator_norm(matrix)
 
 
-def cached_by_content(function: typing.Callable[..., float], *args: typing.Any) -> float:
+def cached_by_content(function: typing.Callable[..., Result], *args: typing.Any) -> Result:
     """`function(*args)`, cached by the contents of the arrays among `args`.
 
     Args:
-        function: a pure function that returns a float.
-        *args: arrays, strings or floats.
+        function: a pure function that returns an immutable object.
+        *args: arrays, strings, numbers or `None`.
 
     Returns:
         The result of `function`. The arrays themselves are not kept.

@@ -46,6 +46,36 @@ class ScaledMatrix:
         return product
 
 
+@dataclasses.dataclass(frozen=True)
+class MatrixProduct:
+    """`left right` for each of a batch of pairs, which a power step does not form.
+
+    Attributes:
+        left: Tensor or array `(H, m, k)`.
+        right: Tensor or array `(H, k, n)`.
+        stacked: Whether the products are below each other, as one matrix `(H * m, n)`.
+    """
+
+    left: Any
+    right: Any
+    stacked: bool = False
+
+    @property
+    def shape(self):
+        heads, height, _ = self.left.shape
+        width = self.right.shape[-1]
+        return (heads * height, width) if self.stacked else (heads, height, width)
+
+    @property
+    def dtype(self):
+        return self.right.dtype
+
+    def formed(self, xp):
+        """The products themselves, in the array namespace `xp`: `numpy` or `keras.ops`."""
+        product = xp.matmul(self.left, self.right)
+        return xp.reshape(product, self.shape) if self.stacked else product
+
+
 def power_step(matrix, vector):
     """One power-iteration step; a lower bound of the spectral norm, differentiable in `matrix`.
 
@@ -55,7 +85,7 @@ def power_step(matrix, vector):
     estimate.
 
     Args:
-        matrix: Tensor `(..., m, n)` or `ScaledMatrix` of tensors, `W`.
+        matrix: Tensor `(..., m, n)`, or `ScaledMatrix` or `MatrixProduct` of tensors, `W`.
         vector: Tensor `(..., n)`, estimate of the right singular vector. Any vector that is not
             orthogonal to the leading one will do.
 
@@ -63,6 +93,8 @@ def power_step(matrix, vector):
         A pair: the estimate `(...)` and the new vector `(..., n)`, through which no gradient flows.
         A fixed vector replaces one of zeros or NaN, given or found (for a zero matrix, say).
     """
+    if isinstance(matrix, MatrixProduct):
+        return _power_step_of_product(matrix, vector)
     if not isinstance(matrix, ScaledMatrix):
         matrix = ScaledMatrix(matrix)
     *batch, height, width = matrix.shape
@@ -90,6 +122,41 @@ def power_step(matrix, vector):
     sigma = ops.reshape(ops.matmul(image, _turned(right)), tuple(batch))
     missing = ops.maximum(frobenius / math.sqrt(min(height, width)) - ops.stop_gradient(sigma), 0.0)
     return sigma + missing, ops.reshape(right, (*batch, width))
+
+
+def _power_step_of_product(matrix, vector):
+    """`power_step` of a `MatrixProduct`."""
+    left, right = matrix.left, matrix.right
+    fixed_left, fixed_right = map(_fixed, (left, right))
+    heads, height, inner = left.shape
+    rows = (1, heads * height) if matrix.stacked else (heads, 1, height)
+    column = ops.matmul(fixed_right, ops.expand_dims(vector, -1))
+    image = ops.reshape(ops.matmul(fixed_left, column), rows)
+    # |A B|_F^2 is the sum of the entries of the products of A^T A and B B^T.
+    turned = (ops.transpose(part, (0, 2, 1)) for part in (fixed_left, fixed_right))
+    grams = ops.matmul(next(turned), fixed_left) * ops.matmul(fixed_right, next(turned))
+    squares = ops.sum(grams, axis=(-2, -1), keepdims=True)
+    if matrix.stacked:
+        squares = ops.sum(squares, axis=0)
+    # Rounded below zero or out of range: no floor then.
+    in_range = ops.logical_and(squares > 0.0, squares < np.inf)
+    frobenius = ops.sqrt(ops.where(in_range, squares, ops.ones_like(squares)))
+    frobenius = ops.where(in_range, frobenius, ops.zeros_like(squares))
+    smallest = float(np.finfo(keras.backend.standardize_dtype(image.dtype)).tiny)
+    size = ops.maximum(ops.max(ops.abs(image), axis=-1, keepdims=True), smallest)
+    unit, length, usable = _unit(image / size)
+    length = ops.where(usable, size * length, 1.0)
+    moved = ops.matmul(ops.matmul(ops.reshape(unit, (heads, 1, height)), left), right)
+    if matrix.stacked:
+        moved = ops.sum(moved, axis=0)
+    found, _, _ = _unit(ops.stop_gradient(moved) / length)
+    sigma = ops.matmul(moved, _turned(found))
+    rank = min(matrix.shape[-2], matrix.shape[-1], inner * (heads if matrix.stacked else 1))
+    # Products lose digits where they cancel: the floor stays a little below.
+    floor = (1.0 - 1e-3) * frobenius / math.sqrt(rank)
+    sigma = sigma + ops.maximum(floor - ops.stop_gradient(sigma), 0.0)
+    shape = matrix.shape[:-2]
+    return ops.reshape(sigma, shape), ops.reshape(found, (*shape, matrix.shape[-1]))
 
 
 def cold_vector(shape):

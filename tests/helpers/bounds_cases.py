@@ -13,6 +13,9 @@ from scipy.special import lambertw
 def masks(tokens, rng):
     """Masks that keep the diagonal, by name; the class of `"hub"` and below is `"any"`."""
     index = np.arange(tokens)
+    lag = index[:, None] - index
+    reach = max(1, tokens // 4)
+    blocks = index // (reach + 1)
     everything = np.ones((tokens, tokens), bool)
     diagonal = np.eye(tokens, dtype=bool)
     return {
@@ -20,7 +23,11 @@ def masks(tokens, rng):
         "causal": np.tril(everything),
         "hub": diagonal | (index[None] < 1),
         "spokes": diagonal | (index[:, None] < 1),
-        "window": np.abs(index[:, None] - index) <= max(1, tokens // 4),
+        "window": np.abs(lag) <= reach,
+        "causal window": (lag >= 0) & (lag <= reach),
+        "blocks": blocks[:, None] == blocks,
+        "causal blocks": (blocks[:, None] == blocks) & (lag >= 0),
+        "prefix": (lag >= 0) | (index[None] <= reach),
         "random": diagonal | (rng.random((tokens, tokens)) < rng.choice([0.2, 0.5, 0.9])),
     }
 

@@ -41,6 +41,18 @@ OPTIONS = {
     "relative": ({"max_relative_position": 3}, (LENGTH,)),
     "relative, window": ({"max_relative_position": 1, "sliding_window": 3}, (LENGTH,)),
     "relative, axes": ({"max_relative_position": 9, "attention_axes": (2, 1)}, (2, 3)),
+    "ball": ({"token_radius": 0.9}, (LENGTH,)),
+    "ball, relative": ({"token_radius": 0.9, "max_relative_position": 2}, (LENGTH,)),
+    "ball, axes": ({"token_radius": 2.0, "attention_axes": (1,), "value_dim": 2}, (3, 2)),
+}
+# Those of `BoundedMultiHeadAttention`, whose radius is 1 by default.
+BOUNDED_OPTIONS = {
+    **OPTIONS,
+    "shared heads": ({"num_heads": 4, "num_key_value_heads": 2}, (LENGTH,)),
+    "one shared head": (
+        {"num_heads": 3, "num_key_value_heads": 1, "max_relative_position": 2},
+        (LENGTH,),
+    ),
 }
 
 # Ways of capping, all of them at work for the weights of `Case.layer`.
@@ -100,7 +112,7 @@ class Case:
     """A layer and a way of calling it.
 
     Attributes:
-        options: Name in `OPTIONS`.
+        options: Name in `BOUNDED_OPTIONS`.
         call: Name in `CALLS`.
         cap: Name in `CAPS`, or `None`.
         dtype: A dtype policy.
@@ -121,12 +133,13 @@ class Case:
     def constructor(self):
         """Arguments of the layer."""
         common = {"num_heads": HEADS, "key_dim": KEY_DIM, "dtype": self.dtype}
-        return {**common, **OPTIONS[self.options][0], **(CAPS[self.cap] if self.cap else {})}
+        options = BOUNDED_OPTIONS[self.options][0]
+        return {**common, **options, **(CAPS[self.cap] if self.cap else {})}
 
     @property
     def sides(self):
         """Axes of an example without the features."""
-        return OPTIONS[self.options][1]
+        return BOUNDED_OPTIONS[self.options][1]
 
     @property
     def axes(self):
@@ -205,12 +218,14 @@ class Case:
         }
 
     def with_biases(self, layer):
-        """`loop_attention.attend` with the relative biases of the layer, if there are any."""
+        """`loop_attention.attend` with the ball and the relative biases of the layer, if any."""
+        radius = self.constructor.get("token_radius")
+        attend = functools.partial(loop_attention.attend, radius=radius)
         if self.constructor.get("max_relative_position") is None:
-            return loop_attention.attend
+            return attend
         table = keras.ops.cast(layer.relative_bias, layer.compute_dtype)
         table = keras.ops.convert_to_numpy(table).astype(np.float64)
-        return functools.partial(loop_attention.attend, relative_bias=table)
+        return functools.partial(attend, relative_bias=table)
 
     def run_copies(self, layer, x, example=0):
         """Calls the layer on copies `(n, ..., D)` of one example, with its masks."""

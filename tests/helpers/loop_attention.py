@@ -35,6 +35,7 @@ def attend(
     causal=False,
     window=None,
     relative_bias: Any = None,
+    radius=None,
 ):
     """One sequence.
 
@@ -47,12 +48,13 @@ def attend(
         causal: whether later tokens are hidden.
         window: distance from which on tokens are hidden.
         relative_bias: `(H, 2 * R)`, of the keys R to 1 places after a query, then 1 to R before.
+        radius: of the ball that tokens are projected onto, or `None`.
 
     Returns:
         `(output, scores)` of shapes `(T, ...)` and `(H, T, T)`.
     """
     query, value, output = (np.asarray(kernel, np.float64) for kernel in kernels)
-    x = np.asarray(x, np.float64)
+    x = in_ball(np.asarray(x, np.float64), radius)
     length, heads, key_dim = len(x), query.shape[1], query.shape[2]
     flat = output.reshape(heads, output.shape[1], -1)
     result = np.zeros((length, flat.shape[-1]))
@@ -84,6 +86,13 @@ def attend(
         if bias is not None and (valid is None or valid[i]):
             result[i] += np.asarray(bias, np.float64).reshape(-1)
     return result.reshape(length, *output.shape[2:]), scores
+
+
+def in_ball(x, radius):
+    """Tokens `(T, D)` projected onto the ball about the origin; as they are without a radius."""
+    if radius is None:
+        return x
+    return np.array([row * min(1.0, radius / max(np.linalg.norm(row), radius)) for row in x])
 
 
 def by_place(relative_bias, head, lag):

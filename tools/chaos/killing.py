@@ -59,6 +59,12 @@ class Programs:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(list(modules))
 
+    def start(self, folder: pathlib.Path, program: Callable, *arguments: Any) -> Any:
+        """Starts `program(folder, *arguments)`; returns the process."""
+        process = self._context.Process(target=program, args=(folder, *arguments))
+        process.start()
+        return process
+
     def run(self, folder: pathlib.Path, program: Callable, *arguments: Any) -> Ending:
         """Runs `program(folder, *arguments)` to its end."""
         return self._run(folder, program, arguments, None, 0.0)
@@ -76,9 +82,8 @@ class Programs:
 
     def _run(self, folder, program, arguments, phase, delay) -> Ending:
         reset_phase(folder)
-        process = self._context.Process(target=program, args=(folder, *arguments))
         start = time.monotonic()
-        process.start()
+        process = self.start(folder, program, *arguments)
         killed = False
         if phase is not None:
             while process.is_alive() and not read_phase(folder).startswith(phase):

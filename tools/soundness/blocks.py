@@ -1,5 +1,7 @@
 """Custom layers and models as users write them, for random models."""
 
+import functools
+
 import keras
 from keras import layers, ops
 from keras.src import backend
@@ -212,10 +214,12 @@ class GiveMask(layers.Layer):
 class Decoder(layers.Layer):
     """Causal self-attention, then attention to the output of an encoder."""
 
-    def __init__(self, width):
+    def __init__(self, width, *, bounded=False):
         super().__init__()
-        self.own = layers.MultiHeadAttention(1, 2)
-        self.cross = layers.MultiHeadAttention(1, 2)
+        heads = layers.MultiHeadAttention
+        if bounded:
+            heads = functools.partial(keras_lipattn.BoundedMultiHeadAttention, token_radius=1.5)
+        self.own, self.cross = heads(1, 2), heads(1, 2)
         self.norms = [layers.LayerNormalization(epsilon=0.1) for _ in range(3)]
         self.dense = layers.Dense(width, activation="tanh")
 

@@ -101,11 +101,13 @@ def _layer(rng, x, radius):
         _center_normalization,
         _layer_normalization,
         _unit_normalization,
+        _token_projection,
         _reshape,
     ]
     if len(x.shape) == 3:
         # Attention is more frequent than other layers.
         choices += [_l2_attention] * 4
+        choices += [_bounded_attention] * 2
         choices += [_einsum_dense, _convolution, _pooling, _position_embedding, _permute]
         choices += [_normalized_attention]
         if radius is not None:
@@ -152,9 +154,38 @@ def _reshape(rng, x):
     return layers.Reshape((size // width, width))(x) if size // width <= 12 else x
 
 
+def _token_projection(rng, x):
+    return keras_lipattn.TokenProjection(float(10.0 ** rng.uniform(-1.0, 1.0)))(x)
+
+
+def _bounded_attention(rng, x):
+    heads = int(rng.integers(1, 4))
+    options: dict[str, Any] = {"token_radius": float(10.0 ** rng.uniform(-0.7, 0.5))}
+    cap = rng.random()
+    if cap < 0.2:
+        options["spectral_norm"] = float(rng.choice([0.5, 1.0, 2.0]))
+    elif cap < 0.5:
+        options["lipschitz_bound"] = float(rng.choice([0.5, 1.0, 4.0]))
+        options["lipschitz_norm"] = str(rng.choice(["l2", "token", "linf"]))
+    if rng.random() < 0.3:
+        options["num_key_value_heads"] = 1
+    if rng.random() < 0.3:
+        options["max_relative_position"] = int(rng.integers(1, x.shape[1] + 1))
+    if rng.random() < 0.3:
+        options["value_dim"] = int(rng.integers(1, 4))
+    layer = keras_lipattn.BoundedMultiHeadAttention(heads, int(rng.integers(1, 4)), **options)
+    if rng.random() < 0.4:
+        # Keys and values are linear images of some of the tokens.
+        memory = layers.Dense(x.shape[-1])(x)[:, : int(rng.integers(1, x.shape[1] + 1))]
+        return layer(x, memory)
+    return layer(x, **_mask(rng, x.shape[1]))
+
+
 def _l2_attention(rng, x):
     tokens = x.shape[1]
     caps = {}
+    if rng.random() < 0.3:
+        caps["token_radius"] = float(10.0 ** rng.uniform(-0.7, 0.5))
     if rng.random() < 0.3:
         caps["spectral_norm"] = float(rng.choice([0.5, 1.0, 2.0]))
     if rng.random() < 0.3:

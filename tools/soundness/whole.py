@@ -219,7 +219,9 @@ class _Builder:
         x = self.source((self.tokens, width), "target")
         if self.chance(0.5):
             x = layers.LayerNormalization(epsilon=0.1)(x)
-        return self.model(layers.Dense(3)(blocks.Decoder(width)(x, memory)))
+        return self.model(
+            layers.Dense(3)(blocks.Decoder(width, bounded=self.chance(0.5))(x, memory))
+        )
 
     def model(self, outputs):
         inputs: Any = list(self.inputs.values())

@@ -66,11 +66,22 @@ def named(name: str, call: LayerCall, state: TensorState, *, axis: Any = -1) -> 
     if name in _ALONG_AN_AXIS:
         return _along(name, call, state, axis)
     constant = layer_constants.activation_constant(name, call.norm)
-    return dataclasses.replace(slope(constant, state, name=name), function_of=(name, state, 1.0))
+    least = layer_constants.LEAST_SLOPES.get(name, 0.0)
+    layer_map = slope(constant, state, name=name, least=least)
+    return dataclasses.replace(layer_map, function_of=(name, state, 1.0))
 
 
-def slope(constant: float, state: TensorState, *, name: str = "") -> LipschitzMap:
-    """The map of an elementwise function whose largest slope is `constant`."""
+def slope(
+    constant: float, state: TensorState, *, name: str = "", least: float | None = None
+) -> LipschitzMap:
+    """The map of an elementwise function with slopes of at most `constant` in size.
+
+    Args:
+        constant: bound of the sizes of the slopes.
+        state: the input.
+        name: name of the activation, if it has one.
+        least: lower bound of the slopes, `-constant` by default.
+    """
     if name == "linear":
         return Affine(constant=1.0, theorem="identity", exact=True)
     token_range = None
@@ -82,6 +93,7 @@ def slope(constant: float, state: TensorState, *, name: str = "") -> LipschitzMa
         exact=True,
         range=token_range,
         value_at_zero=_AT_ZERO.get(name, 0.0),
+        slopes=None if least is None else (least, constant),
     )
 
 
@@ -217,7 +229,8 @@ def _relu(parameters, call: LayerCall) -> LipschitzMap:
     if parameters.threshold:
         return unbounded(f"it jumps at its threshold {parameters.threshold}")
     constant = _slope(parameters.negative_slope or 0.0)
-    layer_map = slope(constant, call.state)
+    least = min(0.0, _least_slope(parameters.negative_slope or 0.0))
+    layer_map = slope(constant, call.state, least=least)
     if parameters.max_value is not None and not parameters.negative_slope and call.state.width:
         bounded = TokenRange.of_entries(0.0, float(parameters.max_value), call.state.width)
         return dataclasses.replace(layer_map, range=bounded)
@@ -226,7 +239,8 @@ def _relu(parameters, call: LayerCall) -> LipschitzMap:
 
 @register_rule(keras.layers.LeakyReLU)
 def leaky_relu(layer, call):
-    return slope(_slope(layer.negative_slope), call.state)
+    least = min(1.0, _least_slope(layer.negative_slope))
+    return slope(_slope(layer.negative_slope), call.state, least=least)
 
 
 def _slope(parameter: float) -> float:
@@ -234,17 +248,23 @@ def _slope(parameter: float) -> float:
     return layer_constants.slope_constant([parameter, float(np.float32(parameter))])
 
 
+def _least_slope(parameter: float) -> float:
+    """A lower bound of a slope that some backends store in float32."""
+    return min(float(parameter), float(np.float32(parameter)))
+
+
 @register_rule(keras.layers.PReLU)
 def prelu(layer, call):
     alpha = cast_to_compute_dtype(layer.alpha, layer.compute_dtype)
     if not np.isfinite(alpha).all():
         return unbounded(NOT_FINITE)
-    return slope(layer_constants.slope_constant(alpha), call.state)
+    least = float(np.min(alpha, initial=1.0))
+    return slope(layer_constants.slope_constant(alpha), call.state, least=least)
 
 
 @register_rule(keras.layers.ELU)
 def elu(layer, call):
-    return slope(_slope(layer.alpha), call.state)
+    return slope(_slope(layer.alpha), call.state, least=min(0.0, _least_slope(layer.alpha)))
 
 
 @register_rule(keras.layers.Softmax)
@@ -291,7 +311,8 @@ def gelu(operation, call):
 
 @register_operation("LeakyRelu")
 def leaky_relu_operation(operation, call):
-    return slope(_slope(operation.negative_slope), call.state)
+    least = min(1.0, _least_slope(operation.negative_slope))
+    return slope(_slope(operation.negative_slope), call.state, least=least)
 
 
 @register_operation("Elu", "Celu")
@@ -305,7 +326,7 @@ def elu_operation(operation, call):
             )
         # The slope is exp(x / alpha) <= 1 on the negative side, whatever alpha > 0.
         alpha = 1.0
-    return slope(_slope(alpha), call.state)
+    return slope(_slope(alpha), call.state, least=min(0.0, _least_slope(alpha)))
 
 
 @register_operation("SoftShrink")

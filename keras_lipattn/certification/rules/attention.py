@@ -18,7 +18,6 @@ from keras_lipattn.certification.layer_call import LayerCall
 from keras_lipattn.certification.maps import LipschitzMap, unbounded
 from keras_lipattn.certification.reasons import (
     JOIN_TOKENS,
-    MOVES_BATCH,
     NOT_FINITE,
     RETURNS_SCORES,
     UNBOUNDED_TOKENS,
@@ -27,6 +26,7 @@ from keras_lipattn.certification.reasons import (
     in_training,
 )
 from keras_lipattn.certification.registry import register_operation, register_rule
+from keras_lipattn.certification.rules.averaging import averages, values_range
 from keras_lipattn.certification.rules.linear import quantized
 from keras_lipattn.certification.rules.lipschitz_layers import (
     attention_length,
@@ -130,7 +130,7 @@ def multi_head_attention(layer, call):
         theorem=f"{theorem}, tokens in a ball of radius {before.radius:.4g}",
         reason="its constants overflow" if math.isinf(constant) else "",
         published=published,
-        range=_values(
+        range=values_range(
             value,
             output,
             bias_of(parts[2]),
@@ -159,23 +159,6 @@ def _has_empty_row(mask, window: int | None) -> bool:
         lag = np.subtract.outer(np.arange(length), np.arange(length))
         mask = mask & (np.abs(lag) < window)
     return not mask.any(axis=-1).all()
-
-
-def _values(
-    value, output, inner, outer, sizes, before: TokenRange, *, zero_rows: bool
-) -> TokenRange:
-    """The range of the output: each head maps averages of tokens linearly.
-
-    With `zero_rows` the output of a head may also be zero.
-    """
-    width = output.shape[-1]
-    center = np.zeros(value.shape[1]) if before.center is None else before.center
-    moved = TokenRange(0.0) if outer is None else TokenRange(0.0, outer.reshape(-1))
-    for head, size in enumerate(sizes):
-        image = center @ value[head] + (0.0 if inner is None else inner[head])
-        reached = TokenRange(SAFETY * float(size) * before.radius, image @ output[head])
-        moved = moved.plus(reached.including(np.zeros(width)) if zero_rows else reached)
-    return moved
 
 
 def _published(reduced, sizes, before: TokenRange, tokens: int, layer) -> float:
@@ -247,55 +230,14 @@ def _of_three(scale: float, parts, call: LayerCall, *, repeats: int = 1) -> Lips
         outer = bias_of(parts[3])
         sizes = operator_norm(mixed)
         # A query that sees no key gets zeros or an average, depending on the kernel of Keras.
-        token_range = _values(kernels[2], output, inner, outer, sizes, balls[2], zero_rows=True)
-    return _averages(
+        token_range = values_range(
+            kernels[2], output, inner, outer, sizes, balls[2], zero_rows=True
+        )
+    return averages(
         CrossConstants(*(combine_heads(mixed, part) for part in constants)),
         states,
         call,
         token_range,
-    )
-
-
-def _averages(
-    constants: CrossConstants,
-    states: list[TensorState],
-    call: LayerCall,
-    token_range: TokenRange | None,
-    theorem: str = "Theorem 7.7, tokens in balls",
-) -> LipschitzMap:
-    """The map of averages of values, weighted by the softmax of scores of queries and keys."""
-    query, key, value = states
-    perturbed = [state for state in states if not state.is_fixed]
-    if any(state.fold != call.fold for state in perturbed) or not all(
-        state.fold in (0, call.fold) and (state.fold or state.shape[0] == 1) for state in states
-    ):
-        return unbounded(MOVES_BATCH)
-    operands, gains = [query, key, value], [constants.query, constants.key, constants.value]
-    if key is value:
-        operands, gains = [query, value], [constants.query, constants.shared]
-    queries = 1.0
-    if call.norm == "l2":
-        # A key is seen by at most all queries.
-        length = call.shape[-2]
-        if length is None:
-            return unbounded("its number of queries is not known", cause=Cause.SIZE)
-        queries = math.sqrt(length)
-    for index, state in enumerate(operands):
-        gains[index] = SAFETY * gains[index] * (queries if index else 1.0)
-        if call.norm == "linf":
-            # |x| <= sqrt(D) max|x| on the way in, and max|y| <= |y| on the way out.
-            gains[index] *= SAFETY * math.sqrt(state.width) if state.width else math.inf
-        if state.is_fixed:
-            gains[index] = 0.0
-    if not np.isfinite(gains).all():
-        return unbounded(UNBOUNDED_TOKENS)
-    joint = math.hypot(*gains) if call.norm == "l2" else math.fsum(gains)
-    return LipschitzMap(
-        constant=SAFETY * joint,
-        theorem=theorem,
-        operands=tuple(operands),
-        per_input=tuple(gains),
-        range=token_range,
     )
 
 
@@ -337,7 +279,7 @@ def plain_attention(layer, call):
     else:
         constants = _dot_products([query, key, value], float(scale))
         theorem = "Theorem 7.7, tokens in balls"
-    return _averages(constants, [query, key, value], call, _averaged(value), theorem)
+    return averages(constants, [query, key, value], call, _averaged(value), theorem)
 
 
 def _dot_products(states: list[TensorState], scale: float) -> CrossConstants:
@@ -383,4 +325,4 @@ def dot_product_attention(operation, call):
     constants = _dot_products(states, scale)
     # Axes are (batch, tokens, heads, features), and heads are separate sequences.
     swapped = dataclasses.replace(call, shape=(call.shape[1], call.shape[0], call.shape[2]))
-    return _averages(constants, states, swapped, _averaged(value))
+    return averages(constants, states, swapped, _averaged(value))

@@ -7,13 +7,16 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_lipattn.bounds.bounded_tokens import projection_constant
 from keras_lipattn.bounds.layer_constants import center_normalization_constant
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
+from keras_lipattn.bounds.unit_head import unit_head_bound
 from keras_lipattn.certification.layer_call import LayerCall
 from keras_lipattn.certification.linear_map import matrix_norm
 from keras_lipattn.certification.maps import Affine, CenterValue, LipschitzMap, unbounded
 from keras_lipattn.certification.reasons import (
     JOIN_TOKENS,
+    MOVES_BATCH,
     NOT_FINITE,
     RETURNS_SCORES,
     Cause,
@@ -22,13 +25,21 @@ from keras_lipattn.certification.reasons import (
 )
 from keras_lipattn.certification.registry import register_own_bound, register_rule
 from keras_lipattn.certification.rules.activations import with_activation
+from keras_lipattn.certification.rules.averaging import keeps_batch, values_range
 from keras_lipattn.certification.rules.linear import matrix_map
-from keras_lipattn.certification.rules.local_attention import CAP_ROUNDING, UNSETTLED, near_input
+from keras_lipattn.certification.rules.local_attention import (
+    CAP_ROUNDING,
+    UNSETTLED,
+    near_input,
+    product_near_input,
+    projected,
+)
 from keras_lipattn.certification.rules.merging import operands_of, weighted_sum
 from keras_lipattn.certification.tensor_state import TensorState, product
 from keras_lipattn.certification.token_range import TokenRange
 from keras_lipattn.certification.weights import bias_of, cast_to_compute_dtype
 from keras_lipattn.layers import (
+    BoundedMultiHeadAttention,
     CenterNormalization,
     ContinuousDepth,
     InvertibleResidual,
@@ -40,8 +51,10 @@ from keras_lipattn.layers import (
     ScaledCosineAttention,
     SelfAttention,
     SpectralDense,
+    TokenProjection,
 )
 from keras_lipattn.layers.lipschitz_layer import LipschitzLayer
+from keras_lipattn.layers.token_projection import inner_radius
 from keras_lipattn.linalg import SAFETY, operator_norm
 
 
@@ -67,14 +80,16 @@ def lipschitz_layer(layer, call):
     )
 
 
-@register_rule(L2MultiHeadAttention, ScaledCosineAttention)
+@register_rule(L2MultiHeadAttention, ScaledCosineAttention, BoundedMultiHeadAttention)
 @register_rule(SelfAttention, subclasses=True)
 def self_attention(layer, call):
     if call.argument("return_attention_scores"):
         return unbounded(RETURNS_SCORES)
     if call.training and (layer.dropout > 0.0 or layer.has_caps):
         return unbounded(in_training("it uses dropout or running norms"))
-    if len(tokens_of_attention(call)) != 1:
+    if len(tokens_of_attention(call)) != 1 or not _is_self_attention(call):
+        if layer.token_radius is not None:
+            return _between_tensors(layer, call)
         return unbounded("query, value and key are different tensors", remedy=JOIN_TOKENS)
     mask = attention_mask_class(call)
     if call.argument("token_weights") is not None:
@@ -84,9 +99,12 @@ def self_attention(layer, call):
     # The cap at inference depends on the mask of the call, not on the masks of the certificate.
     given = call.argument("attention_mask")
     cap_mask = layer.cap_mask_class(given, bool(call.argument("use_causal_mask")))
-    if given is not None and not isinstance(mask, str):
+    if given is not None and known.mask == "any" and known.cliques is None:
         known = known.intersect(cap_mask)
-    bound = layer.certified(call.norm, known, most, cap_mask)
+    options = {}
+    if isinstance(layer, BoundedMultiHeadAttention):
+        options["ball"] = _projected_ball(layer, layer.token_radius, call.state)
+    bound = layer.certified(call.norm, known, most, cap_mask, **options)
     layer_map = LipschitzMap(
         constant=bound.value,
         # `inf` also means that it was not evaluated.
@@ -98,13 +116,68 @@ def self_attention(layer, call):
         # Without a length in the graph the layer used its own.
         max_tokens=_longest(layer, tokens, call.state),
         range=_attended(layer, call) if math.isfinite(bound.value) else None,
+        larger_in=_larger_in(layer, call.norm, known, most),
     )
+    if isinstance(layer, BoundedMultiHeadAttention):
+        return product_near_input(layer, call, layer_map, cap_mask)
     # Theorem 6 is for attention by distance.
     return (
         near_input(layer, call, layer_map, mask)
         if isinstance(layer, L2MultiHeadAttention)
         else layer_map
     )
+
+
+def _is_self_attention(call: LayerCall) -> bool:
+    """Whether value and key, as far as they are given, are the query."""
+    query = call.argument("query")
+    others = [call.argument(name) for name in ("value", "key")]
+    return all(other is None or other is query for other in others)
+
+
+def _between_tensors(layer, call: LayerCall) -> LipschitzMap:
+    """The map of attention on bounded tokens between different tensors."""
+    tensors = [call.argument(name) for name in ("query", "value", "key")]
+    tensors[1] = tensors[0] if tensors[1] is None else tensors[1]
+    tensors[2] = tensors[1] if tensors[2] is None else tensors[2]
+    names = ["query", "value"] if tensors[2] is tensors[1] else ["query", "value", "key"]
+    operands = [call.operand(tensor) for tensor in tensors[: len(names)]]
+    if not keeps_batch(operands, call):
+        return unbounded(MOVES_BATCH)
+    queries = attention_length(layer.attention_axes, operands[0])
+    given, causal = call.argument("attention_mask"), bool(call.argument("use_causal_mask"))
+    mask = layer.cap_mask_class(given, causal, tensors=len(names))
+    parts = layer.cross_certified(call.norm, mask, queries, mask)
+    gains = [0.0 if o.is_fixed else parts[n].value for n, o in zip(names, operands, strict=True)]
+    joint = layer.certified(call.norm, mask, queries, mask)
+    total = math.hypot(*gains) if call.norm == "l2" else math.fsum(gains)
+    constant = min(SAFETY * total, joint.value)
+    reason = _reason(joint, queries) if math.isinf(constant) else Reason()
+    return LipschitzMap(
+        constant=constant,
+        theorem=parts[names[0]].theorem,
+        reason=reason,
+        operands=tuple(operands),
+        per_input=tuple(gains),
+        max_tokens=_longest(layer, queries, operands[0]) if operands[0].fold else None,
+        range=_attended(layer, call) if math.isfinite(constant) else None,
+    )
+
+
+def _projected_ball(layer, radius: float, state: TensorState) -> tuple[np.ndarray, float] | None:
+    """Center and radius of a ball of projected tokens, `None` if it is not smaller than `radius`.
+
+    The projection does not enlarge distances, so it maps a ball into one of its radius.
+    """
+    before, width = state.range, state.width
+    if not before.bounded or width is None:
+        return None
+    center = np.zeros(width) if before.center is None else before.center
+    center = np.broadcast_to(center, (width,))
+    center = center * min(1.0, radius / max(float(np.linalg.norm(center)), radius))
+    # What runs projects onto a ball that is a little smaller.
+    reach = before.radius + radius - inner_radius(radius, width, layer.compute_dtype)
+    return (center, SAFETY * reach) if SAFETY * reach < radius else None
 
 
 def _reason(bound: LipschitzBound, tokens: int | None) -> Reason:
@@ -119,6 +192,8 @@ def _attended(layer, call: LayerCall) -> TokenRange | None:
     """
     if layer.is_condensed or layer.compute_dtype not in ("float32", "float64"):
         return None
+    if isinstance(layer, BoundedMultiHeadAttention):
+        return _attended_products(layer, call)
     if isinstance(layer, L2MultiHeadAttention):
         kernels = layer.host_kernels()
         kernels[0] = kernels[0] * layer.key_dim**-0.25
@@ -129,6 +204,8 @@ def _attended(layer, call: LayerCall) -> TokenRange | None:
         triangle = np.linalg.qr(query, mode="r")
         heads = triangle @ (np.swapaxes(query, 1, 2) @ value @ output)
         reach = call.state.range.outer_radius
+        if layer.token_radius is not None:
+            reach = layer.token_radius
     elif isinstance(layer, ScaledCosineAttention):
         heads = layer.host_kernels()[3]
         heads = heads.reshape(*heads.shape[:2], -1)
@@ -146,6 +223,33 @@ def _attended(layer, call: LayerCall) -> TokenRange | None:
         # An output token has several axes.
         return TokenRange.up_to(radius + float(np.abs(shift).max()), call.width)
     return TokenRange(radius, shift).including(np.zeros(len(shift)))
+
+
+def _attended_products(layer, call: LayerCall) -> TokenRange | None:
+    """The same for attention by products: averages of values, or zero where no key is seen."""
+    kernels = layer.host_kernels()
+    value, output = np.moveaxis(kernels[2], 1, 0), kernels[3]
+    output = output.reshape(*output.shape[:2], -1)
+    repeats = len(output) // len(value)
+    value = np.repeat(value, repeats, axis=0)
+    inner, outer = (
+        None if bias is None else cast_to_compute_dtype(bias, layer.compute_dtype)
+        for bias in (layer.value_bias, layer.output_bias)
+    )
+    if not all(np.isfinite(array).all() for array in (value, output)):
+        return None
+    mixed = np.linalg.qr(value, mode="r") @ output
+    sizes = np.asarray(operator_norm(mixed))
+    inner = None if inner is None else np.repeat(inner, repeats, axis=0)
+    ball = TokenRange(layer.token_radius)
+    moved = values_range(value, output, inner, outer, sizes, ball, zero_rows=True)
+    if call.width != output.shape[-1]:
+        # An output token has several axes.
+        return TokenRange.up_to(moved.outer_radius, call.width)
+    # A cap shrinks what is added to the bias, and padded tokens give zeros.
+    if outer is not None:
+        moved = moved.including(np.ravel(outer))
+    return moved.including(np.zeros(output.shape[-1]))
 
 
 def _weighted(layer, call: LayerCall, mask) -> LipschitzMap:
@@ -194,7 +298,7 @@ def attention_mask_class(call: LayerCall) -> Any:
     pairs = given
     if isinstance(given, TensorState):
         if given.values is None:
-            return call.mask if call.mask is not None else "any"
+            return _stated_class(call.mask, causal)
         pairs = given.values
     pairs = np.asarray(pairs, bool)
     # With several axes of tokens, only masks of rank 2 and 3 end in flattened tokens for certain.
@@ -209,6 +313,36 @@ def attention_mask_class(call: LayerCall) -> Any:
     if pairs.all():
         return "full"
     return "causal" if (pairs == lower).all() else pairs
+
+
+def _larger_in(layer, norm: str, known, tokens: int | None) -> tuple[str, ...]:
+    """The other norm, of the 2-norm and the token norm, if its constant is no smaller for certain.
+
+    A layer of heads has no smaller a factor in the token norm than in the 2-norm (Theorems 5.1 and
+    5.2), and the same one if it has one head.
+    """
+    if not isinstance(layer, L2MultiHeadAttention) or layer.relative_bias is not None:
+        return ()
+    l2, token = (
+        unit_head_bound(tokens, norm=each, **known.arguments(tokens)).value
+        for each in ("l2", "token")
+    )
+    if norm == "l2":
+        return ("token",) if token >= l2 else ()
+    return ("l2",) if norm == "token" and layer.num_heads == 1 and l2 >= token else ()
+
+
+def _stated_class(mask: Any, causal: bool) -> Any:
+    """The class of a mask that `certify` is told, restricted to earlier tokens if `causal`."""
+    if mask is None:
+        return "any"
+    if not causal:
+        return mask
+    if isinstance(mask, str):
+        return "causal" if mask == "full" else mask
+    pairs = np.asarray(mask, bool)
+    square = pairs.ndim >= 2 and pairs.shape[-1] == pairs.shape[-2] > 1
+    return np.logical_and(pairs, np.tri(pairs.shape[-1], dtype=bool)) if square else "any"
 
 
 def attention_length(attention_axes, state: TensorState) -> int | None:
@@ -312,6 +446,28 @@ def center_normalization(layer, call):
     stretch = width / (width - 1.0)
     matrix = stretch * (np.diag(gamma) - gamma[None, :] / width)
     return matrix_map(matrix, beta, call.norm, spectral=center_normalization_constant(gamma))
+
+
+@register_rule(TokenProjection)
+def token_projection(layer, call):
+    width, before = call.state.width, call.state.range
+    if width is None:
+        return unbounded("the size of its last axis is not known", cause=Cause.SIZE)
+    after = TokenRange(layer.radius)
+    ball = _projected_ball(layer, layer.radius, call.state)
+    if ball is not None:
+        after = TokenRange(ball[1], ball[0] if ball[0].any() else None)
+    largest = min(before.largest, layer.radius)
+    near, center = call.state.enclosure, None
+    if near is not None:
+        center = CenterValue(value=projected(near.value, layer.radius, layer.compute_dtype))
+    return LipschitzMap(
+        constant=projection_constant(call.norm, width),
+        theorem="projection onto a ball",
+        exact=True,
+        center=center,
+        range=dataclasses.replace(after, largest=min(after.largest, largest)),
+    )
 
 
 @register_rule(MaxMin)

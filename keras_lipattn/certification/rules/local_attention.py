@@ -14,12 +14,15 @@ from keras_lipattn.bounds.key_weights import (
 )
 from keras_lipattn.bounds.local import local_layer_bound
 from keras_lipattn.bounds.unit_head import unit_head_bound
+from keras_lipattn.certification.evaluation import in_float64
 from keras_lipattn.certification.layer_call import LayerCall
 from keras_lipattn.certification.maps import CenterValue, LipschitzMap
 from keras_lipattn.certification.tensor_state import Enclosure, TensorState
 from keras_lipattn.certification.weights import cast_to_compute_dtype
-from keras_lipattn.layers import L2MultiHeadAttention
+from keras_lipattn.layers import BoundedMultiHeadAttention, L2MultiHeadAttention, SelfAttention
 from keras_lipattn.layers._masks import mask_class
+from keras_lipattn.layers._weights import EffectiveWeights, matrix_shape
+from keras_lipattn.layers.token_projection import inner_radius
 from keras_lipattn.linalg import SAFETY, operator_norm
 
 # Relative difference of capped weights with cached norms from those with exact norms.
@@ -60,6 +63,10 @@ def near_input(
     weights = state.weights(cap_mask)
     b, c = (np.asarray(matrix, np.float64) for matrix in (weights.b, weights.output))
     allowances = layer.rounding_allowances(state, cap_mask)
+    if layer.token_radius is not None:
+        # The projection does not enlarge distances.
+        moved = projected(near.value, layer.token_radius, layer.compute_dtype)
+        near = dataclasses.replace(near, value=moved)
     errors = [allowances["query_error"], allowances["product_error"]]
     if layer.has_caps and not layer.is_condensed:
         sizes = (np.linalg.norm(matrix, axis=(1, 2)) for matrix in (b, c))
@@ -101,7 +108,7 @@ def near_input(
     value = layer.axes.restore(
         keras.ops.convert_to_tensor(outputs), keras.ops.convert_to_tensor(near.value)
     )
-    value = _array(layer.shape_outputs(value))
+    value = _array(layer.shape_outputs(value, value))
     center = CenterValue(value=value, rounding_error=math.hypot(*errors_made))
     layer_map = dataclasses.replace(layer_map, center=center)
     local = max(constants, default=math.inf)
@@ -110,7 +117,61 @@ def near_input(
     return dataclasses.replace(layer_map, constant=local, theorem=theorem)
 
 
-def _unknown(layer: L2MultiHeadAttention, call: LayerCall) -> str:
+def projected(tokens: Any, radius: float, dtype: str) -> np.ndarray:
+    """What `project_tokens` returns in this dtype, before it is rounded."""
+    tokens = np.asarray(tokens, np.float64)
+    inner = inner_radius(radius, tokens.shape[-1], dtype)
+    sizes = np.linalg.norm(tokens, axis=-1, keepdims=True)
+    return tokens * (inner / np.maximum(sizes, inner))
+
+
+def product_near_input(
+    layer: BoundedMultiHeadAttention, call: LayerCall, layer_map: LipschitzMap, cap_mask: Any
+) -> LipschitzMap:
+    """The map with the value at the center of a local certificate.
+
+    Its constant is already that of the ball around the center.
+    """
+    near = call.state.enclosure
+    if near is None or math.isinf(layer_map.constant):
+        return layer_map
+    reason = _unknown(layer, call)
+    if layer.spectral_norm is not None and not layer.is_condensed:
+        reason = reason or UNSETTLED
+    if layer.compute_dtype not in ("float32", "float64"):
+        reason = reason or f"it computes in {layer.compute_dtype}"
+    if reason:
+        return dataclasses.replace(layer_map, center=CenterValue(reason=reason))
+    weights = layer.host_weights().weights(cap_mask)
+    output = weights.output.reshape(matrix_shape(weights.output))
+    projection, output = (
+        keras.ops.convert_to_tensor(np.asarray(part, np.float64))
+        for part in (weights.projection, output)
+    )
+    effective = EffectiveWeights(projection, output, layer.score_biases(np))
+    # Inside the ball, the projection in float64 changes nothing.
+    tokens = projected(near.value, layer.token_radius, layer.compute_dtype)
+    x = keras.ops.convert_to_tensor(tokens)
+    masks = {name: _values(call.argument(name)) for name in _TOKEN_MASKS}
+    masks |= {f"mask {i}": _values(mask) for i, mask in enumerate(call.keras_masks)}
+    pairs = _values(call.argument("attention_mask"))
+    with keras.StatelessScope(), in_float64(layer):
+        mask = layer.mask_of_call(
+            x,
+            {n: None if m is None else keras.ops.convert_to_tensor(m) for n, m in masks.items()},
+            None if pairs is None else keras.ops.convert_to_tensor(pairs),
+            bool(call.argument("use_causal_mask")),
+        )
+        value = _array(layer.call_with_weights(effective, x, mask))
+        error = 0.0
+        if layer.has_caps and not layer.is_condensed:
+            # Its output before the bias is scaled.
+            bias = 0.0 if layer.output_bias is None else _array(layer.output_bias.value)
+            error = CAP_ROUNDING * float(np.linalg.norm(value) + np.linalg.norm(bias + 0.0 * value))
+    return dataclasses.replace(layer_map, center=CenterValue(value=value, rounding_error=error))
+
+
+def _unknown(layer: SelfAttention, call: LayerCall) -> str:
     """The reason why the weights or masks of this call are not known, empty if they are."""
     if not layer.caps_are_exact():
         return UNSETTLED
@@ -131,7 +192,7 @@ def _unknown(layer: L2MultiHeadAttention, call: LayerCall) -> str:
 
 
 def _visible(
-    layer: L2MultiHeadAttention, call: LayerCall, near: Enclosure
+    layer: SelfAttention, call: LayerCall, near: Enclosure
 ) -> tuple[np.ndarray, np.ndarray]:
     """Valid tokens `(S, T)`, and visible pairs or weights `(S or 1, H, T, T)`, of all sequences."""
     axes = layer.axes

@@ -444,6 +444,7 @@ def _normalization_layers():
         _layer(layers.Rescaling, *ANY, scale=[0.5, -2.0, 1 / 255], offset=[0.0, 1.0, -0.5]),
         _layer(layers.Rescaling, (3, 2), scale=[[0.5, 2.0]], offset=[0.0, [1.0, -1.0]]),
         _layer(keras_lipattn.CenterNormalization, *ANY, center=FLAG, scale=FLAG),
+        _layer(keras_lipattn.TokenProjection, *ANY, radius=[0.2, 1.0, 20.0]),
     ]
 
 
@@ -628,6 +629,62 @@ def _attention_layers():
             num_heads=[2],
             key_dim=[2],
             attention_axes=[(2,), (1,), (1, 2), ABSENT],
+        ),
+        *_bounded_attention_layers(flags),
+    ]
+
+
+def _bounded_attention_layers(flags):
+    token_masks = ("query_mask", "value_mask", "key_mask")
+    pair, triple = ("query", "value"), ("query", "value", "key")
+    both = dict(
+        num_heads=[2, 4],
+        key_dim=[2, 3],
+        value_dim=[ABSENT, 2],
+        token_radius=[0.4, 1.0, 3.0],
+        use_bias=FLAG,
+        output_shape=[ABSENT, ABSENT, 5],
+        dropout=[0.0, 0.0, 0.3],
+        sliding_window=[ABSENT, ABSENT, 1, 2],
+        max_relative_position=[ABSENT, 1, 2],
+        lipschitz_bound=[ABSENT, ABSENT, 0.5],
+        lipschitz_norm=["l2", "token", "linf"],
+    )
+    shared = {
+        keras_lipattn.BoundedMultiHeadAttention: dict(num_key_value_heads=[ABSENT, 1, 2]),
+        keras_lipattn.L2MultiHeadAttention: dict(spectral_norm=[ABSENT, ABSENT, 0.5]),
+    }
+    lengths = {
+        keras_lipattn.BoundedMultiHeadAttention: [((3, 4), (2, 5)), ((4, 3), (4, 2), (4, 3))],
+        keras_lipattn.L2MultiHeadAttention: [((3, 4), (2, 4)), ((2, 3), (4, 3), (4, 3))],
+    }
+    masked = {**flags, "attention_mask": ATTENTION_MASKS}
+    return [
+        *(
+            _layer(cls, TOKENS, tensors=tensors, masks=masks, call=masked, **both, **more)
+            for cls, more in shared.items()
+            for tensors, masks in (
+                (("query",), ("query_mask",)),
+                (pair, token_masks[:2]),
+                (triple, token_masks),
+            )
+        ),
+        *(
+            _layer(cls, shapes, tensors=(pair, triple)[index], call=flags, **both, **shared[cls])
+            for cls, given in lengths.items()
+            for index, shapes in enumerate(given)
+        ),
+        *(
+            _layer(
+                cls,
+                (2, 3, 4),
+                tensors=pair,
+                num_heads=[2],
+                key_dim=[2],
+                token_radius=[0.7],
+                attention_axes=[(2,), (1,), (1, 2), ABSENT],
+            )
+            for cls in shared
         ),
     ]
 

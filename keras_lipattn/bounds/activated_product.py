@@ -1,0 +1,61 @@
+"""Section 8 of docs/theory.md: a linear map, an elementwise function and a linear map."""
+
+import numpy as np
+
+from keras_lipattn.bounds.head_scaling import frobenius_scaling, polished_scaling
+from keras_lipattn.linalg import SAFETY, cached_by_content, fast_operator_norm
+
+# With more functions the scaling of a longer search is a few thousandths smaller at most.
+_MOST_POLISHED = 256
+
+
+def activated_product_constant(
+    before: np.ndarray, after: np.ndarray, slopes: tuple[float, float], norm: str
+) -> float:
+    """Constant of `x -> f(x @ before) @ after` on every token, for functions `f` of single entries.
+
+    The derivative of `f` is the diagonal matrix `m I + h E` with entries of `E` in `[-1, 1]`.
+
+    Args:
+        before: float64, shape `(d, n)`.
+        after: float64, shape `(n, e)`.
+        slopes: lower and upper bound of the slopes of `f`.
+        norm: `"l2"`, `"token"` or `"linf"`.
+
+    Returns:
+        A float, `inf` if an entry is not finite; never larger than the product of the constants
+        but for rounding.
+    """
+    low, high = slopes
+    if not (np.isfinite(before).all() and np.isfinite(after).all() and low <= high):
+        return np.inf
+    if 0 in (*before.shape, *after.shape):
+        return 0.0
+    middle, half = abs(low + high) / 2.0, (high - low) / 2.0
+    if norm == "linf":
+        both = middle * np.abs(before @ after) + half * np.abs(before) @ np.abs(after)
+        return SAFETY * float(both.sum(axis=0).max())
+    return cached_by_content(_spectral, before, after, middle, half)
+
+
+def _spectral(before: np.ndarray, after: np.ndarray, middle: float, half: float) -> float:
+    """`middle ||W_1 W_2|| + half min_T ||W_1 T|| ||T^-1 W_2||` for positive diagonal `T`."""
+    # Products of matrices of size 1 neither overflow nor underflow.
+    sizes = [float(np.abs(matrix).max()) for matrix in (before, after)]
+    if 0.0 in sizes:
+        return 0.0
+    before, after = before / sizes[0], after / sizes[1]
+
+    def split(scale: np.ndarray) -> float:
+        parts = fast_operator_norm(before * scale), fast_operator_norm(after / scale[:, None])
+        return float(parts[0] * parts[1])
+
+    heads = before.T[:, :, None], after[:, None, :]
+    start = frobenius_scaling(*heads, np)
+    scales = [np.ones_like(start), start]
+    if len(start) <= _MOST_POLISHED:
+        scales.append(polished_scaling("l2", *heads, start)[0])
+    value = half * min(map(split, scales))
+    if middle > 0.0:
+        value += middle * float(fast_operator_norm(before @ after))
+    return SAFETY * value * sizes[0] * sizes[1]
