@@ -9,7 +9,8 @@ from helpers.layer_cases import Case, cases
 from keras import ops
 
 import keras_lipattn as kl
-from keras_lipattn.layers import _distance_attention, _fused_attention
+from keras_lipattn.layers import _block_layout, _distance_attention, _fused_attention
+from keras_lipattn.layers._autodiff import vector_jacobian
 from keras_lipattn.layers._fused_attention import (
     fused_attention,
     plain_attention,
@@ -219,3 +220,28 @@ def test_estimates_run_over_long_sequences(blocks, monkeypatch):
     expected = kl.estimate_lipschitz(layer, x, steps=5, restarts=1)
     # The ascent follows second derivatives: wrong ones would lead it elsewhere.
     np.testing.assert_allclose(found.value, expected.value, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("window", "causal"), [(None, False), (None, True), (4, False), (4, True)])
+def test_blocks_have_the_values_and_gradients_of_the_full_matrix(window, causal, monkeypatch):
+    # Several steps of several blocks.
+    monkeypatch.setattr(_block_layout, "BLOCK_SIZES", (4, 4))
+    monkeypatch.setattr(_block_layout, "BLOCK_ENTRIES", 400)
+    rng = np.random.default_rng(0)
+    y, direction = (
+        ops.convert_to_tensor(rng.normal(size=(1, 2, 40, 3)).astype("float32")) for _ in range(2)
+    )
+    pairs = ops.convert_to_tensor(rng.random((1, 2, 40, 40)) < 0.5)
+    for attention_mask in (None, pairs):
+        mask = Mask(attention_mask=attention_mask, use_causal_mask=causal, sliding_window=window)
+        expected, found = (
+            (f(y), vector_jacobian(f, y, direction, differentiable=False))
+            for f in (
+                lambda y, mask=mask: ops.matmul(_distance_attention.attention_weights(y, mask), y),
+                lambda y, mask=mask: _distance_attention.attend_blockwise(y, mask),
+            )
+        )
+        for a, b in zip(expected, found, strict=True):
+            # Float32 sums of different order.
+            a, b = (ops.convert_to_numpy(tensor) for tensor in (a, b))
+            np.testing.assert_allclose(b, a, atol=2e-5)

@@ -204,8 +204,10 @@ class _Blocks:
         seed = tf.cast(self.seed % (2**31 - 1), "int32") + tf.stack([number * _SEED_STEP, 0])
         # Half of the random bits that a float takes.
         *sides, width = weights.shape
-        bounds: Any = {"minval": None, "maxval": None, "dtype": "int32"}
-        pairs = tf.random.stateless_uniform((*sides, -(-width // 2)), seed, **bounds)
+        full: Any = None  # The range: all of it.
+        pairs = tf.random.stateless_uniform(
+            (*sides, -(-width // 2)), seed, minval=full, maxval=full, dtype="int32"
+        )
         random: Any = tf.reshape(tf.bitcast(pairs, "int16"), (*sides, -1))
         random = random[..., :width]
         return tf.cast(random >= _dropped(self.dropout) - 2**15, weights.dtype)
