@@ -1280,3 +1280,37 @@ def test_certificates_written_and_read_are_equal():
     certificate = certify(model_of(layers.Dense(3)))
     assert Certificate.from_json(certificate.to_json()) == certificate
     assert math.isfinite(certificate.total)
+
+
+def _attention_model(heads, tokens, key_dim, **options):
+    inputs = keras.Input((tokens, 4))
+    x = layers.LayerNormalization()(inputs)
+    outputs = layers.MultiHeadAttention(heads, key_dim, **options)(x, x)
+    model = keras.Model(inputs, outputs)
+    rng = np.random.default_rng(0)
+    model.set_weights([rng.normal(size=weight.shape) for weight in model.get_weights()])
+    return model
+
+
+def test_a_bias_that_keras_adds_along_the_tokens_is_refused():
+    # When this fails, Keras adds as NumPy does, and the refusal can go.
+    x, bias = np.zeros((1, 3, 3, 1), "float32"), np.arange(3, dtype="float32")[:, None]
+    assert not np.array_equal(keras.ops.convert_to_numpy(keras.ops.add(x, bias)), x + bias)
+    for heads, tokens, key_dim, options, refused in (
+        (3, 3, 1, {}, True),
+        # Shorter sequences are covered too.
+        (3, 5, 1, {}, True),
+        (3, 4, 2, {"value_dim": 1}, True),
+        (3, 2, 1, {}, False),
+        (3, 3, 2, {}, False),
+        (3, 3, 1, {"use_bias": False}, False),
+    ):
+        certificate = certify(_attention_model(heads, tokens, key_dim, **options))
+        assert certificate.is_finite != refused
+        assert not refused or "along the tokens" in certificate.reasons[0]
+    inputs = keras.Input((4, 5))
+    layer = layers.EinsumDense("abc,cde->abde", output_shape=(None, 4, 1), bias_axes="d")
+    model = keras.Model(inputs, layer(inputs))
+    assert certify(model).is_finite
+    layer.bias.assign(np.ones((4, 1)))
+    assert "along the tokens" in certify(model).reasons[0]

@@ -207,6 +207,10 @@ TAKES_MASK = Reason(
 )
 CONDITION_JUMPS = Reason("its condition changes with the input, and the output jumps with it")
 NOT_FINITE = Reason("its weights contain NaN or infinite values", remedy="")
+BIAS_ELSEWHERE = Reason(
+    "Keras on TensorFlow adds a bias of shape `(size, 1)` along the tokens when there are as many",
+    remedy="use sizes above 1, such as `key_dim=2`, or `use_bias=False`",
+)
 RETURNS_SCORES = Reason(
     "it also returns its attention scores, for which no bound is known",
     remedy="leave out `return_attention_scores=True`",

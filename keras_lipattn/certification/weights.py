@@ -43,3 +43,26 @@ def bias_of(layer: keras.layers.Layer, name: str = "bias") -> np.ndarray | None:
     """The bias of a layer in float64 after the same cast, `None` if it has no bias."""
     bias = getattr(layer, name, None)
     return None if bias is None else cast_to_compute_dtype(bias, layer.compute_dtype)
+
+
+def adds_bias_elsewhere(bias: np.ndarray | None, output_shape: tuple[int | None, ...]) -> bool:
+    """Whether Keras may add this bias along another axis than the one it belongs to.
+
+    On TensorFlow, `keras.ops.add(x, bias)` takes a bias with one axis longer than 1 for one of the
+    last axis of `x`, or else of the axis after the batch, wherever the size fits. A bias of shape
+    `(heads, 1)` is added along the tokens if there are as many tokens as heads.
+
+    Args:
+        bias: Bias of a layer, `None` if it has none.
+        output_shape: Shape of the output with the batch axis. Shorter sequences are covered too.
+    """
+    if bias is None or not np.any(bias) or keras.backend.backend() != "tensorflow":
+        return False
+    long = [axis - bias.ndim for axis, size in enumerate(bias.shape) if size > 1]
+    if len(long) != 1:
+        return False
+    (own,), size = long, bias.shape[long[0]]
+    if output_shape[-1] == size:
+        return own != -1
+    first = output_shape[1]
+    return own != 1 - len(output_shape) and (first is None or first >= size)

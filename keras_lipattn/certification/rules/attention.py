@@ -17,6 +17,7 @@ from keras_lipattn.bounds.compact import (
 from keras_lipattn.certification.layer_call import LayerCall
 from keras_lipattn.certification.maps import LipschitzMap, unbounded
 from keras_lipattn.certification.reasons import (
+    BIAS_ELSEWHERE,
     JOIN_TOKENS,
     NOT_FINITE,
     RETURNS_SCORES,
@@ -36,7 +37,12 @@ from keras_lipattn.certification.rules.lipschitz_layers import (
 from keras_lipattn.certification.rules.merging import operands_of
 from keras_lipattn.certification.tensor_state import TensorState
 from keras_lipattn.certification.token_range import TokenRange
-from keras_lipattn.certification.weights import bias_of, cast_to_compute_dtype, kernel_of
+from keras_lipattn.certification.weights import (
+    adds_bias_elsewhere,
+    bias_of,
+    cast_to_compute_dtype,
+    kernel_of,
+)
 from keras_lipattn.linalg import SAFETY, operator_norm
 
 
@@ -53,6 +59,8 @@ def multi_head_attention(layer, call):
         refusal = quantized(part)
         if refusal is not None:
             return refusal
+    if _adds_bias_elsewhere(parts, call):
+        return unbounded(BIAS_ELSEWHERE)
     if len(tokens_of_attention(call)) != 1:
         return _of_three(layer._inverse_sqrt_key_dim, parts, call)
     mask = attention_mask_class(call)
@@ -187,7 +195,20 @@ def group_query_attention(layer, call):
         refusal = quantized(part)
         if refusal is not None:
             return refusal
+    if _adds_bias_elsewhere(parts, call):
+        return unbounded(BIAS_ELSEWHERE)
     return _of_three(layer._inverse_sqrt_head_dim, parts, call, repeats=layer.num_repeats)
+
+
+def _adds_bias_elsewhere(parts, call: LayerCall) -> bool:
+    """Whether a projection of heads `(heads, size)` may get its bias along the tokens."""
+    for part, name in zip(parts[:3], ("query", "key", "value"), strict=True):
+        bias, tensor = bias_of(part), call.argument(name)
+        # The key is the value by default.
+        state = call.operand(call.argument("value") if tensor is None else tensor)
+        if bias is not None and adds_bias_elsewhere(bias, (None, *state.shape[:-1], *bias.shape)):
+            return True
+    return adds_bias_elsewhere(bias_of(parts[3]), (None, *call.shape))
 
 
 def _of_three(scale: float, parts, call: LayerCall, *, repeats: int = 1) -> LipschitzMap:

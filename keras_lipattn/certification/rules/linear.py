@@ -9,6 +9,7 @@ from keras_lipattn.certification.layer_call import LayerCall
 from keras_lipattn.certification.linear_map import matrix_norm
 from keras_lipattn.certification.maps import Affine, LipschitzMap, unbounded
 from keras_lipattn.certification.reasons import (
+    BIAS_ELSEWHERE,
     NOT_FINITE,
     NOT_QUANTIZED,
     UNKNOWN_TOKENS,
@@ -16,7 +17,7 @@ from keras_lipattn.certification.reasons import (
 from keras_lipattn.certification.registry import register_rule
 from keras_lipattn.certification.rules.activations import convert, with_activation
 from keras_lipattn.certification.token_range import TokenRange
-from keras_lipattn.certification.weights import bias_of, kernel_of
+from keras_lipattn.certification.weights import adds_bias_elsewhere, bias_of, kernel_of
 from keras_lipattn.linalg import SAFETY
 
 _THEOREM = {"l2": "spectral norm", "token": "spectral norm", "linf": "largest column sum"}
@@ -66,6 +67,8 @@ def einsum_dense(layer, call):
     bias = bias_of(layer)
     if not np.isfinite(kernel).all() or (bias is not None and not np.isfinite(bias).all()):
         return unbounded(NOT_FINITE)
+    if adds_bias_elsewhere(bias, (None, *call.shape)):
+        return unbounded(BIAS_ELSEWHERE)
     layer_map = einsum_map(layer.equation, kernel, bias, call)
     return with_activation(layer_map, layer, call, call.shape[-1] if call.shape else None)
 
