@@ -413,7 +413,7 @@ def test_every_parameter_gives_a_valid_bound():
         for _ in range(100):
             beta, excess = rng.uniform(0.01, 1.0), math.exp(rng.uniform(-5, 3))
             full = unit_head._symmetric_squared(
-                tokens - 1, math.sqrt(tokens - 1), grid, beta, excess
+                tokens - 1, math.sqrt(tokens - 1), 1.0, 1.0, grid, beta, excess
             )
             degrees = [
                 unit_head._degrees_squared(tokens - 1, tokens - 1, entry, grid, beta, excess)
