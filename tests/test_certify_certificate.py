@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from keras import layers
 
 import keras_lipattn as kl
+from keras_lipattn.bounds.activated_product import activated_product_constant
 from keras_lipattn.certification import Certificate, CertificateRow, certify
 from keras_lipattn.certification.classifier_head import MOST_PAIRED_CLASSES
 from keras_lipattn.certification.reasons import REPLACEMENTS
@@ -39,6 +40,12 @@ def classifier(classes=4, activation=None, scale=None, seed=1):
     return model
 
 
+def after_tanh(model, matrix):
+    """Constant of the first layer of `classifier`, its tanh, and this matrix."""
+    first = model.layers[1].get_weights()[0].astype(np.float64)
+    return activated_product_constant(first, matrix.astype(np.float64), (0.0, 1.0), "l2")
+
+
 def norms_of(model):
     first, last = (layer.get_weights()[0] for layer in model.layers if layer.get_weights())
     return np.linalg.norm(first, 2), last
@@ -51,14 +58,17 @@ def test_margins_use_the_columns_of_the_last_kernel(activation, scale):
     certificate = certify(model)
     features, kernel = norms_of(model)
     kernel = kernel * (scale or 1.0)
-    assert certificate.total == pytest.approx(features * np.linalg.norm(kernel, 2), rel=1e-5)
+    assert certificate.total == pytest.approx(after_tanh(model, kernel), rel=1e-5)
     logits = np.array([3.0, 1.0, -2.0, 0.5])
-    expected = [
-        math.inf
-        if j == 0
-        else (3.0 - logits[j]) / (features * np.linalg.norm(kernel[:, 0] - kernel[:, j]))
+    # The smaller of two bounds for a pair: by the difference of its columns, and by the total.
+    pairs = [
+        min(
+            features * np.linalg.norm(kernel[:, 0] - kernel[:, j]),
+            math.sqrt(2.0) * certificate.total,
+        )
         for j in range(4)
     ]
+    expected = [math.inf, *((3.0 - logits[j]) / pairs[j] for j in (1, 2, 3))]
     np.testing.assert_allclose(certificate.pairwise_radius(logits), expected, rtol=1e-5)
     assert certificate.certified_radius(logits) == pytest.approx(min(expected), rel=1e-5)
     # Never worse than by the constant of the logits.
@@ -93,7 +103,7 @@ def test_one_sigmoid_unit():
     features, kernel = norms_of(model)
     assert certificate.head == "sigmoid"
     assert "sigmoid" in certificate.threat_model.output
-    assert certificate.total == pytest.approx(features * np.linalg.norm(kernel), rel=1e-5)
+    assert certificate.total == pytest.approx(after_tanh(model, kernel), rel=1e-5)
     radii = certificate.certified_radius(np.array([[2.0], [-1.0], [0.0], [np.nan]]))
     np.testing.assert_allclose(radii, np.array([2.0, 1.0, 0.0, 0.0]) / certificate.total, rtol=1e-6)
     assert certificate.certified_radius(2.0) == pytest.approx(2.0 / certificate.total)

@@ -328,7 +328,8 @@ def test_layers_of_one_name_in_a_subclassed_model_have_rows_of_their_own():
     twins(np.ones((1, 5, 4), np.float32))
     first, second = (np.linalg.norm(array_of(layer.kernel), 2) for layer in twins.layers)
     certificate = certify(twins)
-    assert certificate.total == pytest.approx(first * second**2, rel=1e-5)
+    # Less than the product: the activations lie between two linear maps.
+    assert 0.0 < certificate.total <= first * second**2 * (1.0 + 1e-5)
     assert certificate.row("twin").constant == pytest.approx(first, rel=1e-5)
     for path in ("twin#2", "twin#2:call2"):
         assert certificate.row(path).constant == pytest.approx(second, rel=1e-5)

@@ -62,6 +62,7 @@ def mask_cliques(mask: npt.ArrayLike) -> Cliques | None:
     Example, a window of three tokens on either side:
 
     >>> import numpy as np
+    >>> from keras_lipattn.bounds import mask_cliques
     >>> position = np.arange(9)
     >>> mask_cliques(abs(position[:, None] - position) <= 3)
     Cliques(root=3.4641016151377544, symmetric=True)

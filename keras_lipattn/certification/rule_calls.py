@@ -18,6 +18,8 @@ from keras_lipattn.certification.registry import find_rule
 from keras_lipattn.certification.tensor_state import TensorState
 from keras_lipattn.certification.trace import TracedCall
 
+_NOT_ASKED = unbounded("its rule is asked in the norm of the certificate only")
+
 
 class RuleCalls:
     """Asks the rules about the calls of one propagation.
@@ -48,6 +50,8 @@ class RuleCalls:
         rule, missing = find_rule(call.operation)
         if rule is None:
             return unbounded(missing, cause=Cause.NO_RULE)
+        if not self._is_asked(rule, norm):
+            return _NOT_ASKED
         if norm is not None:
             arguments = keras.tree.map_structure(
                 lambda leaf: (
@@ -79,12 +83,19 @@ class RuleCalls:
             **fields,
         )
 
+    def _is_asked(self, rule: Callable, norm: str | None) -> bool:
+        """Whether a rule is asked in a norm. Rules of users know the norm of the certificate."""
+        own = getattr(rule, "__module__", "").startswith("keras_lipattn.")
+        return own or norm in (None, self._options.norm)
+
     def _ask_layer(self, norm: str, layer: keras.layers.Layer, state: TensorState) -> LipschitzMap:
         """The map of an inner layer on one input, such as a layer used as an activation."""
         rule, missing = find_rule(layer)
         if rule is None:
             reason = f"{type(layer).__name__} {layer.name!r} inside it: {missing}"
             return unbounded(reason, cause=Cause.NO_RULE)
+        if not self._is_asked(rule, norm):
+            return _NOT_ASKED
         layout = Layout(state.shape, state.dynamic, state.fold, state.dtype)
         call = self._layer_call(
             {next(iter(layer._call_signature.parameters)): state},

@@ -74,7 +74,14 @@ def reshape(layer, call):
     return reshape_map(call.state, call.shape, call)
 
 
-@register_operation("Reshape", "Ravel", "Squeeze", "ExpandDims")
+@register_operation("Squeeze")
+def squeeze(operation, call):
+    if call.argument("axis") is None and operation.axis is None:
+        return unbounded("without `axis` it also removes a batch axis of size 1", cause=Cause.BATCH)
+    return reshape_map(call.state, call.shape, call)
+
+
+@register_operation("Reshape", "Ravel", "ExpandDims")
 def reshape_operation(operation, call):
     return reshape_map(call.state, call.shape, call)
 
