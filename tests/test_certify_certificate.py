@@ -71,8 +71,9 @@ def test_margins_use_the_columns_of_the_last_kernel(activation, scale):
     expected = [math.inf, *((3.0 - logits[j]) / pairs[j] for j in (1, 2, 3))]
     np.testing.assert_allclose(certificate.pairwise_radius(logits), expected, rtol=1e-5)
     assert certificate.certified_radius(logits) == pytest.approx(min(expected), rel=1e-5)
-    # Never worse than by the constant of the logits.
-    assert certificate.certified_radius(logits) >= 2.0 / (math.sqrt(2.0) * certificate.total)
+    # Never worse than by the constant of the logits; constants of pairs are rounded up once more.
+    by_total = 2.0 / (math.sqrt(2.0) * certificate.total)
+    assert certificate.certified_radius(logits) >= by_total * (1.0 - 1e-8)
     assert certificate.head == ("logits" if activation is None else "softmax")
     assert ("pre-softmax" in str(certificate)) == (activation is not None)
 
