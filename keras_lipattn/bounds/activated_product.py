@@ -23,8 +23,8 @@ def activated_product_constant(
         norm: `"l2"`, `"token"` or `"linf"`.
 
     Returns:
-        A float, `inf` if an entry is not finite; never larger than the product of the constants
-        but for rounding.
+        A float, `inf` if an entry is not finite. Nearly always below the product of the constants:
+        take the smaller one.
     """
     low, high = slopes
     if not (np.isfinite(before).all() and np.isfinite(after).all() and low <= high):
@@ -52,10 +52,10 @@ def _spectral(before: np.ndarray, after: np.ndarray, middle: float, half: float)
 
     heads = before.T[:, :, None], after[:, None, :]
     start = frobenius_scaling(*heads, np)
-    scales = [np.ones_like(start), start]
+    value = split(start)
     if len(start) <= _MOST_POLISHED:
-        scales.append(polished_scaling("l2", *heads, start)[0])
-    value = half * min(map(split, scales))
+        value = min(value, split(polished_scaling("l2", *heads, start)[0]))
+    value *= half
     if middle > 0.0:
         value += middle * float(fast_operator_norm(before @ after))
     return SAFETY * value * sizes[0] * sizes[1]
