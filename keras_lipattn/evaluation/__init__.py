@@ -1,4 +1,4 @@
-"""Certified accuracy of classifiers, beside their accuracy under attack."""
+"""Certified accuracy of classifiers, and their accuracy under attack."""
 
 from keras_lipattn.evaluation.accuracy import RobustAccuracy, certified_accuracy
 

@@ -1,4 +1,4 @@
-"""Certified accuracy over a range of radii, and the accuracy under a real attack beside it."""
+"""Certified accuracy over a range of radii, with the accuracy under a real attack."""
 
 import dataclasses
 import math
@@ -262,7 +262,7 @@ def _attack(model, x, classes, radii, norm, attack, bounds, batch_size) -> np.nd
         attack = _default_attacks(foolbox.attacks, norm)
     attacks = attack if isinstance(attack, (list, tuple)) else [attack]
     compiled = tf.function(lambda images: model(images, training=False), reduce_retracing=True)
-    attacked = foolbox.models.TensorFlowModel(compiled, bounds=bounds, device="cpu:0")
+    attacked = foolbox.TensorFlowModel(compiled, bounds=bounds, device="cpu:0")
     broken_at = np.full(len(classes), math.inf)
     x = np.asarray(x, keras.backend.floatx())
     for start in range(0, len(classes), batch_size):
