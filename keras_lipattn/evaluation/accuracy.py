@@ -250,6 +250,7 @@ def _attack(model, x, classes, radii, norm, attack, bounds, batch_size) -> np.nd
     """Smallest radius at which an attack succeeds on each example, `inf` if it never does."""
     try:
         import foolbox
+        from foolbox.models.tensorflow import TensorFlowModel
     except ImportError as error:
         raise ImportError("Attacks need foolbox: pip install keras_lipattn[attacks]") from error
     if keras.backend.backend() != "tensorflow":
@@ -262,7 +263,7 @@ def _attack(model, x, classes, radii, norm, attack, bounds, batch_size) -> np.nd
         attack = _default_attacks(foolbox.attacks, norm)
     attacks = attack if isinstance(attack, (list, tuple)) else [attack]
     compiled = tf.function(lambda images: model(images, training=False), reduce_retracing=True)
-    attacked = foolbox.TensorFlowModel(compiled, bounds=bounds, device="cpu:0")
+    attacked = TensorFlowModel(compiled, bounds=bounds, device="cpu:0")
     broken_at = np.full(len(classes), math.inf)
     x = np.asarray(x, keras.backend.floatx())
     for start in range(0, len(classes), batch_size):
