@@ -23,7 +23,7 @@ class Architecture:
         patch: Side of a patch in pixels; divides the side of the image.
         width: Size of a token.
         heads: Number of attention heads; divides `width`.
-        branch_weight: Weight of attention in its residual, and of the MLP at the start.
+        branch_weight: Weight of attention and MLP in their residuals at the start; it is learned.
         head_units: Units of each hidden layer of the classifier.
         head_layers: Hidden layers of the classifier.
         attention: Whether there is attention; the same model without it is a fair comparison.
@@ -107,7 +107,9 @@ def _attention_block(x, axis: int, name: str, architecture: Architecture):
         kernel_initializer="orthogonal",
         name=f"{name}_attention",
     )(branch)
-    return Residual(architecture.branch_weight, name=f"{name}_attention_add")([x, branch])
+    return Residual(architecture.branch_weight, trainable_alpha=True, name=f"{name}_attention_add")(
+        [x, branch]
+    )
 
 
 def _mlp_block(x, name: str, architecture: Architecture):
