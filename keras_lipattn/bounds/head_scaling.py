@@ -22,6 +22,8 @@ STEPS = 40
 SUBSPACE = 8
 # Weight `(lambda / lambda_1)^SHARPNESS` of an eigenvalue in the averaged shares.
 SHARPNESS = 40.0
+# Squares of float64 between this and its inverse have lost nothing.
+_SMALL_SQUARE = 1e-250
 
 
 def balancing_powers(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -178,8 +180,17 @@ class _Factor:
         weight = (np.maximum(values, 0.0) / top) ** SHARPNESS
         shares = np.square(self.basis @ turn) @ weight
         shares = shares.reshape(-1, self.rows).sum(axis=1)
-        self.basis = np.linalg.qr(image)[0]
+        self.basis = _orthonormal(image)
         return self.size * np.sqrt(top), shares / max(shares.sum(), SMALLEST_NORMAL)
+
+
+def _orthonormal(columns: np.ndarray) -> np.ndarray:
+    """An orthonormal basis of the columns, up to a condition number of 100 by a Gram matrix."""
+    gram = (columns.T @ columns).astype(np.float64)
+    values, turn = np.linalg.eigh(gram)
+    if values[0] > 1e-4 * values[-1]:
+        return columns @ (turn / np.sqrt(values)).astype(np.float32)
+    return np.linalg.qr(columns)[0]
 
 
 class _HeadNorms:
@@ -200,6 +211,10 @@ def _peaks_and_squares(matrices, xp):
 
     Both `(H,)`. A float32 square overflows at 1e19 already.
     """
+    if xp is np:
+        squares = np.einsum("hij,hij->h", matrices, matrices)
+        if squares.size and _SMALL_SQUARE < squares.min() and squares.max() < 1.0 / _SMALL_SQUARE:
+            return np.ones_like(squares), squares
     peak = xp.max(xp.abs(matrices), axis=(1, 2))
     peak = xp.where(peak > 0.0, peak, 1.0)
     if xp is not np:
