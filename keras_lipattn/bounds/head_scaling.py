@@ -180,17 +180,8 @@ class _Factor:
         weight = (np.maximum(values, 0.0) / top) ** SHARPNESS
         shares = np.square(self.basis @ turn) @ weight
         shares = shares.reshape(-1, self.rows).sum(axis=1)
-        self.basis = _orthonormal(image)
+        self.basis = np.linalg.qr(image)[0]
         return self.size * np.sqrt(top), shares / max(shares.sum(), SMALLEST_NORMAL)
-
-
-def _orthonormal(columns: np.ndarray) -> np.ndarray:
-    """An orthonormal basis of the columns, up to a condition number of 100 by a Gram matrix."""
-    gram = (columns.T @ columns).astype(np.float64)
-    values, turn = np.linalg.eigh(gram)
-    if values[0] > 1e-4 * values[-1]:
-        return columns @ (turn / np.sqrt(values)).astype(np.float32)
-    return np.linalg.qr(columns)[0]
 
 
 class _HeadNorms:

@@ -21,7 +21,7 @@ _LARGEST_EXPONENT = 100
 _MARGIN = 1.5e-9
 # Lanczos iteration: limit, steps between two tests, relative length of a residual that is zero.
 _MOST_STEPS = 200
-_STEPS_AT_ONCE = 8
+_STEPS_AT_ONCE = 16
 _ENDED = 1e-14
 
 
