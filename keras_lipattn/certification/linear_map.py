@@ -53,7 +53,7 @@ def _product(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def _centering(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """`(d, c)` if the matrix is `diag(d) + 1 c^T`, as that of a centering of tokens, else `None`."""
+    """`(d, c)` if the matrix is `diag(d) + 1 c^T`, as a centering of tokens is, else `None`."""
     width = len(matrix)
     if width < 3 or matrix.shape != (width, width):
         return None

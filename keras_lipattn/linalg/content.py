@@ -12,7 +12,7 @@ Result = typing.TypeVar("Result")
 
 _CAPACITY = 512
 _results: collections.OrderedDict[tuple[str, bytes], typing.Any] = collections.OrderedDict()
-# Of read-only arrays by `id`: a reference to the array, and its digest or what it was computed from.
+# Read-only arrays by `id`: a reference to the array, and its digest or what it was computed from.
 _known: dict[int, tuple[weakref.ref, bytes | tuple]] = {}
 _lock = threading.RLock()
 

@@ -4,7 +4,6 @@ import typing
 
 import numpy as np
 import numpy.typing as npt
-
 from scipy.linalg import blas, eigh_tridiagonal, lapack
 
 from keras_lipattn.linalg.precision import SMALLEST_NORMAL, UNIT_ROUNDOFF
@@ -19,7 +18,9 @@ _ROUNDOFF = UNIT_ROUNDOFF["float64"]
 _LARGEST_EXPONENT = 100
 # Excess of a proved eigenvalue, relative to an estimate from below.
 _MARGIN = 1.5e-9
-# Lanczos iteration: limit, steps between two tests, relative length of a residual that is zero.
+# Lanczos iteration: precision of the estimate, limit, steps between two tests, relative length of a
+# residual that is zero. Estimates of equal matrices rounded differently must agree.
+_PRECISION = 1e-11
 _MOST_STEPS = 200
 _STEPS_AT_ONCE = 16
 _ENDED = 1e-14
@@ -188,7 +189,7 @@ def _eigenvalue_estimate(gram: np.ndarray) -> float:
             values, vectors = eigh_tridiagonal(diagonal, lengths, check_finite=False)
             value = float(values[-1])
             residual = length * abs(float(vectors[-1, -1]))
-            if ended or residual**2 <= _MARGIN / 4.0 * value * (value - values[-2]):
+            if ended or residual**2 <= _PRECISION * value * (value - values[-2]):
                 break
         lengths.append(length)
         before, vector = vector, image / length

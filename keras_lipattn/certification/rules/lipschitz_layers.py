@@ -55,7 +55,7 @@ from keras_lipattn.layers import (
 )
 from keras_lipattn.layers.lipschitz_layer import LipschitzLayer
 from keras_lipattn.layers.token_projection import inner_radius
-from keras_lipattn.linalg import SAFETY, fast_operator_norm, operator_norm
+from keras_lipattn.linalg import SAFETY, operator_norm
 
 
 @register_own_bound
@@ -216,7 +216,7 @@ def _attended(layer, call: LayerCall) -> TokenRange | None:
         return None
     if not np.isfinite(heads).all():
         return None
-    radius = SAFETY * float(np.sum(fast_operator_norm(heads))) * reach
+    radius = SAFETY * float(np.sum(operator_norm(heads))) * reach
     bias = layer.output_bias
     shift = np.zeros(heads.shape[2])
     if bias is not None:
