@@ -16,6 +16,7 @@ from keras_lipattn.callbacks import (
 from keras_lipattn.certification import Certificate, certified_radius, certify, register_rule
 from keras_lipattn.conversion import Conversion, convert_attention
 from keras_lipattn.estimation import LipschitzEstimate, estimate_lipschitz
+from keras_lipattn.evaluation import RobustAccuracy, certified_accuracy
 from keras_lipattn.export import ExportError, export_saved_model
 from keras_lipattn.layers import (
     BoundedMultiHeadAttention,
@@ -25,6 +26,7 @@ from keras_lipattn.layers import (
     InvertibleSequential,
     L2MultiHeadAttention,
     MaxMin,
+    OrthogonalDense,
     PositionEmbedding,
     Residual,
     ScaledCosineAttention,
@@ -51,14 +53,17 @@ __all__ = [
     "LipschitzEstimate",
     "LipschitzMonitor",
     "MaxMin",
+    "OrthogonalDense",
     "PositionEmbedding",
     "Residual",
+    "RobustAccuracy",
     "ScaledCosineAttention",
     "SpectralDense",
     "TokenProjection",
     "__version__",
     "callbacks",
     "certification",
+    "certified_accuracy",
     "certified_radius",
     "certify",
     "condensed",

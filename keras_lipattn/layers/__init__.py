@@ -10,6 +10,7 @@ from keras_lipattn.layers.invertible_sequential import InvertibleSequential
 from keras_lipattn.layers.l2_multi_head_attention import L2MultiHeadAttention
 from keras_lipattn.layers.lipschitz_layer import LipschitzLayer, Tracking
 from keras_lipattn.layers.max_min import MaxMin
+from keras_lipattn.layers.orthogonal_dense import OrthogonalDense
 from keras_lipattn.layers.position_embedding import PositionEmbedding
 from keras_lipattn.layers.residual import Residual
 from keras_lipattn.layers.scaled_cosine_attention import ScaledCosineAttention
@@ -29,6 +30,7 @@ __all__ = [
     "LipschitzLayer",
     "LogDeterminant",
     "MaxMin",
+    "OrthogonalDense",
     "PositionEmbedding",
     "Residual",
     "ScaledCosineAttention",

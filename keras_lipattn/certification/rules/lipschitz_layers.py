@@ -46,6 +46,7 @@ from keras_lipattn.layers import (
     InvertibleSequential,
     L2MultiHeadAttention,
     MaxMin,
+    OrthogonalDense,
     PositionEmbedding,
     Residual,
     ScaledCosineAttention,
@@ -370,6 +371,22 @@ def _own_constant(bound: LipschitzBound, call: LayerCall) -> LipschitzMap:
     )
 
 
+@register_rule(OrthogonalDense)
+def orthogonal_dense(layer, call):
+    if call.training:
+        return unbounded(in_training("its kernel is only orthonormal up to roundings"))
+    kernel = layer.host_weights().weights().output.astype(np.float64)
+    layer_map = matrix_map(kernel, bias_of(layer), call.norm)
+    if math.isfinite(layer_map.constant) and not layer.caps_are_exact():
+        # The kernel at inference is not known, so that it cannot merge with other maps.
+        layer_map = LipschitzMap(
+            constant=layer.largest_constant(call.norm),
+            theorem=layer_map.theorem,
+            range=_of_norm(layer.largest_constant("l2"), bias_of(layer), call),
+        )
+    return _near_input(layer, call, kernel, with_activation(layer_map, layer, call, layer.units))
+
+
 @register_rule(SpectralDense)
 def spectral_dense(layer, call):
     if call.training and layer.has_caps:
@@ -385,13 +402,17 @@ def spectral_dense(layer, call):
             theorem=layer_map.theorem,
             reason=layer_map.reason,
             exact=layer_map.exact,
-            range=_shrunk(layer_map, kernel, bias_of(layer), call),
+            # For any factor of the cap in `[0, 1]`. The radius is Euclidean in every norm.
+            range=_of_norm(matrix_norm(kernel, "l2"), bias_of(layer), call),
         )
     return _near_input(layer, call, kernel, with_activation(layer_map, layer, call, layer.units))
 
 
 def _near_input(
-    layer: SpectralDense, call: LayerCall, kernel: np.ndarray, layer_map: LipschitzMap
+    layer: SpectralDense | OrthogonalDense,
+    call: LayerCall,
+    kernel: np.ndarray,
+    layer_map: LipschitzMap,
 ) -> LipschitzMap:
     """The map with the value at the center of a local certificate."""
     near = call.state.enclosure
@@ -406,19 +427,16 @@ def _near_input(
     value = near.value @ kernel + (0.0 if bias is None else bias)
     if not call.drop_activation:
         value = keras.ops.convert_to_numpy(layer.activation(keras.ops.convert_to_tensor(value)))
-    error = CAP_ROUNDING * layer_map.constant * near.size if layer.has_caps else 0.0
+    rounded = isinstance(layer, OrthogonalDense) or layer.has_caps
+    error = CAP_ROUNDING * layer_map.constant * near.size if rounded else 0.0
     return dataclasses.replace(layer_map, center=CenterValue(value=value, rounding_error=error))
 
 
-def _shrunk(
-    layer_map: LipschitzMap, kernel: np.ndarray, bias: np.ndarray | None, call: LayerCall
-) -> TokenRange | None:
-    """The range of `x @ (t kernel) + bias` for any `t` in `[0, 1]`."""
+def _of_norm(size: float, bias: np.ndarray | None, call: LayerCall) -> TokenRange | None:
+    """The range of `x @ kernel + bias` for any kernel of a 2-norm of at most `size`."""
     before = call.state.range
-    if not before.bounded or math.isinf(layer_map.constant):
+    if not before.bounded or math.isinf(size):
         return None
-    # The radius is Euclidean whatever the norm of the certificate.
-    size = matrix_norm(kernel, "l2")
     moved = TokenRange(size * before.outer_radius)
     return moved if bias is None else moved.plus(TokenRange.of_values(bias))
 
