@@ -27,8 +27,11 @@ def attend_by_product(
     Returns:
         Heads `(B, T, H*v)`, and the attention weights `(B, H, T, S)`, or `None`.
     """
-    plain = dropout or return_scores or mask.relative_bias is not None
-    if not plain and not must_be_plain() and keras.backend.backend() != "tensorflow":
+    plain = dropout or return_scores or mask.relative_bias is not None or must_be_plain()
+    backend = keras.backend.backend()
+    # The function of JAX takes heads of one size only.
+    fits = backend == "torch" or (backend == "jax" and query.shape[-1] == value.shape[-1])
+    if fits and not plain:
         return _by_backend(query, key, value, mask, flash_attention), None
     groups = query.shape[1] // key.shape[1]
     key, value = (_repeated(part, groups) for part in (key, value))
