@@ -11,6 +11,7 @@ from tools.benchmark._report import Report, machine_line, table
 
 NAMES = [
     "attention_speed",
+    "bounded_speed",
     "long_sequences",
     "caps_cost",
     "spectral_peers",
