@@ -175,6 +175,28 @@ class DenseLayer(LipschitzLayer):
         }
 
 
+class FullPrecisionDense(DenseLayer):
+    """A dense layer whose kernel keeps its precision under a mixed policy.
+
+    The kernel is computed from its weight in float32, and so is its product with the input. Its
+    properties would not survive a rounding to half precision.
+    """
+
+    @property
+    def kernel_dtype(self):
+        return self._norm_dtype
+
+    def _graph_kernels(self):
+        return [ops.cast(kernel, self._norm_dtype) for kernel in self.kernels]
+
+    def host_kernels(self):
+        kernel = ops.convert_to_numpy(ops.convert_to_tensor(self.kernel))
+        return [kernel.astype(np.float64)]
+
+    def _rounded(self, matrix, xp):
+        return matrix
+
+
 def activation_constant(function, norm):
     """Constant of a `keras.activations` function in `norm`, and the reason when it is `inf`.
 
