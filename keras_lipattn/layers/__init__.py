@@ -19,6 +19,7 @@ from keras_lipattn.layers.residual import Residual
 from keras_lipattn.layers.scaled_cosine_attention import ScaledCosineAttention
 from keras_lipattn.layers.self_attention import SelfAttention
 from keras_lipattn.layers.space_to_depth import SpaceToDepth
+from keras_lipattn.layers.spectral_conv2d import SpectralConv2D
 from keras_lipattn.layers.spectral_dense import SpectralDense
 from keras_lipattn.layers.token_projection import TokenProjection
 
@@ -43,6 +44,7 @@ __all__ = [
     "ScaledCosineAttention",
     "SelfAttention",
     "SpaceToDepth",
+    "SpectralConv2D",
     "SpectralDense",
     "TokenProjection",
     "Tracking",
