@@ -71,14 +71,11 @@ class DenseLayer(LipschitzLayer):
         self.bias_constraint = keras_constraints.get(bias_constraint)
 
     def build(self, input_shape):
-        if len(input_shape) < 2 or input_shape[-1] is None:
-            raise ValueError(
-                "The input must have a batch axis and a static last axis. "
-                f"Received: input_shape={tuple(input_shape)}"
-            )
+        shape, operator_shape = self.kernel_shapes(input_shape)
         self.kernel = self.add_kernel(
             "kernel",
-            (input_shape[-1], self.units),
+            shape,
+            operator_shape,
             initializer=self.kernel_initializer,
             regularizer=self.kernel_regularizer,
             constraint=self.kernel_constraint,
@@ -95,17 +92,30 @@ class DenseLayer(LipschitzLayer):
             )
         self.add_running_state()
 
+    def kernel_shapes(self, input_shape):
+        """Shape of the weight, and of the matrices whose norms the cap needs, if it is another."""
+        if len(input_shape) < 2 or input_shape[-1] is None:
+            raise ValueError(
+                "The input must have a batch axis and a static last axis. "
+                f"Received: input_shape={tuple(input_shape)}"
+            )
+        return (input_shape[-1], self.units), None
+
     def call(self, inputs, training=None):
         return self.call_with_weights(self.effective_weights(training=bool(training)), inputs)
 
     def call_with_weights(self, weights, inputs):
         """The call with given `EffectiveWeights`."""
         kernel = ops.cast(weights.output, self.kernel_dtype)
-        output = ops.matmul(ops.cast(inputs, self.kernel_dtype), kernel)
+        output = self.linear(ops.cast(inputs, self.kernel_dtype), kernel)
         output = ops.cast(output, self.compute_dtype)
         if self.bias is not None:
             output = output + ops.cast(self.bias, self.compute_dtype)
         return self.activation(output)
+
+    def linear(self, inputs, kernel):
+        """The product of the input with the kernel, a matrix."""
+        return ops.matmul(inputs, kernel)
 
     @property
     def kernel_dtype(self):
@@ -151,11 +161,15 @@ class DenseLayer(LipschitzLayer):
             reason = "the bias holds NaN or infinite entries"
         value = math.inf
         if not reason:
-            folded = Folded(None, kernel, 1.0, kernel)
-            value = SAFETY * self._bound(folded, ExactNorms(), norm, None, None, np)
+            value = SAFETY * self.exact_bound(kernel, norm)
         return LipschitzBound(
             value=value, norm=norm, kind="certified", theorem="operator norm", reason=reason
         )
+
+    def exact_bound(self, kernel, norm):
+        """The constant of the layer with a kernel that runs, in float64 on the host."""
+        folded = Folded(None, kernel, 1.0, kernel)
+        return self._bound(folded, ExactNorms(), norm, None, None, np)
 
     def compute_output_shape(self, input_shape):
         return (*input_shape[:-1], self.units)
@@ -173,6 +187,28 @@ class DenseLayer(LipschitzLayer):
             "kernel_constraint": keras_constraints.serialize(self.kernel_constraint),
             "bias_constraint": keras_constraints.serialize(self.bias_constraint),
         }
+
+
+class FullPrecisionDense(DenseLayer):
+    """A dense layer whose kernel keeps its precision under a mixed policy.
+
+    The kernel is computed from its weight in float32, and so is its product with the input. Its
+    properties would not survive a rounding to half precision.
+    """
+
+    @property
+    def kernel_dtype(self):
+        return self._norm_dtype
+
+    def _graph_kernels(self):
+        return [ops.cast(kernel, self._norm_dtype) for kernel in self.kernels]
+
+    def host_kernels(self):
+        kernel = ops.convert_to_numpy(ops.convert_to_tensor(self.kernel))
+        return [kernel.astype(np.float64)]
+
+    def _rounded(self, matrix, xp):
+        return matrix
 
 
 def activation_constant(function, norm):

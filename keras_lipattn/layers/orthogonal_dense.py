@@ -10,7 +10,7 @@ from keras import ops
 
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
 from keras_lipattn.layers._backend import freezes_variables
-from keras_lipattn.layers._dense import DenseLayer, Folded, activation_constant
+from keras_lipattn.layers._dense import Folded, FullPrecisionDense, activation_constant
 from keras_lipattn.layers._norms import RunningNorms, WeightCache
 from keras_lipattn.linalg.cholesky import exact_orthonormal, orthonormal
 from keras_lipattn.linalg.exact import SAFETY
@@ -22,7 +22,7 @@ _ISOMETRY = 1e-6
 
 
 @keras.saving.register_keras_serializable(package="keras_lipattn")
-class OrthogonalDense(DenseLayer):
+class OrthogonalDense(FullPrecisionDense):
     """`keras.layers.Dense` with orthonormal columns of its kernel, or rows if these are fewer.
 
     The kernel that runs is the orthonormal factor `Q` of the weight `kernel = Q R`, where `R` is
@@ -36,8 +36,8 @@ class OrthogonalDense(DenseLayer):
     twice the memory of the weight. The `Q` of a singular weight has singular values below 1. The
     certificate measures the `Q` that runs.
 
-    Under a mixed policy `Q` stays in float32, and so does its product with the input, since a
-    kernel rounded to half precision would not be orthonormal.
+    Under a mixed policy `Q` and its product with the input stay in float32: rounded to half
+    precision, `Q` would not be orthonormal.
 
     Args:
         units: Dimension of the output.
@@ -111,20 +111,6 @@ class OrthogonalDense(DenseLayer):
         constant, _ = activation_constant(self.activation, norm)
         value = SAFETY * max(bound.value, constant * self.largest_constant(norm))
         return dataclasses.replace(bound, value=value)
-
-    @property
-    def kernel_dtype(self):
-        return self._norm_dtype
-
-    def _graph_kernels(self):
-        return [ops.cast(kernel, self._norm_dtype) for kernel in self.kernels]
-
-    def host_kernels(self):
-        kernel = ops.convert_to_numpy(ops.convert_to_tensor(self.kernel))
-        return [kernel.astype(np.float64)]
-
-    def _rounded(self, matrix, xp):
-        return matrix
 
     # Remembered -----------------------------------------------------------------------------
 
