@@ -98,7 +98,10 @@ def training_set(images: np.ndarray, classes: np.ndarray, shift: float) -> tf.da
 
 
 def train(model: keras.Model, data, goal: Goal, folder: pathlib.Path) -> None:
-    steps = _EPOCHS.value * -(-len(data.train[0]) // _BATCH)
+    # Nothing is chosen by the validation images, so they are learned from.
+    both = zip(data.train, data.validation, strict=True)
+    images, classes = (np.concatenate(parts) for parts in both)
+    steps = _EPOCHS.value * -(-len(images) // _BATCH)
     schedule = keras.optimizers.schedules.CosineDecay(
         0.01 * _LEARNING_RATE,
         decay_steps=steps - steps // 20,
@@ -111,9 +114,10 @@ def train(model: keras.Model, data, goal: Goal, folder: pathlib.Path) -> None:
         metrics=["accuracy"],
     )
     model.fit(
-        training_set(*data.train, goal.shift),
+        training_set(images, classes, goal.shift),
         epochs=_EPOCHS.value,
-        validation_data=data.validation,
+        # `training_set` shuffles.
+        shuffle=False,
         callbacks=[keras_lipattn.DurableBackup(folder)],
         verbose=2,
     )
