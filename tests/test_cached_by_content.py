@@ -2,6 +2,7 @@
 
 import gc
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -30,6 +31,17 @@ def test_equal_contents_are_computed_once():
     cached_by_content(total, np.ones((2, 3)))
     cached_by_content(total, np.ones((3, 2), np.float32))
     assert total.calls == 3
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float64, bool, np.int8])
+@pytest.mark.parametrize("shape", [(), (0, 3), (2, 3)])
+def test_any_dtype_and_shape_has_a_content(dtype, shape):
+    total = Counted()
+    for _ in range(2):
+        assert cached_by_content(total, np.ones(shape, dtype)) == np.prod(shape)
+    assert total.calls == 1
+    assert cached_by_content(total, np.zeros(shape, dtype)) == 0.0
+    assert total.calls == (1 if 0 in shape else 2)
 
 
 def test_what_an_array_was_computed_from_stands_for_its_content():
