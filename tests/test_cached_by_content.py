@@ -107,6 +107,7 @@ def test_products_with_centerings_are_the_products(width):
         squares.append(off)
     for square in squares:
         # Rounding of sums of so many terms of size 1.
-        close = dict(rtol=0.0, atol=1e-13 * width)
-        np.testing.assert_allclose(linear_map.compose(square, wide), square @ wide, **close)
-        np.testing.assert_allclose(linear_map.compose(tall, square), tall @ square, **close)
+        for first, second in ((square, wide), (tall, square)):
+            product = linear_map.compose(first, second)
+            assert product is not None
+            np.testing.assert_allclose(product, first @ second, rtol=0.0, atol=1e-13 * width)
