@@ -7,7 +7,7 @@ import tensorflow as tf
 from helpers.layer_cases import CAPS, FEATURES, LENGTH, Case, randomize, running_matrices
 
 import keras_lipattn as kl
-from keras_lipattn.layers import _norms
+from keras_lipattn.layers import lipschitz_layer
 from keras_lipattn.layers._norms import ConvergedNorms
 
 # Gram iteration overestimates each of the norms of these small matrices by less than this.
@@ -24,7 +24,7 @@ def gram_used(monkeypatch):
             used.append(True)
             super().__init__()
 
-    monkeypatch.setattr(_norms, "ConvergedNorms", Spied)
+    monkeypatch.setattr(lipschitz_layer, "ConvergedNorms", Spied)
 
     def asked(function):
         used.clear()
@@ -101,10 +101,10 @@ def test_a_graph_remembers_what_it_computed(x, jit_compile):
         for snapshot, kernel in zip(layer._cache._snapshots, layer._graph_kernels(), strict=True):
             np.testing.assert_array_equal(snapshot, kernel)
         # Those of the three kernels; the others are of matrices under caps made from these.
-        norms = np.asarray(layer._cache._norms)[:3]
+        norms = np.asarray(layer._cache._value)[:3]
         np.testing.assert_array_equal(graph(x), first)
         layer.condense()
-        exact = np.asarray(layer._cache._norms)[:3]
+        exact = np.asarray(layer._cache._value)[:3]
         # A float32 rounding apart.
         assert (norms >= exact * (1.0 - 1e-6)).all()
         assert (norms <= exact * (1.0 + GRAM_SLACK)).all()

@@ -23,6 +23,8 @@ def _layers(dtype):
     neighbors = (
         kl.SpectralDense(5, dtype=dtype),
         kl.SpectralDense(5, spectral_norm=None, dtype=dtype),
+        kl.OrthogonalDense(5, dtype=dtype),
+        kl.NormalizedDense(5, dtype=dtype),
     )
     for layer in (*neighbors, kl.CenterNormalization(dtype=dtype)):
         layer.build((None, LENGTH, FEATURES))

@@ -13,6 +13,7 @@ from helpers import jacobians
 from helpers.layer_cases import randomize
 
 import keras_lipattn as kl
+from keras_lipattn.layers._dense import DenseLayer
 from keras_lipattn.linalg import operator_norm
 
 NORMS = ("l2", "token", "linf")
@@ -34,6 +35,11 @@ LAYERS = {
         activity_regularizer="l1",
         **k,
     ),
+    "orthogonal": lambda **k: kl.OrthogonalDense(UNITS, **k),
+    "orthogonal, fewer units": lambda **k: kl.OrthogonalDense(
+        2, activation="tanh", use_bias=False, **k
+    ),
+    "normalized": lambda **k: kl.NormalizedDense(UNITS, use_bias=False, **k),
     "center": lambda **k: kl.CenterNormalization(**k),
     "center without weights": lambda **k: kl.CenterNormalization(center=False, scale=False, **k),
     "center with initializers": lambda **k: kl.CenterNormalization(
@@ -47,11 +53,23 @@ def x():
     return np.random.default_rng(0).normal(size=(2, TOKENS, FEATURES))
 
 
+def _kernel(layer):
+    kernel = np.asarray(layer.kernel, np.float64)
+    if isinstance(layer, kl.NormalizedDense):
+        return kernel / np.linalg.norm(kernel, axis=0)
+    if isinstance(layer, kl.OrthogonalDense):
+        wide = kernel.shape[0] < kernel.shape[1]
+        factor, triangle = np.linalg.qr(kernel.T if wide else kernel)
+        factor = factor * np.sign(np.diag(triangle))
+        return factor.T if wide else factor
+    if layer.spectral_norm is not None:
+        kernel = kernel * min(1.0, layer.spectral_norm / np.linalg.norm(kernel, 2))
+    return kernel
+
+
 def _expected(layer, x):
-    if isinstance(layer, kl.SpectralDense):
-        kernel = np.asarray(layer.kernel, np.float64)
-        if layer.spectral_norm is not None:
-            kernel = kernel * min(1.0, layer.spectral_norm / np.linalg.norm(kernel, 2))
+    if isinstance(layer, DenseLayer):
+        kernel = _kernel(layer)
         y = x @ kernel + (0.0 if layer.bias is None else np.asarray(layer.bias, np.float64))
         return np.tanh(y) if layer.activation is keras.activations.tanh else y
     width = x.shape[-1]
@@ -68,7 +86,7 @@ def test_values_are_those_of_the_formula(name, dtype, scale, x):
     layer = LAYERS[name](dtype=dtype)
     layer(x)
     randomize(layer, scale=scale)
-    if isinstance(layer, kl.SpectralDense):
+    if isinstance(layer, DenseLayer):
         layer.condense()
     y = layer(x + 3.0)
     assert y.dtype == layer.compute_dtype
@@ -116,7 +134,7 @@ def test_constants_are_never_exceeded_and_attained_by_linear_layers(name, norm, 
     layer = LAYERS[name](dtype="float64")
     layer(x)
     randomize(layer, seed=seed)
-    if isinstance(layer, kl.SpectralDense):
+    if isinstance(layer, DenseLayer):
         layer.condense()
     bound = layer.lipschitz(norm=norm)
     assert bound.kind == "certified" and bound.norm == norm
@@ -248,9 +266,10 @@ def test_built_neighbors_refuse_unknown_norms(name, x):
 
 
 def test_empty_inputs_give_empty_outputs():
-    for name, make in LAYERS.items():
-        width = UNITS if name.startswith("dense") else FEATURES
-        assert make()(np.zeros((0, TOKENS, FEATURES))).shape == (0, TOKENS, width)
+    for make in LAYERS.values():
+        layer = make()
+        width = layer.units if isinstance(layer, DenseLayer) else FEATURES
+        assert layer(np.zeros((0, TOKENS, FEATURES))).shape == (0, TOKENS, width)
     empty = np.zeros((0, 2))
     assert kl.Residual(alpha=0.5)([empty, empty]).shape == (0, 2)
 

@@ -24,6 +24,8 @@ VECTORS = {
         "head_query_vector": (2, 3),
     },
     kl.SpectralDense: {"kernel_vector": (3,)},
+    kl.OrthogonalDense: {"kernel_vector": (3,)},
+    kl.NormalizedDense: {"kernel_vector": (3,)},
 }
 SCALARS = ("running_bound", "penalty_coefficient", "penalty_log_target")
 
@@ -39,6 +41,11 @@ def _layers(dtype="float64"):
         yield Case(cap=cap, dtype=dtype).layer()
     for norm in (None, 0.5):
         dense = kl.SpectralDense(3, spectral_norm=norm, dtype=dtype)
+        dense.build((2, LENGTH, FEATURES))
+        randomize(dense)
+        yield dense
+    for make in (kl.OrthogonalDense, kl.NormalizedDense):
+        dense = make(3, dtype=dtype)
         dense.build((2, LENGTH, FEATURES))
         randomize(dense)
         yield dense

@@ -169,10 +169,12 @@ def test_attacks_stay_below_the_certificate(call, norm, cap):
     [
         lambda: kl.ScaledCosineAttention(2, 4),
         lambda: kl.SpectralDense(3),
+        lambda: kl.OrthogonalDense(3),
+        lambda: kl.NormalizedDense(3),
         lambda: kl.InvertibleResidual(kl.L2MultiHeadAttention(2, 4)),
         lambda: kl.ContinuousDepth(kl.L2MultiHeadAttention(2, 4), steps=2),
     ],
-    ids=["cosine attention", "dense", "invertible", "continuous depth"],
+    ids=["cosine attention", "dense", "orthogonal", "normalized", "invertible", "continuous depth"],
 )
 def test_other_layers_train_and_are_certified(build):
     inputs = keras.Input((LENGTH, FEATURES))

@@ -81,11 +81,14 @@ def activated_gap_constants(
 
 def _spectral(before: np.ndarray, after: np.ndarray, middle: float, half: float) -> float:
     """`middle ||W_1 W_2|| + half min_T ||W_1 T|| ||T^-1 W_2||` for positive diagonal `T`."""
-    # Products of matrices of size 1 neither overflow nor underflow.
-    sizes = [float(np.abs(matrix).max()) for matrix in (before, after)]
+    sizes = [float(max(matrix.max(), -matrix.min())) for matrix in (before, after)]
     if 0.0 in sizes:
         return 0.0
-    before, after = before / sizes[0], after / sizes[1]
+    if min(sizes) < 1e-50 or max(sizes) > 1e50:
+        # Products of matrices of size 1 neither overflow nor underflow.
+        before, after = before / sizes[0], after / sizes[1]
+    else:
+        sizes = [1.0, 1.0]
 
     def split(scale: np.ndarray) -> float:
         parts = fast_operator_norm(before * scale), fast_operator_norm(after / scale[:, None])

@@ -11,6 +11,7 @@ import typing
 import numpy as np
 import numpy.typing as npt
 
+from keras_lipattn.bounds.convolution_symbol import symbol_norm
 from keras_lipattn.bounds.lipschitz_bound import NORMS
 from keras_lipattn.linalg import SAFETY, operator_norm
 
@@ -160,6 +161,10 @@ def convolution_constant(
     best = math.sqrt(overlap) * matrix
     if input_shape is not None and overlap > 1:
         best = min(best, _frequency_norm(blocks, sizes, dilation, input_shape, max_work))
+    strided = any(stride > 1 for stride in strides)
+    if overlap > 1 and groups == 1 and set(dilation) == {1} and (strided or input_shape is None):
+        # The frequencies above ignore the strides.
+        best = min(best, symbol_norm(kernel, strides, max_work))
     return SAFETY * best
 
 

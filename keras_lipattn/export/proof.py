@@ -19,6 +19,7 @@ from keras_lipattn.layers import (
     CenterNormalization,
     L2MultiHeadAttention,
     MaxMin,
+    OrthogonalDense,
     PositionEmbedding,
     Residual,
     ScaledCosineAttention,
@@ -177,7 +178,7 @@ def _activation(function: Any) -> str:
 def _dense(layer, args, kwargs, tensors, has_masks) -> _Description:
     if getattr(layer, "quantization_mode", None) is not None:
         return _OTHER
-    if isinstance(layer, SpectralDense):
+    if isinstance(layer, SpectralDense | OrthogonalDense):
         kernel = layer.host_weights().weights().output
     else:
         kernel = kernel_of(layer)
@@ -371,7 +372,7 @@ def _dot_product_attention(layer, args, kwargs, tensors, has_masks) -> _Descript
 _GLOBAL_MAXIMA = (keras.layers.GlobalMaxPooling1D, keras.layers.GlobalMaxPooling2D)
 # Exact types: a subclass may have another `call`.
 _DESCRIPTIONS: dict[type, Callable[..., _Description]] = {
-    **dict.fromkeys((keras.layers.Dense, SpectralDense), _dense),
+    **dict.fromkeys((keras.layers.Dense, SpectralDense, OrthogonalDense), _dense),
     keras.layers.EinsumDense: _einsum_dense,
     **dict.fromkeys((CenterNormalization, keras.layers.LayerNormalization), _normalization),
     keras.layers.RMSNormalization: _rms_normalization,

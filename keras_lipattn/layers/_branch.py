@@ -8,13 +8,13 @@ import keras
 from keras import ops
 
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
+from keras_lipattn.layers._dense import activation_constant
 from keras_lipattn.layers._masks import mask_class
 from keras_lipattn.layers._precision import is_finite
 from keras_lipattn.layers.lipschitz_layer import LipschitzLayer
 from keras_lipattn.layers.max_min import MaxMin
 from keras_lipattn.layers.position_embedding import PositionEmbedding
 from keras_lipattn.layers.self_attention import SelfAttention
-from keras_lipattn.layers.spectral_dense import activation_constant
 
 
 class Branch:

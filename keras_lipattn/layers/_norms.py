@@ -143,70 +143,67 @@ class NormLayout:
         return xp.concatenate([xp.reshape(norms[name], (-1,)) for name in self.slices])
 
 
-class NormCache:
-    """Norms of a layer's matrices, valid while its kernels are bitwise those they were taken of.
+class WeightCache:
+    """What a layer computes from its kernels, valid while they are bitwise the same.
 
-    They come from the host, or from the first call after a kernel was trained, loaded or assigned:
-    that call finds a kernel that compares unequal, and computes them. Both agree to one part in
+    It comes from the host, or from the first call after a kernel was trained, loaded or assigned:
+    that call finds a kernel that compares unequal, and computes it. Both agree to one part in
     10^6. Soundness never depends on a refresh of the cache. The variables are not weights of the
     layer, so they are not part of checkpoints.
 
     Args:
-        shapes: Shapes of the kernels.
-        layout: `NormLayout` of the norms.
-        dtype: Dtype of the norms and of the kernels as they are given.
+        kernel_shapes: Shapes of the kernels.
+        shape: Shape of what is remembered.
+        dtype: Dtype of it and of the kernels as they are given.
     """
 
-    def __init__(self, shapes, layout, dtype):
+    def __init__(self, kernel_shapes, shape, dtype):
         # Nothing equals NaN, so a cache that was never filled never matches.
-        self._snapshots = [_untracked(shape, np.nan, dtype) for shape in shapes]
-        self._norms = _untracked((layout.size,), 0.0, dtype)
+        self._snapshots = [_untracked(shape, np.nan, dtype) for shape in kernel_shapes]
+        self._value = _untracked(shape, 0.0, dtype)
 
-    def fill(self, kernels, norms):
-        """Remembers `norms` for `kernels`, tensors of the norm dtype."""
+    def fill(self, kernels, value):
+        """Remembers `value` for `kernels`, tensors of the norm dtype."""
         for snapshot, kernel in zip(self._snapshots, kernels, strict=True):
             snapshot.assign(kernel)
-        self._norms.assign(norms)
+        self._value.assign(value)
 
-    def select(self, kernels, evaluate):
-        """The remembered norms if they are those of `kernels`, else newly computed ones.
+    def select(self, kernels, bounds, exact):
+        """The remembered value if it is that of `kernels`, else a newly computed one.
 
-        On TensorFlow new norms are remembered, except in a stateless scope, where no variable may
-        be written. Derivatives are those of Gram iteration either way. On other backends functions
-        are pure, and what is remembered is constant.
+        On TensorFlow a new value is remembered, except in a stateless scope, where no variable may
+        be written. Derivatives are those of `bounds` either way. On other backends functions are
+        pure, and what is remembered is constant.
 
         Args:
             kernels: Tensors of the norm dtype.
-            evaluate: Function of a source of norms and of kernels; returns the vector of norms.
+            bounds: Differentiable function of kernels, used on backends other than TensorFlow.
+            exact: Function of kernels in float64, as good as exact, used on TensorFlow.
         """
 
-        def bounds(*kernels):
-            return evaluate(GramNorms(), kernels)
-
         if keras.backend.backend() != "tensorflow":
-            hit, norms = self._remembers(kernels), ops.convert_to_tensor(self._norms.value)
+            hit, value = self._remembers(kernels), ops.convert_to_tensor(self._value.value)
             if has_value(hit):
                 # Outside of a traced function JAX would compile both branches anew in every call.
-                return norms if hit else bounds(*kernels)
-            return ops.cond(hit, lambda: norms, lambda: bounds(*kernels))
+                return value if hit else bounds(*kernels)
+            return ops.cond(hit, lambda: value, lambda: bounds(*kernels))
         import tensorflow as tf
 
         def converged():
             # All of it in float64, as on the host.
             double = [ops.cast(kernel, "float64") for kernel in kernels]
-            found = evaluate(ConvergedNorms(), double) * CACHE_ALLOWANCE
-            return ops.cast(found, self._norms.dtype)
+            return ops.cast(exact(*double), self._value.dtype)
 
         def remember():
             found = converged()
-            # The kernels last: another thread that finds them equal finds their norms.
-            with tf.control_dependencies([self._norms.value.assign(found)]):
+            # The kernels last: another thread that finds them equal finds their value.
+            with tf.control_dependencies([self._value.value.assign(found)]):
                 for snapshot, kernel in zip(self._snapshots, kernels, strict=True):
                     snapshot.value.assign(kernel)
             return found
 
         @tf.custom_gradient
-        def norms(*kernels):
+        def value(*kernels):
             def gradient(upstream):
                 with tf.GradientTape() as tape:
                     tape.watch(kernels)
@@ -216,16 +213,16 @@ class NormCache:
             if in_stateless_scope():
                 return converged(), gradient
             hit = self._remembers(kernels)
-            known = tf.cond(hit, lambda: tf.convert_to_tensor(self._norms.value), remember)
+            known = tf.cond(hit, lambda: tf.convert_to_tensor(self._value.value), remember)
             return known, gradient
 
-        return norms(*kernels)
+        return value(*kernels)
 
     def remembered(self, kernels):
-        """The remembered norms as an array if they are those of `kernels`, else `None`."""
+        """The remembered value as an array if it is that of `kernels`, else `None`."""
         if not bool(ops.convert_to_numpy(self._remembers(kernels))):
             return None
-        return ops.convert_to_numpy(self._norms.value).astype(np.float64)
+        return ops.convert_to_numpy(self._value.value).astype(np.float64)
 
     def _remembers(self, kernels):
         same = True

@@ -17,14 +17,15 @@ from keras_lipattn.layers._backend import (
 )
 from keras_lipattn.layers._norms import (
     CACHE_ALLOWANCE,
+    ConvergedNorms,
     ExactNorms,
     GramNorms,
-    NormCache,
     NormLayout,
     Norms,
     RecordedNorms,
     RunningNorms,
     WarmNorms,
+    WeightCache,
     ignore_floating_point_errors,
 )
 from keras_lipattn.layers._precision import cap_factor, cap_margin, cast_to_compute_dtype
@@ -176,7 +177,7 @@ class LipschitzLayer(keras.layers.Layer):
         if shapes:
             self._layout = NormLayout(shapes)
             kernels = [kernel.shape for kernel in self.kernels]
-            self._cache = NormCache(kernels, self._layout, self._norm_dtype)
+            self._cache = WeightCache(kernels, (self._layout.size,), self._norm_dtype)
 
     def _norm_shapes(self):
         """Shapes of all matrices whose norms some bound needs, by name."""
@@ -432,7 +433,11 @@ class LipschitzLayer(keras.layers.Layer):
             flat = ops.convert_to_tensor(norms, self._norm_dtype)
         else:
             flat = self._cache.select(
-                kernels, lambda norms, kernels: self._norms_of_caps(norms, kernels, ops)
+                kernels,
+                lambda *kernels: self._norms_of_caps(GramNorms(), kernels, ops),
+                lambda *kernels: (
+                    self._norms_of_caps(ConvergedNorms(), kernels, ops) * CACHE_ALLOWANCE
+                ),
             )
         return RecordedNorms(flat, self._layout)
 

@@ -32,10 +32,7 @@ class MaxMin(keras.layers.Layer):
         self.supports_masking = True
 
     def build(self, input_shape):
-        if input_shape[-1] is None or input_shape[-1] % 2:
-            raise ValueError(
-                f"The last axis must be static and even. Received: input_shape={tuple(input_shape)}"
-            )
+        require_even(input_shape)
 
     def call(self, inputs):
         first, second = ops.split(inputs, 2, axis=-1)
@@ -43,3 +40,11 @@ class MaxMin(keras.layers.Layer):
 
     def compute_output_shape(self, input_shape):
         return tuple(input_shape)
+
+
+def require_even(input_shape):
+    """Raises a `ValueError` unless the last axis is static and even."""
+    if input_shape[-1] is None or input_shape[-1] % 2:
+        raise ValueError(
+            f"The last axis must be static and even. Received: input_shape={tuple(input_shape)}"
+        )

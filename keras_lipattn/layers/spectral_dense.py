@@ -1,33 +1,13 @@
 """A dense layer whose kernel is capped in operator norm."""
 
-import math
-from typing import Any, NamedTuple
-
 import keras
-import numpy as np
-from keras import activations, initializers, ops, regularizers
-from keras import constraints as keras_constraints
 
-from keras_lipattn._arguments import require_positive, require_positive_integer
-from keras_lipattn.bounds import layer_constants
-from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
-from keras_lipattn.layers._norms import ExactNorms
-from keras_lipattn.layers._precision import is_finite
-from keras_lipattn.layers.lipschitz_layer import LipschitzLayer
-from keras_lipattn.linalg.exact import SAFETY
-
-
-class Folded(NamedTuple):
-    """The kernel before its cap, the factor of the cap, and their product."""
-
-    projection: None
-    kernel: Any
-    factor: Any
-    output: Any
+from keras_lipattn._arguments import require_positive
+from keras_lipattn.layers._dense import DenseLayer, Folded
 
 
 @keras.saving.register_keras_serializable(package="keras_lipattn")
-class SpectralDense(LipschitzLayer):
+class SpectralDense(DenseLayer):
     """`keras.layers.Dense` with the spectral norm of its kernel capped, at inference too.
 
     The kernel that runs is `kernel * min(1, spectral_norm / ||kernel||)`: shrunk when it is too
@@ -73,148 +53,16 @@ class SpectralDense(LipschitzLayer):
         activation=None,
         use_bias=True,
         spectral_norm: float | None = 1.0,
-        kernel_initializer="glorot_uniform",
-        bias_initializer="zeros",
-        kernel_regularizer=None,
-        bias_regularizer=None,
-        activity_regularizer=None,
-        kernel_constraint=None,
-        bias_constraint=None,
+        *args,
         **kwargs,
     ):
-        require_positive_integer("units", units)
         require_positive("spectral_norm", spectral_norm)
-        super().__init__(activity_regularizer=activity_regularizer, **kwargs)
-        self.supports_masking = True
-        self.units = units
-        self.activation = activations.get(activation)
-        self.use_bias = use_bias
+        super().__init__(units, activation, use_bias, *args, **kwargs)
         self.spectral_norm = spectral_norm
-        self.kernel_initializer = initializers.get(kernel_initializer)
-        self.bias_initializer = initializers.get(bias_initializer)
-        self.kernel_regularizer = regularizers.get(kernel_regularizer)
-        self.bias_regularizer = regularizers.get(bias_regularizer)
-        self.kernel_constraint = keras_constraints.get(kernel_constraint)
-        self.bias_constraint = keras_constraints.get(bias_constraint)
-
-    def build(self, input_shape):
-        if len(input_shape) < 2 or input_shape[-1] is None:
-            raise ValueError(
-                "The input must have a batch axis and a static last axis. "
-                f"Received: input_shape={tuple(input_shape)}"
-            )
-        self.kernel = self.add_kernel(
-            "kernel",
-            (input_shape[-1], self.units),
-            initializer=self.kernel_initializer,
-            regularizer=self.kernel_regularizer,
-            constraint=self.kernel_constraint,
-        )
-        self.bias = None
-        if self.use_bias:
-            self.bias = self.add_weight(
-                name="bias",
-                shape=(self.units,),
-                initializer=self.bias_initializer,
-                regularizer=self.bias_regularizer,
-                constraint=self.bias_constraint,
-            )
-        self.add_running_state()
-
-    def call(self, inputs, training=None):
-        return self.call_with_weights(self.effective_weights(training=bool(training)), inputs)
-
-    def call_with_weights(self, weights, inputs):
-        """The call with given `EffectiveWeights`."""
-        output = ops.matmul(inputs, ops.cast(weights.output, self.compute_dtype))
-        if self.bias is not None:
-            output = output + ops.cast(self.bias, self.compute_dtype)
-        return self.activation(output)
 
     def fold(self, kernels, factors, xp):
         (kernel,), (factor,) = kernels, factors
         return Folded(None, kernel, factor, kernel * factor)
 
-    def matrices(self, weights, norm, xp):
-        # The norm of a scaled matrix is the scaled norm: one vector serves cap and bound.
-        return {} if norm == "linf" else {"kernel": weights.kernel}
-
-    def bound(self, weights, norms, norm, tokens, mask, xp):
-        constant, _ = activation_constant(self.activation, norm)
-        if not math.isfinite(constant):
-            return math.inf
-        if norm == "linf":
-            kernel = xp.max(xp.sum(xp.abs(weights.kernel), axis=0))
-        else:
-            kernel = norms["kernel"]
-        return constant * kernel * weights.factor
-
-    def lipschitz(self, sequence_length=None, norm="l2", mask: Any = "full") -> LipschitzBound:
-        """Certified Lipschitz constant at inference, for the weights now loaded.
-
-        Args:
-            sequence_length: Ignored: tokens do not meet in this layer.
-            norm: `"l2"` (2-norm of all entries), `"token"` (largest 2-norm of a token) or `"linf"`
-                (largest absolute entry).
-            mask: Ignored for the same reason.
-
-        Returns:
-            A `LipschitzBound` of kind `"certified"`; `inf` with the reason when the kernel is not
-            finite or the activation's constant is unknown.
-
-        Raises:
-            ValueError: If the layer is not built, or `norm` is unknown.
-        """
-        self.mask_and_length(sequence_length, norm, mask)
-        kernel = self.host_weights().weights().output.astype(np.float64)
-        _, reason = activation_constant(self.activation, norm)
-        if not np.isfinite(kernel).all():
-            reason = "the kernel holds NaN or infinite entries"
-        elif not is_finite(self.bias, self.compute_dtype):
-            reason = "the bias holds NaN or infinite entries"
-        value = math.inf
-        if not reason:
-            folded = self.fold([kernel], [1.0], np)
-            value = SAFETY * self._bound(folded, ExactNorms(), norm, None, None, np)
-        return LipschitzBound(
-            value=value, norm=norm, kind="certified", theorem="operator norm", reason=reason
-        )
-
-    def compute_output_shape(self, input_shape):
-        return (*input_shape[:-1], self.units)
-
     def get_config(self):
-        return {
-            **super().get_config(),
-            "units": self.units,
-            "activation": activations.serialize(self.activation),
-            "use_bias": self.use_bias,
-            "spectral_norm": self.spectral_norm,
-            "kernel_initializer": initializers.serialize(self.kernel_initializer),
-            "bias_initializer": initializers.serialize(self.bias_initializer),
-            "kernel_regularizer": regularizers.serialize(self.kernel_regularizer),
-            "bias_regularizer": regularizers.serialize(self.bias_regularizer),
-            "kernel_constraint": keras_constraints.serialize(self.kernel_constraint),
-            "bias_constraint": keras_constraints.serialize(self.bias_constraint),
-        }
-
-
-def activation_constant(function, norm):
-    """Constant of a `keras.activations` function in `norm`, and the reason when it is `inf`.
-
-    Only the functions of Keras themselves count, with their default arguments: another function may
-    have the same name.
-    """
-    name = getattr(function, "__name__", type(function).__name__)
-    try:
-        known = keras.activations.get(name)
-    except ValueError:
-        known = None
-    if known is not function:
-        return float("inf"), f"{name!r} is not an activation of Keras: its constant is unknown"
-    if name in layer_constants.UNBOUNDED_ACTIVATIONS:
-        return float("inf"), layer_constants.UNBOUNDED_ACTIVATIONS[name]
-    try:
-        return layer_constants.activation_constant(name, norm), ""
-    except KeyError:
-        return float("inf"), f"the activation {name!r} has no known Lipschitz constant"
+        return {**super().get_config(), "spectral_norm": self.spectral_norm}

@@ -17,6 +17,7 @@ NAMES = [
     "spectral_peers",
     "decoding",
     "export_latency",
+    "certified_serving",
     "memory",
     "certify_time",
     "monitor_cost",

@@ -96,8 +96,11 @@ def _layer(rng, x, radius):
     choices: list[Callable[..., Any]] = [
         _dense,
         _spectral_dense,
+        _orthogonal_dense,
+        _normalized_dense,
         _activation,
         _max_min,
+        _half_abs,
         _center_normalization,
         _layer_normalization,
         _unit_normalization,
@@ -109,7 +112,7 @@ def _layer(rng, x, radius):
         choices += [_l2_attention] * 4
         choices += [_bounded_attention] * 2
         choices += [_einsum_dense, _convolution, _pooling, _position_embedding, _permute]
-        choices += [_normalized_attention]
+        choices += [_normalized_attention, _space_to_depth, _norm_pooling]
         if radius is not None:
             choices.append(_attention)
     return choices[rng.integers(len(choices))](rng, x)
@@ -125,12 +128,32 @@ def _spectral_dense(rng, x):
     return keras_lipattn.SpectralDense(int(rng.integers(1, 6)), spectral_norm=cap)(x)
 
 
+def _orthogonal_dense(rng, x):
+    return keras_lipattn.OrthogonalDense(int(rng.integers(1, 6)))(x)
+
+
+def _normalized_dense(rng, x):
+    return keras_lipattn.NormalizedDense(int(rng.integers(1, 6)))(x)
+
+
 def _activation(rng, x):
     return layers.Activation(str(rng.choice([*_ACTIVATIONS, "softmax"])))(x)
 
 
 def _max_min(rng, x):
     return keras_lipattn.MaxMin()(x if x.shape[-1] % 2 == 0 else layers.Dense(4)(x))
+
+
+def _half_abs(rng, x):
+    return keras_lipattn.HalfAbs()(x if x.shape[-1] % 2 == 0 else layers.Dense(4)(x))
+
+
+def _space_to_depth(rng, x):
+    return keras_lipattn.SpaceToDepth(2 if x.shape[1] % 2 == 0 else 1)(x)
+
+
+def _norm_pooling(rng, x):
+    return keras_lipattn.NormPooling(2 if x.shape[1] % 2 == 0 else None)(x)
 
 
 def _center_normalization(rng, x):

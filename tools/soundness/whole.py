@@ -308,6 +308,9 @@ class _Builder:
                 layers.BatchNormalization(),
                 layers.SpatialDropout1D(0.2),
                 keras_lipattn.SpectralDense(4),
+                keras_lipattn.OrthogonalDense(4),
+                keras_lipattn.NormalizedDense(4),
+                keras_lipattn.HalfAbs(),
                 keras_lipattn.L2MultiHeadAttention(2, 2),
             ]
         )

@@ -15,6 +15,7 @@ from keras_lipattn.certification.reasons import (
     FIXED_SIZES,
     NOT_FINITE,
     UNKNOWN_TOKENS,
+    in_training,
 )
 from keras_lipattn.certification.registry import register_operation, register_rule
 from keras_lipattn.certification.rules.activations import convert, with_activation
@@ -22,6 +23,7 @@ from keras_lipattn.certification.rules.linear import matrix_map, quantized
 from keras_lipattn.certification.tensor_state import TensorState
 from keras_lipattn.certification.token_range import TokenRange
 from keras_lipattn.certification.weights import bias_of, kernel_of
+from keras_lipattn.layers import SpectralConv2D
 from keras_lipattn.linalg import SAFETY, operator_norm
 
 _THEOREM = {
@@ -38,6 +40,20 @@ def convolution_layer(layer, call):
         return refusal
     layer_map = _convolution(layer, kernel_of(layer), bias_of(layer), layer.groups, call)
     return with_activation(layer_map, layer, call, call.shape[-1])
+
+
+@register_rule(SpectralConv2D)
+def spectral_convolution(layer, call):
+    if call.training and layer.has_caps:
+        return unbounded(in_training("its cap uses running norms"))
+    kernel = layer.host_weights().weights().output.reshape(layer.kernel.shape).astype(np.float64)
+    layer_map = _convolution(layer, kernel, bias_of(layer), 1, call)
+    if layer.has_caps and not layer.is_condensed and math.isfinite(layer_map.constant):
+        # The kernel at inference is this one times a number in (0, 1], so it cannot merge.
+        layer_map = LipschitzMap(
+            constant=layer_map.constant, theorem=layer_map.theorem, exact=layer_map.exact
+        )
+    return with_activation(layer_map, layer, call, layer.units)
 
 
 @register_rule(keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)

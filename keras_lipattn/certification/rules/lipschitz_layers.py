@@ -4,53 +4,39 @@ import dataclasses
 import math
 from typing import Any
 
-import keras
 import numpy as np
 
 from keras_lipattn.bounds.bounded_tokens import projection_constant
-from keras_lipattn.bounds.layer_constants import center_normalization_constant
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
 from keras_lipattn.bounds.unit_head import no_smaller_norms
 from keras_lipattn.certification.layer_call import LayerCall
-from keras_lipattn.certification.linear_map import matrix_norm
-from keras_lipattn.certification.maps import Affine, CenterValue, LipschitzMap, unbounded
+from keras_lipattn.certification.maps import CenterValue, LipschitzMap, unbounded
 from keras_lipattn.certification.reasons import (
     JOIN_TOKENS,
     MOVES_BATCH,
-    NOT_FINITE,
     RETURNS_SCORES,
     Cause,
     Reason,
     in_training,
 )
 from keras_lipattn.certification.registry import register_own_bound, register_rule
-from keras_lipattn.certification.rules.activations import with_activation
 from keras_lipattn.certification.rules.averaging import keeps_batch, values_range
-from keras_lipattn.certification.rules.linear import matrix_map
 from keras_lipattn.certification.rules.local_attention import (
-    CAP_ROUNDING,
-    UNSETTLED,
     near_input,
     product_near_input,
     projected,
 )
-from keras_lipattn.certification.rules.merging import operands_of, weighted_sum
 from keras_lipattn.certification.tensor_state import TensorState, product
 from keras_lipattn.certification.token_range import TokenRange
-from keras_lipattn.certification.weights import bias_of, cast_to_compute_dtype
+from keras_lipattn.certification.weights import cast_to_compute_dtype
 from keras_lipattn.layers import (
     BoundedMultiHeadAttention,
-    CenterNormalization,
     ContinuousDepth,
     InvertibleResidual,
     InvertibleSequential,
     L2MultiHeadAttention,
-    MaxMin,
-    PositionEmbedding,
-    Residual,
     ScaledCosineAttention,
     SelfAttention,
-    SpectralDense,
     TokenProjection,
 )
 from keras_lipattn.layers.lipschitz_layer import LipschitzLayer
@@ -195,6 +181,11 @@ def _attended(layer, call: LayerCall) -> TokenRange | None:
     if isinstance(layer, BoundedMultiHeadAttention):
         return _attended_products(layer, call)
     if isinstance(layer, L2MultiHeadAttention):
+        reach = call.state.range.outer_radius
+        if layer.token_radius is not None:
+            reach = layer.token_radius
+        if not math.isfinite(reach):
+            return None
         kernels = layer.host_kernels()
         kernels[0] = kernels[0] * layer.key_dim**-0.25
         query, value, output = layer.by_head(kernels, np)
@@ -203,16 +194,13 @@ def _attended(layer, call: LayerCall) -> TokenRange | None:
         # query = Q R with orthonormal columns Q: the norm of query M is that of R M.
         triangle = np.linalg.qr(query, mode="r")
         heads = triangle @ (np.swapaxes(query, 1, 2) @ value @ output)
-        reach = call.state.range.outer_radius
-        if layer.token_radius is not None:
-            reach = layer.token_radius
     elif isinstance(layer, ScaledCosineAttention):
         heads = layer.host_kernels()[3]
         heads = heads.reshape(*heads.shape[:2], -1)
         reach = 1.0
     else:
         return None
-    if not math.isfinite(reach) or not np.isfinite(heads).all():
+    if not np.isfinite(heads).all():
         return None
     radius = SAFETY * float(np.sum(operator_norm(heads))) * reach
     bias = layer.output_bias
@@ -368,75 +356,6 @@ def _own_constant(bound: LipschitzBound, call: LayerCall) -> LipschitzMap:
     )
 
 
-@register_rule(SpectralDense)
-def spectral_dense(layer, call):
-    if call.training and layer.has_caps:
-        return unbounded(in_training("its cap uses running norms"))
-    kernel = layer.host_weights().weights().output.astype(np.float64)
-    layer_map = matrix_map(kernel, bias_of(layer), call.norm)
-    capped = layer.spectral_norm is not None and layer_map.constant > 0.99 * layer.spectral_norm
-    if capped and not layer.is_condensed:
-        # If the cap is active, it divides by an upper bound of the norm: the kernel at inference is
-        # this one times an unknown number in (0, 1], so that it cannot merge with other maps.
-        layer_map = LipschitzMap(
-            constant=layer_map.constant,
-            theorem=layer_map.theorem,
-            reason=layer_map.reason,
-            exact=layer_map.exact,
-            range=_shrunk(layer_map, kernel, bias_of(layer), call),
-        )
-    return _near_input(layer, call, kernel, with_activation(layer_map, layer, call, layer.units))
-
-
-def _near_input(
-    layer: SpectralDense, call: LayerCall, kernel: np.ndarray, layer_map: LipschitzMap
-) -> LipschitzMap:
-    """The map with the value at the center of a local certificate."""
-    near = call.state.enclosure
-    if near is None or math.isinf(layer_map.constant):
-        return layer_map
-    if not layer.caps_are_exact():
-        return dataclasses.replace(layer_map, center=CenterValue(reason=UNSETTLED))
-    if isinstance(layer.activation, keras.layers.Layer):
-        reason = "its activation is a layer with its own dtype"
-        return dataclasses.replace(layer_map, center=CenterValue(reason=reason))
-    bias = bias_of(layer)
-    value = near.value @ kernel + (0.0 if bias is None else bias)
-    if not call.drop_activation:
-        value = keras.ops.convert_to_numpy(layer.activation(keras.ops.convert_to_tensor(value)))
-    error = CAP_ROUNDING * layer_map.constant * near.size if layer.has_caps else 0.0
-    return dataclasses.replace(layer_map, center=CenterValue(value=value, rounding_error=error))
-
-
-def _shrunk(
-    layer_map: LipschitzMap, kernel: np.ndarray, bias: np.ndarray | None, call: LayerCall
-) -> TokenRange | None:
-    """The range of `x @ (t kernel) + bias` for any `t` in `[0, 1]`."""
-    before = call.state.range
-    if not before.bounded or math.isinf(layer_map.constant):
-        return None
-    # The radius is Euclidean whatever the norm of the certificate.
-    size = matrix_norm(kernel, "l2")
-    moved = TokenRange(size * before.outer_radius)
-    return moved if bias is None else moved.plus(TokenRange.of_values(bias))
-
-
-@register_rule(CenterNormalization)
-def center_normalization(layer, call):
-    width = call.state.shape[-1]
-    gamma = (
-        np.ones(width)
-        if layer.gamma is None
-        else cast_to_compute_dtype(layer.gamma, layer.compute_dtype)
-    )
-    beta = None if layer.beta is None else cast_to_compute_dtype(layer.beta, layer.compute_dtype)
-    if not np.isfinite(gamma).all():
-        return unbounded(NOT_FINITE)
-    stretch = width / (width - 1.0)
-    matrix = stretch * (np.diag(gamma) - gamma[None, :] / width)
-    return matrix_map(matrix, beta, call.norm, spectral=center_normalization_constant(gamma))
-
-
 @register_rule(TokenProjection)
 def token_projection(layer, call):
     width, before = call.state.width, call.state.range
@@ -457,34 +376,3 @@ def token_projection(layer, call):
         center=center,
         range=dataclasses.replace(after, largest=min(after.largest, largest)),
     )
-
-
-@register_rule(MaxMin)
-def max_min(layer, call):
-    # It sorts pairs of entries, so its Jacobian is a permutation.
-    return LipschitzMap(
-        constant=1.0,
-        theorem="sorts pairs of entries",
-        exact=True,
-        range=call.state.range.about_origin(),
-    )
-
-
-@register_rule(PositionEmbedding)
-def position_embedding(layer, call):
-    table = cast_to_compute_dtype(layer.embedding, call.output_dtype)
-    if not np.isfinite(table).all():
-        return unbounded(NOT_FINITE)
-    return Affine(constant=1.0, theorem="a shift of each token", exact=True, bias=table)
-
-
-@register_rule(Residual)
-def residual(layer, call):
-    operands = operands_of(call, "inputs")
-    alpha = layer.alpha_value()
-    if alpha is None:
-        return weighted_sum(operands, [1.0, 1.0], call, "x + f(x)")
-    alpha = float(cast_to_compute_dtype(np.float64(alpha), layer.compute_dtype))
-    if not 0.0 <= alpha <= 1.0:
-        return unbounded(f"its weight alpha={alpha} is not in [0, 1]")
-    return weighted_sum(operands, [1.0 - alpha, alpha], call, "(1 - a) x + a f(x)")
