@@ -266,7 +266,7 @@ def test_built_neighbors_refuse_unknown_norms(name, x):
 
 
 def test_empty_inputs_give_empty_outputs():
-    for name, make in LAYERS.items():
+    for make in LAYERS.values():
         layer = make()
         width = layer.units if isinstance(layer, DenseLayer) else FEATURES
         assert layer(np.zeros((0, TOKENS, FEATURES))).shape == (0, TOKENS, width)

@@ -14,6 +14,7 @@ NAMES = [
     "long_sequences",
     "caps_cost",
     "spectral_peers",
+    "orthogonal_kernels",
     "decoding",
     "export_latency",
     "memory",
