@@ -9,9 +9,9 @@ from keras_lipattn import (
     CenterNormalization,
     L2MultiHeadAttention,
     MaxMin,
+    OrthogonalDense,
     PositionEmbedding,
     Residual,
-    SpectralDense,
 )
 
 
@@ -23,8 +23,11 @@ class Architecture:
         patch: Side of a patch in pixels; divides the side of the image.
         width: Size of a token.
         heads: Number of attention heads; divides `width`.
-        branch_weight: Weight of attention in its residual, and of the MLP at the start.
-        head_units: Units of the hidden layer of the classifier.
+        branch_weight: Weight of attention and MLP in their residuals at the start; it is learned.
+        head_units: Units of each hidden layer of the classifier.
+        head_layers: Hidden layers of the classifier.
+        attention: Whether there is attention; the same model without it is a fair comparison.
+        attention_bound: Cap of the constant of each attention layer, in the 2-norm.
     """
 
     patch: int
@@ -32,6 +35,9 @@ class Architecture:
     heads: int = 4
     branch_weight: float = 0.25
     head_units: int = 128
+    head_layers: int = 1
+    attention: bool = True
+    attention_bound: float | None = None
 
 
 def patch_transformer(
@@ -46,10 +52,11 @@ def patch_transformer(
     - there is no `LayerNormalization`, whose constant is some 30, but `CenterNormalization`;
     - a residual is a convex combination of a skip and a branch: its constant is at most 1 when that
       of the branch is, whatever the depth;
-    - dense kernels are capped at norm 1 and start orthogonal, and `MaxMin` keeps lengths where ReLU
-      would lose half of the entries, so little of the constant is wasted.
+    - dense kernels are orthogonal, and `MaxMin` keeps lengths where ReLU would lose half of the
+      entries, so little of the constant is wasted.
 
-    Attention kernels have a loose cap, 2: the penalty of a monitor is to do the rest.
+    Without `attention_bound`, attention kernels have a loose cap, 2: the penalty of a monitor is
+    to do the rest.
 
     Args:
         image_shape: `(height, width, channels)`.
@@ -74,16 +81,18 @@ def patch_transformer(
     x = layers.Reshape((rows, side, columns, side * channels), name="split")(image)
     x = layers.Permute((1, 3, 2, 4), name="gather")(x)
     x = layers.Reshape((rows * columns, side * side * channels), name="patches")(x)
-    x = _dense(architecture.width, "embed")(x)
+    x = OrthogonalDense(architecture.width, name="embed")(x)
     x = PositionEmbedding(initializer=initializers.RandomNormal(stddev=0.5), name="positions")(x)
     x = layers.Reshape((rows, columns, architecture.width), name="grid")(x)
     for block, axis in enumerate((1, 2), start=1):
-        x = _attention_block(x, axis, f"block{block}", architecture)
+        if architecture.attention:
+            x = _attention_block(x, axis, f"block{block}", architecture)
         x = _mlp_block(x, f"block{block}", architecture)
     x = layers.Flatten(name="flatten")(x)
-    x = _dense(architecture.head_units, "head")(x)
-    x = MaxMin(name="head_sort")(x)
-    logits = _dense(classes, "logits")(x)
+    for index in range(1, architecture.head_layers + 1):
+        x = OrthogonalDense(architecture.head_units, name=f"head{index}")(x)
+        x = MaxMin(name=f"head{index}_sort")(x)
+    logits = OrthogonalDense(classes, name="logits")(x)
     return keras.Model(image, logits, name="patch_transformer")
 
 
@@ -94,21 +103,20 @@ def _attention_block(x, axis: int, name: str, architecture: Architecture):
         architecture.width // architecture.heads,
         attention_axes=axis,
         spectral_norm=2.0,
+        lipschitz_bound=architecture.attention_bound,
         kernel_initializer="orthogonal",
         name=f"{name}_attention",
     )(branch)
-    return Residual(architecture.branch_weight, name=f"{name}_attention_add")([x, branch])
-
-
-def _mlp_block(x, name: str, architecture: Architecture):
-    branch = CenterNormalization(scale=False, name=f"{name}_mlp_center")(x)
-    branch = _dense(2 * architecture.width, f"{name}_mlp_in")(branch)
-    branch = MaxMin(name=f"{name}_mlp_sort")(branch)
-    branch = _dense(architecture.width, f"{name}_mlp_out")(branch)
-    return Residual(architecture.branch_weight, trainable_alpha=True, name=f"{name}_mlp_add")(
+    return Residual(architecture.branch_weight, trainable_alpha=True, name=f"{name}_attention_add")(
         [x, branch]
     )
 
 
-def _dense(units: int, name: str) -> SpectralDense:
-    return SpectralDense(units, kernel_initializer="orthogonal", name=name)
+def _mlp_block(x, name: str, architecture: Architecture):
+    branch = CenterNormalization(scale=False, name=f"{name}_mlp_center")(x)
+    branch = OrthogonalDense(2 * architecture.width, name=f"{name}_mlp_in")(branch)
+    branch = MaxMin(name=f"{name}_mlp_sort")(branch)
+    branch = OrthogonalDense(architecture.width, name=f"{name}_mlp_out")(branch)
+    return Residual(architecture.branch_weight, trainable_alpha=True, name=f"{name}_mlp_add")(
+        [x, branch]
+    )

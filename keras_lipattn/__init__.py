@@ -16,6 +16,7 @@ from keras_lipattn.callbacks import (
 from keras_lipattn.certification import Certificate, certified_radius, certify, register_rule
 from keras_lipattn.conversion import Conversion, convert_attention
 from keras_lipattn.estimation import LipschitzEstimate, estimate_lipschitz
+from keras_lipattn.evaluation import RobustAccuracy, certified_accuracy
 from keras_lipattn.export import ExportError, export_saved_model
 from keras_lipattn.layers import (
     BoundedMultiHeadAttention,
@@ -63,6 +64,7 @@ __all__ = [
     "OrthogonalDense",
     "PositionEmbedding",
     "Residual",
+    "RobustAccuracy",
     "ScaledCosineAttention",
     "SpaceToDepth",
     "SpectralConv2D",
@@ -71,6 +73,7 @@ __all__ = [
     "__version__",
     "callbacks",
     "certification",
+    "certified_accuracy",
     "certified_radius",
     "certify",
     "condensed",

@@ -9,7 +9,10 @@ import pytest
 from keras import layers
 
 import keras_lipattn as kl
-from keras_lipattn.bounds.activated_product import activated_product_constant
+from keras_lipattn.bounds.activated_product import (
+    activated_gap_constants,
+    activated_product_constant,
+)
 from keras_lipattn.bounds.layer_constants import ACTIVATIONS, LEAST_SLOPES
 from keras_lipattn.linalg import operator_norm
 
@@ -48,6 +51,51 @@ def test_no_diagonal_exceeds_the_constant(norm, slopes):
                     diagonal[entry] = slopes[int(np.argmax(values))]
                     best = max(best, *values)
             assert best <= bound * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("slopes", [(0.0, 1.0), (-0.13, 1.13), (-2.0, 0.5)])
+@pytest.mark.parametrize("norm", NORMS)
+def test_no_diagonal_exceeds_the_constant_of_a_pair(norm, slopes):
+    rng = np.random.default_rng(0)
+    for shape in ((1, 1, 2), (2, 7, 3), (5, 3, 4)):
+        for _ in range(6):
+            before, after = kernels(rng, *shape)
+            bounds = activated_gap_constants(before, after, slopes, norm)
+            np.testing.assert_allclose(bounds, bounds.T, rtol=1e-12)
+            assert (np.diag(bounds) == 0.0).all()
+            for first, second in zip(*np.triu_indices(shape[2], 1), strict=True):
+                gap = (after[:, first] - after[:, second])[:, None]
+                largest = max(map(abs, slopes)) * norm_of(before, norm) * norm_of(gap, norm)
+                assert bounds[first, second] <= largest * (1 + 1e-8)
+                diagonal = rng.choice(slopes, size=(2000, shape[1]))
+                found = max(norm_of(before * d @ gap, norm) for d in diagonal[:200])
+                assert found <= bounds[first, second] * (1 + 1e-9)
+
+
+def test_pairs_of_classes_use_the_perceptron_before_the_logits():
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((16,), dtype="float64")
+    hidden = layers.Dense(64, "relu", dtype="float64")(inputs)
+    model = keras.Model(inputs, layers.Dense(5, dtype="float64")(hidden))
+    before, _, after, _ = (np.asarray(weight, np.float64) for weight in model.get_weights())
+    rng = np.random.default_rng(0)
+    for norm, order in (("l2", 2), ("linf", np.inf)):
+        pairs = np.array(kl.certify(model, norm=norm).pairwise_constants)
+        apart = np.linalg.norm(after[:, :, None] - after[:, None], order_of_gap(norm), axis=0)
+        separate = norm_of(before, norm) * apart
+        off = ~np.eye(5, dtype=bool)
+        # The kernels next to each other without the activation between: 1.4 is typical.
+        assert (pairs[off] < 0.9 * separate[off]).all()
+        x = rng.normal(size=(3000, 16))
+        step = 1e-4 * rng.normal(size=x.shape)
+        moved = np.asarray(model(x + step)) - np.asarray(model(x))
+        gaps = np.abs(moved[:, :, None] - moved[:, None])
+        ratios = gaps / np.linalg.norm(step, order, axis=1)[:, None, None]
+        assert (ratios.max(axis=0)[off] <= pairs[off] * (1 + 1e-6)).all()
+
+
+def order_of_gap(norm):
+    return 1 if norm == "linf" else 2
 
 
 def test_sizes_of_kernels_do_not_overflow():

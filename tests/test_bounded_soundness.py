@@ -13,6 +13,7 @@ from helpers import jacobians
 from helpers.layer_cases import CAPS, FEATURES, Case, cases, randomize
 
 import keras_lipattn as kl
+from keras_lipattn.bounds.bounded_tokens import distance_terms
 from tools.soundness.statements.__main__ import ALLOWED, all_statements, attack
 
 NORMS = ("l2", "token", "linf")
@@ -27,6 +28,37 @@ def test_no_attack_refutes_a_statement(statement):
     count, worst = attack(statement, 400, seed=1)
     assert count >= 400
     assert 0.2 <= worst <= ALLOWED
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_constants_on_a_ball_are_the_largest_values_of_theorem_4_2(dtype):
+    square = np.array([0.25, 0.3, 0.49, 1.0, 4.0, 100.0, 1e6])[:, None]
+    t = np.linspace(0.0, 1.0, 20001)
+    squares = 1.0 + 4.0 * square * (1.0 - t**2) * (2.0 * square * (1.0 + t) - 1.0)
+    joint = (2.0 * square * np.sqrt(1.0 - t**2) + np.sqrt(squares)).max(axis=1)
+    terms = distance_terms(np.sqrt(square[:, 0]).astype(dtype), np)
+    rounding = 10.0 * np.finfo(dtype).eps
+    for found, largest in ((terms.joint, joint), (terms.shared, np.sqrt(squares.max(axis=1)))):
+        assert (found >= largest * (1.0 - rounding)).all()
+        # `joint` is approached from above, `largest` on a grid from below.
+        np.testing.assert_allclose(found, largest, rtol=3e-4)
+
+
+def test_constants_on_a_ball_grow_with_it_and_start_from_an_average():
+    radius = np.concatenate([[0.0], np.exp(np.linspace(-5.0, 5.0, 400))])
+    for found in distance_terms(radius, np):
+        assert np.isfinite(found).all() and (np.diff(found) >= 0.0).all()
+    assert distance_terms(radius, np).joint[0] == 1.0
+
+
+def test_long_sequences_in_a_ball_need_no_length_in_the_2_norm():
+    case = Case("ball", kind=kl.L2MultiHeadAttention)
+    layer = case.layer(scale=0.3)
+    bounds = [layer.lipschitz(count, norm="l2").value for count in (10**3, 10**6, 10**9)]
+    assert bounds[0] == bounds[1] == bounds[2]
+    # Biases of keys break the symmetry that the theorem needs.
+    biased = Case("ball, relative", kind=kl.L2MultiHeadAttention).layer(scale=0.3)
+    assert biased.lipschitz(10**9).value > biased.lipschitz(10).value
 
 
 def _points(case, layer):

@@ -146,7 +146,7 @@ def edit(path, name, change):
     file = path / EXTRA / name
     content = json.loads(file.read_text())
     change(content)
-    file.write_text(json.dumps(content))
+    file.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def forge(path):
@@ -436,6 +436,16 @@ TAMPERINGS = {
     "no manifest": (
         lambda path, exports: (path / EXTRA / "manifest.json").unlink(),
         "manifest.json cannot be read",
+    ),
+    "a name in the manifest": (
+        lambda path, exports: edit(path, "manifest.json", lambda c: c.update(author="me")),
+        "no manifest of schema",
+    ),
+    "a space in the manifest": (
+        lambda path, exports: (path / EXTRA / "manifest.json").write_text(
+            (path / EXTRA / "manifest.json").read_text().replace(": ", ":  ", 1)
+        ),
+        "written anew",
     ),
     "an extra file": (
         lambda path, exports: (path / "assets" / "more.txt").write_text("more"),

@@ -1,13 +1,14 @@
-"""The margin loss and certified accuracy: their formulas, and what they prove."""
+"""Losses and certified accuracy: their formulas, and what they prove."""
 
 import json
 
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import keras_lipattn as kl
-from keras_lipattn.losses import MarginCrossentropy
+from keras_lipattn.losses import EfficientMarginCrossentropy, MarginCrossentropy, MulticlassHKR
 from keras_lipattn.metrics import CertifiedAccuracy
 
 RNG = np.random.default_rng(7)
@@ -30,30 +31,110 @@ def margins(labels, logits):
     return logits[own].reshape(labels.shape) - np.where(own, -np.inf, logits).max(-1)
 
 
+def crossentropy(labels, logits):
+    rows = np.arange(len(labels))
+    return np.log(np.exp(logits).sum(axis=1)) - logits[rows, labels]
+
+
 @pytest.mark.parametrize("lipschitz", [1.0, 2.5])
 @pytest.mark.parametrize("radius", [0.0, 0.3])
 @pytest.mark.parametrize("temperature", [1.0, 30.0])
-def test_the_loss_is_its_formula(radius, temperature, lipschitz):
+@pytest.mark.parametrize("annealing", [0.0, 1.0, 5.0])
+def test_the_loss_is_its_formula(radius, temperature, lipschitz, annealing):
     labels, logits = examples(6)
     margin = np.sqrt(2.0) * lipschitz * radius
-    scaled = temperature * (logits.astype(np.float64) - margin * np.eye(CLASSES)[labels])
-    expected = np.log(np.exp(scaled).sum(axis=1)) - scaled[np.arange(6), labels]
-    found = float(MarginCrossentropy(radius, temperature, lipschitz)(labels, logits))
-    # float32 logits times 30 under an exponential: a few units of the sixth digit.
+    lowered = logits.astype(np.float64) - margin * np.eye(CLASSES)[labels]
+    expected = crossentropy(labels, temperature * lowered)
+    expected *= (1.0 - np.exp(-expected)) ** annealing
+    loss = MarginCrossentropy(radius, temperature, lipschitz, annealing)
+    # float32 logits times 30 under an exponential: a few units of the sixth digit, which the power
+    # of `1 - p` multiplies by its exponent.
+    tolerance = 1e-5 * (1.0 + annealing)
+    found = float(loss(labels, logits))
+    assert found == pytest.approx(expected.mean() / temperature, rel=tolerance)
+
+
+@pytest.mark.parametrize("lipschitz", [1.0, 2.5])
+@pytest.mark.parametrize("radius", [0.0, 0.3])
+@pytest.mark.parametrize("temperature", [1.0, 30.0])
+def test_the_efficient_loss_is_its_formula(radius, temperature, lipschitz):
+    labels, logits = examples(6)
+    logits = logits.astype(np.float64)
+    lead = logits[np.arange(6), labels][:, None] - logits
+    raised = np.clip(lead, 0.0, np.sqrt(2.0) * lipschitz * radius)
+    expected = crossentropy(labels, temperature * (logits + raised))
+    found = float(EfficientMarginCrossentropy(radius, temperature, lipschitz)(labels, logits))
+    # As above.
     assert found == pytest.approx(expected.mean() / temperature, rel=1e-5)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 10.0])
+def test_both_margin_losses_agree_once_every_margin_is_large(temperature):
+    labels, logits = examples(20)
+    logits += 10.0 * np.eye(CLASSES, dtype="float32")[labels]
+    asked = MarginCrossentropy(0.5, temperature)(labels, logits)
+    raised = EfficientMarginCrossentropy(0.5, temperature)(labels, logits)
+    # Float32: one lowers a logit, the other raises all others.
+    assert float(raised) == pytest.approx(float(asked), rel=1e-4)
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 2, 3, 4, 0], [0, 0, 3, 3, 3, 1], [2] * 6])
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("radius", [0.0, 0.7])
+def test_the_hinge_loss_is_its_formula(radius, alpha, labels):
+    _, logits = examples(6)
+    half = 0.5 * np.sqrt(2.0) * 1.5 * radius
+    kr, hinge = [], []
+    for k in range(CLASSES):
+        own = np.array(labels) == k
+        if own.any() and not own.all():
+            kr.append(logits[own, k].mean(dtype=float) - logits[~own, k].mean(dtype=float))
+    for y, z in zip(labels, logits.astype(float), strict=True):
+        others = np.maximum(half + np.delete(z, y), 0.0)
+        hinge.append(max(half - z[y], 0.0) + others.mean())
+    expected = alpha * np.mean(hinge) - (1.0 - alpha) * np.sum(kr) / CLASSES
+    found = float(MulticlassHKR(radius, alpha, lipschitz=1.5)(np.array(labels), logits))
+    # Sums of float32 numbers of size 1 that cancel.
+    assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+def test_an_example_without_hinge_is_certified():
+    labels, logits = examples(1000)
+    loss = MulticlassHKR(0.2, alpha=1.0, lipschitz=0.5, reduction=None)
+    small = np.array(loss(labels, logits)) == 0.0
+    assert small.any()
+    assert float(CertifiedAccuracy(0.2, 0.5)(labels[small], logits[small])) == 1.0
+
+
+@pytest.mark.parametrize("kind", [MarginCrossentropy, EfficientMarginCrossentropy])
 @pytest.mark.parametrize("radius", [0.0, 0.05, 0.4])
 @pytest.mark.parametrize("lipschitz", [0.5, 2.0])
-def test_an_example_with_a_small_loss_is_certified(radius, lipschitz):
+def test_an_example_with_a_small_loss_is_certified(kind, radius, lipschitz):
     labels, logits = examples(1000)
     temperature = 10.0
-    loss = MarginCrossentropy(radius, temperature, lipschitz, reduction=None)
-    # Below log(2) the softmax of the lowered logit is above 1/2, so it is still the largest.
+    loss = kind(radius, temperature, lipschitz, reduction=None)
+    # Below log(2) the softmax of the correct class is above 1/2, so it is still the largest.
     small = np.array(loss(labels, logits)) < 0.999 * np.log(2.0) / temperature
     assert small.any()
     metric = CertifiedAccuracy(radius, lipschitz)
     assert float(metric(labels[small], logits[small])) == 1.0
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        MarginCrossentropy(0.3, 1e3, annealing=0.5),
+        EfficientMarginCrossentropy(0.3, 1e3),
+        MulticlassHKR(0.3, 0.9),
+    ],
+)
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1e6])
+def test_gradients_are_finite_at_ties_and_at_huge_logits(loss, scale):
+    labels, logits = examples(8)
+    variable = tf.Variable(scale * logits)
+    with tf.GradientTape() as tape:
+        value = loss(labels, variable)
+    assert np.isfinite(tape.gradient(value, variable).numpy()).all() and np.isfinite(value)
 
 
 @pytest.mark.parametrize("shape", [(8,), (3, 4)])
@@ -154,7 +235,9 @@ def test_both_work_in_fit_and_evaluate_and_survive_saving(jit_compile, tmp_path)
 @pytest.mark.parametrize(
     "made",
     [
-        MarginCrossentropy(0.3, 30.0, 1.5, reduction="sum", name="mine"),
+        MarginCrossentropy(0.3, 30.0, 1.5, 2.0, reduction="sum", name="mine"),
+        EfficientMarginCrossentropy(0.3, 30.0, 1.5, reduction="sum", name="mine"),
+        MulticlassHKR(0.3, 0.9, 1.5, reduction="sum", name="mine"),
         CertifiedAccuracy(0.3, 1.5, name="mine", dtype="float64"),
         CertifiedAccuracy(0.3, np.inf),
     ],
@@ -167,7 +250,9 @@ def test_the_configuration_is_json_and_gives_an_equal_one(made):
     assert float(again(labels, logits)) == float(made(labels, logits))
 
 
-@pytest.mark.parametrize("made", [MarginCrossentropy, CertifiedAccuracy])
+@pytest.mark.parametrize(
+    "made", [MarginCrossentropy, EfficientMarginCrossentropy, MulticlassHKR, CertifiedAccuracy]
+)
 @pytest.mark.parametrize(
     "arguments",
     [

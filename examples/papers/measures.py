@@ -30,6 +30,7 @@ from scipy.optimize import linear_sum_assignment, linprog, minimize
 
 from keras_lipattn import L2MultiHeadAttention
 from keras_lipattn.bounds import s_star
+from keras_lipattn.bounds.bounded_tokens import log_measure_mass
 
 FEATURES = 2
 RADII = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
@@ -81,10 +82,11 @@ def wasserstein(x, y, weights, other, power):
 def constant_on_ball(kind, radius):
     """Theorem 7.5, for one head with identity matrices."""
     if kind == "L2":
-        spread, slope, own = 4.0 * radius**2, 4.0 * radius, 2.0 * radius**2
+        slope, own = 4.0 * radius, 2.0 * radius**2
     else:
-        spread, slope, own = 2.0 * radius**2, radius, radius**2
-    return own + math.exp(spread) * (1.0 + 2.0 * radius * slope)
+        slope, own = radius, radius**2
+    # The product of two tokens is `own` at most, as Theorem 4.3 has it.
+    return own + math.exp(log_measure_mass(own, np)) * (1.0 + 2.0 * radius * slope)
 
 
 def unpack(flat, n, radius):

@@ -56,27 +56,28 @@ def texts(name, count):
     return sentences(count) if name == "MiniLM" else pretrained_models.REACTIONS[:count]
 
 
-def rebuilt(block, tokens=None):
+def rebuilt(block, tokens=None, dtype="float64"):
     """The block in Keras: a model that certifies, and its attention layer.
 
     Args:
         block: A `pretrained_models.Block`.
         tokens: Number of tokens, or `None` for any.
+        dtype: Dtype of the model.
 
     Returns:
-        `(model, attention)`, in float64; the model is from `(B, T, .)` to what attention returns.
+        `(model, attention)`; the model is from `(B, T, .)` to what attention returns.
     """
     query, _, value, output = block.kernels
     heads, key_dim, value_dim = query.shape[1], query.shape[2], value.shape[2]
-    inputs = keras.Input((tokens, len(block.gamma)), dtype="float64")
-    norm = keras.layers.LayerNormalization(epsilon=pretrained_models.EPSILON, dtype="float64")
+    inputs = keras.Input((tokens, len(block.gamma)), dtype=dtype)
+    norm = keras.layers.LayerNormalization(epsilon=pretrained_models.EPSILON, dtype=dtype)
     attention = keras.layers.MultiHeadAttention(
-        heads, key_dim, value_dim, output_shape=output.shape[-1], dtype="float64", name="attention"
+        heads, key_dim, value_dim, output_shape=output.shape[-1], dtype=dtype, name="attention"
     )
     x = norm(inputs)
     norm.set_weights([block.gamma, block.beta])
     if block.before is not None:
-        dense = keras.layers.Dense(block.before.shape[1], dtype="float64")
+        dense = keras.layers.Dense(block.before.shape[1], dtype=dtype)
         x = dense(x)
         dense.set_weights([block.before, block.shift])
     model = keras.Model(inputs, attention(x, x))

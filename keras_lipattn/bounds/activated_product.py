@@ -38,13 +38,57 @@ def activated_product_constant(
     return cached_by_content(_spectral, before, after, middle, half)
 
 
+def activated_gap_constants(
+    before: np.ndarray, after: np.ndarray, slopes: tuple[float, float], norm: str
+) -> np.ndarray:
+    """Constants of `x -> f(x @ before) @ (after[:, y] - after[:, j])` for all pairs of columns.
+
+    Args:
+        before: float64, shape `(d, n)`.
+        after: float64, shape `(n, e)`.
+        slopes: lower and upper bound of the slopes of `f`.
+        norm: `"l2"`, `"token"` or `"linf"`.
+
+    Returns:
+        Shape `(e, e)`, `inf` where an entry of a kernel is not finite.
+    """
+    low, high = slopes
+    classes = after.shape[1]
+    if not (np.isfinite(before).all() and np.isfinite(after).all() and low <= high):
+        return np.full((classes, classes), np.inf)
+    if 0 in (*before.shape, *after.shape):
+        return np.zeros((classes, classes))
+    middle, half = abs(low + high) / 2.0, (high - low) / 2.0
+    scale = frobenius_scaling(before.T[:, :, None], after[:, None, :], np)
+    # One scaling for all pairs, and none.
+    scalings = [
+        (t[:, None], float(fast_operator_norm(before * t))) for t in (scale, np.ones_like(scale))
+    ]
+    constants = np.empty((classes, classes))
+    for label in range(classes):
+        # Differences instead of a Gram expansion, which cancels for close columns.
+        gaps = after[:, label : label + 1] - after
+        if norm == "linf":
+            parts = np.abs(before @ gaps), np.abs(before) @ np.abs(gaps)
+            average, spread = (part.sum(axis=0) for part in parts)
+        else:
+            average = np.linalg.norm(before @ gaps, axis=0)
+            sizes = [size * np.linalg.norm(gaps / t, axis=0) for t, size in scalings]
+            spread = np.minimum(*sizes)
+        constants[label] = SAFETY * (middle * average + half * spread)
+    return constants
+
+
 def _spectral(before: np.ndarray, after: np.ndarray, middle: float, half: float) -> float:
     """`middle ||W_1 W_2|| + half min_T ||W_1 T|| ||T^-1 W_2||` for positive diagonal `T`."""
-    # Products of matrices of size 1 neither overflow nor underflow.
-    sizes = [float(np.abs(matrix).max()) for matrix in (before, after)]
+    sizes = [float(max(matrix.max(), -matrix.min())) for matrix in (before, after)]
     if 0.0 in sizes:
         return 0.0
-    before, after = before / sizes[0], after / sizes[1]
+    if min(sizes) < 1e-50 or max(sizes) > 1e50:
+        # Products of matrices of size 1 neither overflow nor underflow.
+        before, after = before / sizes[0], after / sizes[1]
+    else:
+        sizes = [1.0, 1.0]
 
     def split(scale: np.ndarray) -> float:
         parts = fast_operator_norm(before * scale), fast_operator_norm(after / scale[:, None])

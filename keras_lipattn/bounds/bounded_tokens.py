@@ -68,14 +68,39 @@ def distance_terms(radius: typing.Any, xp: typing.Any) -> BallTerms:
         xp: array namespace.
     """
     square = radius * radius
-    shared = xp.sqrt(xp.maximum(1.0 + 4.0 * square * (4.0 * square - 1.0), 1.0))
-    # Not `shared`: below rho = 1/2 the root is less than 1, where the first term is largest.
-    edge = 2.0 * square + xp.sqrt(1.0 + 4.0 * square * (4.0 * square - 1.0))
+    # Larger balls have larger constants: those from rho = 1/2 on hold below as well.
+    q = xp.maximum(square, 0.25)
+    t = 2.0 * q / (2.0 * q - 1.0 + xp.sqrt(xp.square(2.0 * q - 1.0) + 12.0 * xp.square(q)))
+    shared = xp.sqrt(_squares(q, t))
     small = xp.minimum(square, _EDGE)
     inner = xp.sqrt(1.0 + small / (1.0 - 4.0 * small))
-    joint = xp.where(square < _EDGE, inner, edge)
+    edge = 2.0 * square + xp.sqrt(1.0 + 4.0 * square * (4.0 * square - 1.0))
+    joint = xp.minimum(xp.where(square < _EDGE, inner, edge), _joint(q, xp))
     ones = xp.ones_like(square)
-    return BallTerms(2.0 * square, 4.0 * square, ones, shared, joint, 6.0 * square)
+    return BallTerms(2.0 * square, 4.0 * square, ones, shared, joint, 5.0 * square)
+
+
+def _squares(q, t):
+    """`sum_j P_ij |a_ij|^2` of Theorem 4.2 at most, for `rho^2 = q` and `S = 1 - t^2`."""
+    return 1.0 + 4.0 * q * (1.0 - t * t) * (2.0 * q * (1.0 + t) - 1.0)
+
+
+def _joint(q, xp: typing.Any):
+    """Largest `2 q sqrt(1 - t^2) + sqrt(_squares(q, t))` for `t` in [0, 1], from above.
+
+    For all positive `a` and `b` it is at most `q ((1 - t^2) / a + a) + (_squares(q, t) / b + b) /
+    2`. That is a polynomial of degree three, whose largest value is known. The best `a` and `b`
+    are found by iteration.
+    """
+    t = 0.3 * xp.ones_like(q)
+    bound = None
+    for _ in range(3):
+        a, b = xp.sqrt(1.0 - t * t), xp.sqrt(_squares(q, t))
+        slope = 4.0 * q * q / b
+        start = q / a + slope - 2.0 * q / b
+        t = xp.minimum(slope / (start + xp.sqrt(start * start + 3.0 * slope * slope)), 1.0)
+        bound = q * ((1.0 - t * t) / a + a) + 0.5 * (_squares(q, t) / b + b)
+    return bound
 
 
 def product_terms(gain: typing.Any, pull: typing.Any, radius: float, xp: typing.Any) -> BallTerms:
@@ -172,6 +197,19 @@ def column_masses(
     return xp.sum(1.0 / (1.0 + steps[None] * least[:, None]), axis=1)
 
 
+def log_measure_mass(product: typing.Any, xp: typing.Any) -> typing.Any:
+    """Logarithm of the largest column sum for one measure of queries and keys in a ball.
+
+    Theorem 4.3: weights are proportional to `exp(x . y)` or `exp(-|x - y|^2)`, and no number of
+    tokens is needed.
+
+    Args:
+        product: the largest product of two tokens, `rho^2`; twice that for `exp(-|x - y|^2)`.
+        xp: array namespace.
+    """
+    return 0.5 * (product + xp.maximum(product - 2.0, 0.0))
+
+
 def bias_spread(relative_bias: typing.Any, xp: typing.Any) -> typing.Any:
     """Largest difference of two biases in a row of the scores, `(H,)`; the own bias is 0.
 
@@ -196,7 +234,7 @@ def distance_constants(
     tokens: int | None,
     mask: str,
     n_queries: int | None = None,
-    spread: typing.Any = 0.0,
+    spread: typing.Any = None,
     tensors: int = 1,
     exact: bool = False,
 ) -> tuple[typing.Any, typing.Any]:
@@ -209,15 +247,19 @@ def distance_constants(
         tokens: largest number of queries, `None` if unknown.
         mask: `"full"`, `"causal"` or `"any"`.
         n_queries: for `mask="any"`, the largest number of queries that see a key.
-        spread: see `bias_spread`.
+        spread: see `bias_spread`; `None` without biases.
         tensors: see the module.
         exact: see `column_masses`.
     """
     terms = distance_terms(radius, xp)
     if norm != "l2":
         return combined(terms, "token", xp, tensors=tensors), terms.scores
-    differences = 4.0 * xp.square(radius) + spread
+    square = xp.square(radius)
+    differences = 4.0 * square + (0.0 if spread is None else spread)
     mass = column_masses(differences, tokens, mask, xp, n_queries=n_queries, exact=exact)
+    if mask == "full" and tensors == 1 and spread is None:
+        # Tokens of equal weight are their own keys.
+        mass = xp.minimum(mass, xp.exp(log_measure_mass(2.0 * square, xp)))
     return combined(terms, "l2", xp, mass=mass, tensors=tensors), terms.scores
 
 

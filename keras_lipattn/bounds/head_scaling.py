@@ -22,6 +22,8 @@ STEPS = 40
 SUBSPACE = 8
 # Weight `(lambda / lambda_1)^SHARPNESS` of an eigenvalue in the averaged shares.
 SHARPNESS = 40.0
+# Squares of float64 between this and its inverse have lost nothing.
+_SMALL_SQUARE = 1e-250
 
 
 def balancing_powers(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -200,6 +202,10 @@ def _peaks_and_squares(matrices, xp):
 
     Both `(H,)`. A float32 square overflows at 1e19 already.
     """
+    if xp is np:
+        squares = np.einsum("hij,hij->h", matrices, matrices)
+        if squares.size and _SMALL_SQUARE < squares.min() and squares.max() < 1.0 / _SMALL_SQUARE:
+            return np.ones_like(squares), squares
     peak = xp.max(xp.abs(matrices), axis=(1, 2))
     peak = xp.where(peak > 0.0, peak, 1.0)
     if xp is not np:

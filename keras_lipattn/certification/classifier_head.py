@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_lipattn.bounds.activated_product import activated_gap_constants
 from keras_lipattn.certification.linear_map import as_matrix
 from keras_lipattn.certification.tensor_state import TensorState
 from keras_lipattn.certification.trace import Trace, TracedCall
@@ -78,8 +79,9 @@ def pairwise_constants(
     """Lipschitz constants of `z_y - z_j` for all pairs of classes.
 
     For features of constant `L` and the kernel `w` of the last linear map it is `L |w_y - w_j|`
-    (docs/theory.md, section 8). Without these it is `sqrt(2)` times the constant of the logits, or
-    twice that constant in the max norm. The smaller one is used.
+    (docs/theory.md, section 8). Where an activation and a linear map come before, the three
+    together have a constant for each pair as well. Without these it is `sqrt(2)` times the
+    constant of the logits, or twice that constant in the max norm. The smaller one is used.
 
     Args:
         state: state of the logits.
@@ -104,6 +106,12 @@ def pairwise_constants(
             with np.errstate(invalid="ignore"):
                 route = constant * SAFETY * sizes
             pairs[label] = np.fmin(pairs[label], np.where(np.isnan(route), np.inf, route))
+    activated = state.activated
+    if activated is not None and activated.after is not None and activated.after.ndim == 2:
+        gaps = activated_gap_constants(activated.before, activated.after, activated.slopes, norm)
+        with np.errstate(invalid="ignore"):
+            route = SAFETY * _value(activated.root.gain.log) * gaps
+        pairs = np.fmin(pairs, np.where(np.isnan(route), np.inf, route))
     np.fill_diagonal(pairs, 0.0)
     pairs = np.minimum(pairs, pairs.T)
     return tuple(tuple(float(value) for value in row) for row in pairs)

@@ -102,11 +102,16 @@ class Propagation:
         for tensor, state in zip(self.trace.inputs, states, strict=True):
             self.states[id(tensor)] = self._norms.complete(state)
         self.needed = self.trace.needed_calls()
+        last_uses = self.trace.last_uses()
         for index, call in enumerate(self.trace.calls):
             if index in self.needed:
                 outputs = self._apply(index, call)
                 for tensor, state in zip(call.outputs, outputs, strict=True):
                     self.states[id(tensor)] = self._norms.complete(state)
+            for tensor in last_uses.get(index, ()):
+                # Matrices of a deep model need as much memory as its weights.
+                if id(tensor) in self.states:
+                    self.states[id(tensor)] = self.states[id(tensor)].without_maps()
         if self.local is not None:
             self.local.is_complete = True
         return [self._of_one_example(self.state_of(tensor)) for tensor in self.trace.outputs]

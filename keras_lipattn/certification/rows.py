@@ -97,7 +97,14 @@ class Rows:
         row = Row(
             path=path,
             layer_class=type(call.operation).__name__,
-            map=rule_map,
+            # Without the matrices.
+            map=LipschitzMap(
+                constant=rule_map.constant,
+                published=rule_map.published,
+                theorem=rule_map.theorem,
+                reason=rule_map.reason,
+                exact=rule_map.exact,
+            ),
             reason=reason,
             radius=max((state.range.radius for state in perturbed), default=0.0),
             tokens=perturbed[0].tokens if perturbed else None,

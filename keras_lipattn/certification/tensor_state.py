@@ -188,6 +188,11 @@ class TensorState:
         """A copy with other fields, without the states in other norms unless they are given."""
         return dataclasses.replace(self, **{"others": {}, **changes})
 
+    def without_maps(self) -> "TensorState":
+        """A copy that does not know of which tensors it is a linear map or a perceptron."""
+        others = {norm: state.without_maps() for norm, state in self.others.items()}
+        return self.replace(anchor=None, linear=None, routes=(), activated=None, others=others)
+
 
 def costs_after(gain: Gain, perturbed: list[TensorState], row: int) -> dict[int, float]:
     """Parts of the logarithm of the gain of a call, by row of the certificate; they sum to it.

@@ -124,6 +124,19 @@ class Trace:
                 stack += [*call.tensors, *call.keras_masks]
         return needed
 
+    def last_uses(self) -> dict[int, list[KerasTensor]]:
+        """By index of a call, the tensors that neither a later call nor an output needs."""
+        last: dict[int, tuple[int, KerasTensor]] = {}
+        for index, call in enumerate(self.calls):
+            for tensor in map(self.resolve, (*call.tensors, *call.keras_masks)):
+                last[id(tensor)] = index, tensor
+        for tensor in self.outputs:
+            last.pop(id(self.resolve(tensor)), None)
+        uses: dict[int, list[KerasTensor]] = {}
+        for index, tensor in last.values():
+            uses.setdefault(index, []).append(tensor)
+        return uses
+
     def is_only_a_condition(self, tensor: KerasTensor) -> bool:
         """Whether a tensor is used only as the condition of `keras.ops.where`."""
         if any(self.resolve(output) is tensor for output in self.outputs):

@@ -7,6 +7,8 @@ import ml_dtypes
 import numpy as np
 from keras.src import backend
 
+from keras_lipattn.linalg import computed_from
+
 
 def cast_to_compute_dtype(value: Any, dtype: str | None) -> np.ndarray:
     """A weight or constant in float64, after the cast that it undergoes at inference.
@@ -18,6 +20,24 @@ def cast_to_compute_dtype(value: Any, dtype: str | None) -> np.ndarray:
     Returns:
         A float64 array. Values too large for `dtype` become infinite, as in the layer.
     """
+    return _in_dtype(value, dtype).astype(np.float64)
+
+
+def kernel_of(layer: keras.layers.Layer, name: str = "kernel") -> np.ndarray:
+    """A weight of a layer in float64, after the cast to the compute dtype of the layer.
+
+    A low-rank update is merged into the kernel, in the precision of the layer. The array is
+    read-only.
+    """
+    with backend.AutocastScope(layer.compute_dtype):
+        value = getattr(layer, name)
+    # Some backends change the memory of a variable in place.
+    kernel = _in_dtype(value, layer.compute_dtype).copy()
+    return computed_from(kernel.astype(np.float64), "float64", computed_from(kernel))
+
+
+def _in_dtype(value: Any, dtype: str | None) -> np.ndarray:
+    """A weight or constant in the dtype in which it is used at inference."""
     if isinstance(value, keras.Variable):
         value = keras.ops.convert_to_tensor(value)
     array = np.asarray(keras.ops.convert_to_numpy(value))
@@ -26,17 +46,7 @@ def cast_to_compute_dtype(value: Any, dtype: str | None) -> np.ndarray:
         target = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
         with np.errstate(over="ignore", invalid="ignore"):
             array = array.astype(target)
-    return array.astype(np.float64)
-
-
-def kernel_of(layer: keras.layers.Layer, name: str = "kernel") -> np.ndarray:
-    """A weight of a layer in float64, after the cast to the compute dtype of the layer.
-
-    A low-rank update is merged into the kernel, in the precision of the layer.
-    """
-    with backend.AutocastScope(layer.compute_dtype):
-        value = getattr(layer, name)
-    return cast_to_compute_dtype(value, layer.compute_dtype)
+    return array
 
 
 def bias_of(layer: keras.layers.Layer, name: str = "bias") -> np.ndarray | None:

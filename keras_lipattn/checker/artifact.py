@@ -38,11 +38,17 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 def check_manifest(export: pathlib.Path) -> None:
     """Compare every file of an export with its manifest."""
-    manifest = read_json(export / FOLDER / "manifest.json")
+    path = export / FOLDER / "manifest.json"
+    manifest = read_json(path)
     require(
-        _is(manifest.get("schema"), _MANIFEST_SCHEMA) and isinstance(manifest.get("files"), dict),
+        set(manifest) == {"schema", "files"}
+        and _is(manifest["schema"], _MANIFEST_SCHEMA)
+        and isinstance(manifest["files"], dict),
         f"manifest.json is no manifest of schema {_MANIFEST_SCHEMA}",
     )
+    # No byte of it is free.
+    canonical = json.dumps(manifest, indent=2) + "\n"
+    require(path.read_text(encoding="utf-8") == canonical, "manifest.json was written anew")
     stated = manifest["files"]
     own = f"{FOLDER}/manifest.json"
     found = set()
@@ -60,11 +66,12 @@ def check_manifest(export: pathlib.Path) -> None:
     for label in sorted(found - set(stated) - {own}):
         raise NotVerified(f"file {label} is not in the manifest")
     for label, entry in stated.items():
-        size = entry.get("size") if isinstance(entry, dict) else None
-        digest = entry.get("sha256") if isinstance(entry, dict) else None
-        require(_is((export / label).stat().st_size, size), f"file {label} has another size")
+        valid = isinstance(entry, dict) and set(entry) == {"sha256", "size"}
+        require(valid, f"the manifest has no SHA-256 and size of {label}")
+        size = (export / label).stat().st_size
+        require(_is(size, entry["size"]), f"file {label} has another size")
         with open(export / label, "rb") as file:
-            same = hashlib.file_digest(file, "sha256").hexdigest() == digest
+            same = hashlib.file_digest(file, "sha256").hexdigest() == entry["sha256"]
         require(same, f"file {label} has another SHA-256")
 
 

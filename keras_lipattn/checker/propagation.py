@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from keras_lipattn.bounds.activated_product import activated_gap_constants
 from keras_lipattn.checker.artifact import StatedCertificate
 from keras_lipattn.checker.kinds import KINDS, Kind
 from keras_lipattn.checker.refusal import NotVerified, require
@@ -259,6 +260,15 @@ def pairwise(logits: Bounds, certificate: StatedCertificate, total: float) -> np
         constant = SAFETY * math.exp(features.log) if features.log < 709.0 else math.inf
         with np.errstate(invalid="ignore"):
             found = constant * SAFETY * sizes
+        pairs = np.fmin(pairs, np.where(np.isnan(found), np.inf, found))
+    activated = logits.activated
+    if activated is not None and activated.after is not None and activated.after.ndim == 2:
+        gaps = activated_gap_constants(
+            activated.before, activated.after, activated.slopes, certificate.norm
+        )
+        log = activated.root.log
+        with np.errstate(invalid="ignore"):
+            found = SAFETY * (math.exp(log) if log < 709.0 else math.inf) * gaps
         pairs = np.fmin(pairs, np.where(np.isnan(found), np.inf, found))
     np.fill_diagonal(pairs, 0.0)
     return np.minimum(pairs, pairs.T)

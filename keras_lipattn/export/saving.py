@@ -297,8 +297,7 @@ def _manifest(version: pathlib.Path) -> str:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             name = path.relative_to(version).as_posix()
             files[name] = {"sha256": digest, "size": path.stat().st_size}
-    content = {"schema": SCHEMA, "keras_lipattn": __version__, "files": files}
-    return json.dumps(content, indent=2)
+    return json.dumps({"schema": SCHEMA, "files": files}, indent=2)
 
 
 def _record(export: _Export, comparison: Comparison) -> dict[str, Any]:

@@ -13,9 +13,9 @@ def attend_by_product(
     """`softmax_j(q_i . k_j / sqrt(k) + b_ij) v` of every head.
 
     Args:
-        query: Tensor `(B, T, H, k)` of the compute dtype.
-        key: Tensor `(B, S, G, k)`; each of its heads serves `H / G` query heads in a row.
-        value: Tensor `(B, S, G, v)`.
+        query: Tensor `(B, H, T, k)` of the compute dtype.
+        key: Tensor `(B, G, S, k)`; each of its heads serves `H / G` query heads in a row.
+        value: Tensor `(B, G, S, v)`.
         mask: `Mask` of the call.
         dropout: Probability that an attention weight is dropped.
         seed: Seed generator of the dropout.
@@ -27,11 +27,13 @@ def attend_by_product(
     Returns:
         Heads `(B, T, H*v)`, and the attention weights `(B, H, T, S)`, or `None`.
     """
-    plain = dropout or return_scores or mask.relative_bias is not None
-    if not plain and not must_be_plain() and keras.backend.backend() != "tensorflow":
+    plain = dropout or return_scores or mask.relative_bias is not None or must_be_plain()
+    backend = keras.backend.backend()
+    # The function of JAX takes heads of one size only.
+    fits = backend == "torch" or (backend == "jax" and query.shape[-1] == value.shape[-1])
+    if fits and not plain:
         return _by_backend(query, key, value, mask, flash_attention), None
-    groups = query.shape[2] // key.shape[2]
-    query, key, value = (ops.transpose(part, (0, 2, 1, 3)) for part in (query, key, value))
+    groups = query.shape[1] // key.shape[1]
     key, value = (_repeated(part, groups) for part in (key, value))
     biases = None
     if mask.relative_bias is not None:
@@ -90,15 +92,14 @@ def decode_by_product(query, key, value, position, mask, dtype):
     """Heads `(B, S, H*v)` of new queries over keys and values of a cache.
 
     Args:
-        query: Tensor `(B, S, H, k)`, of the new tokens.
-        key: Tensor `(B, T, G, k)`, the new tokens among them.
-        value: Tensor `(B, T, G, v)`.
+        query: Tensor `(B, H, S, k)`, of the new tokens.
+        key: Tensor `(B, G, T, k)`, the new tokens among them.
+        value: Tensor `(B, G, T, v)`.
         position: Position of the first new token, an integer tensor.
         mask: `Mask` of the call, causal.
         dtype: The compute dtype.
     """
-    groups = query.shape[2] // key.shape[2]
-    query, key, value = (ops.transpose(part, (0, 2, 1, 3)) for part in (query, key, value))
+    groups = query.shape[1] // key.shape[1]
     key, value = (_repeated(part, groups) for part in (key, value))
     rows = position + ops.arange(ops.shape(query)[2], dtype="int32")
     columns = ops.arange(ops.shape(key)[2], dtype="int32")
@@ -116,6 +117,16 @@ def product_scores(query, key, dtype):
     return ops.matmul(query, ops.swapaxes(ops.cast(key, norm_dtype), -1, -2))
 
 
+def affine(tokens, kernel, bias):
+    """`tokens @ kernel + bias` for tokens `(B, T, D)`; no bias if `None`."""
+    if bias is None:
+        return ops.matmul(tokens, kernel)
+    batch, length, width = ops.shape(tokens)
+    # As matrices: TensorFlow adds the bias inside of the product then.
+    flat = ops.reshape(tokens, (batch * length, width))
+    return ops.reshape(ops.matmul(flat, kernel) + bias, (batch, length, kernel.shape[-1]))
+
+
 def joined(heads):
     """`(B, H, T, v)` as `(B, T, H*v)`."""
     batch, num_heads, length, size = ops.shape(heads)
@@ -128,6 +139,7 @@ def _repeated(heads, groups):
 
 def _by_backend(query, key, value, mask, flash_attention):
     """The backend's own function, fused where it has a kernel."""
+    query, key, value = (ops.transpose(part, (0, 2, 1, 3)) for part in (query, key, value))
     batch, length, num_heads, _ = ops.shape(query)
     causal = mask.use_causal_mask and mask.sliding_window is None and not mask.is_cross
     causal = causal and mask.attention_mask is None and mask.valid is None

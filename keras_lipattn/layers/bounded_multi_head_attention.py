@@ -26,7 +26,7 @@ from keras_lipattn.bounds.bounded_tokens import (
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
 from keras_lipattn.layers._masks import Mask, mask_class
 from keras_lipattn.layers._precision import cast_to_compute_dtype
-from keras_lipattn.layers._product_attention import attend_by_product, decode_by_product
+from keras_lipattn.layers._product_attention import affine, attend_by_product, decode_by_product
 from keras_lipattn.layers._relative_bias import RelativeBias
 from keras_lipattn.layers.self_attention import SelfAttention
 from keras_lipattn.layers.token_projection import project_tokens
@@ -371,15 +371,11 @@ class BoundedMultiHeadAttention(SelfAttention):
 
     def attend(self, tokens, weights, mask, training, return_scores, keys=None, values=None):
         if keys is None and self._has_one_width:
-            query, key, value = self._all_projected(tokens, weights.projection)
+            query, key, value = self._by_heads(self._projected_side_by_side(tokens, weights))
         else:
             inputs = tokens, keys, values
-            query, key, value = (
-                self._projected(one, kernel, name)
-                for one, kernel, (name, *_) in zip(
-                    inputs, self._split(weights.projection), self._projections, strict=True
-                )
-            )
+            kernels = self._split(weights.projection)
+            query, key, value = map(self._projected, inputs, kernels, self._projections)
         heads, scores = attend_by_product(
             query,
             key,
@@ -396,22 +392,28 @@ class BoundedMultiHeadAttention(SelfAttention):
 
     def _split(self, projection):
         """The three projections `(features, heads * size)`."""
-        kernels, start = [], 0
-        for _, features, heads, size in self._projections:
-            count = heads * size if self._has_one_width else features * heads * size
-            part = projection[..., start : start + count]
-            kernels.append(part if self._has_one_width else ops.reshape(part, (features, -1)))
-            start += count
-        return kernels
+        if self._has_one_width:
+            return self._parts(projection)
+        sizes = [features * heads * size for _, features, heads, size in self._projections]
+        parts = ops.split(projection, np.cumsum(sizes[:-1]).tolist())
+        return [
+            ops.reshape(part, (features, -1))
+            for part, (_, features, _, _) in zip(parts, self._projections, strict=True)
+        ]
 
-    def _projected(self, tokens, kernel, name):
-        """One projection of tokens `(B, T, D)` by heads, `(B, T, heads, size)`."""
-        heads = ops.matmul(tokens, kernel)
-        if self.use_bias:
-            heads = heads + self._flat_bias(name)
-        batch, length, _ = ops.shape(heads)
-        _, _, number, size = next(one for one in self._projections if one[0] == name)
-        return ops.reshape(heads, (batch, length, number, size))
+    def _parts(self, joint):
+        """Queries, keys and values side by side, `(..., N)`, apart.
+
+        Not by slices: the derivative of each would be padded to the size of `joint`.
+        """
+        sizes = [heads * size for _, _, heads, size in self._projections]
+        return ops.split(joint, np.cumsum(sizes[:-1]).tolist(), axis=-1)
+
+    def _projected(self, tokens, kernel, projection):
+        """One projection of tokens `(B, T, D)` by heads, `(B, heads, T, size)`."""
+        name, _, heads, size = projection
+        joint = affine(tokens, kernel, self._flat_bias(name) if self.use_bias else None)
+        return _heads_first(joint, heads, size)
 
     def _flat_bias(self, name):
         bias = getattr(self, f"{name}_bias")
@@ -419,19 +421,23 @@ class BoundedMultiHeadAttention(SelfAttention):
             bias = self._bias_of_queries(ops)
         return ops.reshape(ops.cast(bias, self.compute_dtype), (-1,))
 
-    def _all_projected(self, tokens, projection):
-        """Queries, keys and values of the same tokens, by heads."""
-        joint = ops.matmul(tokens, projection)
+    def _projected_side_by_side(self, tokens, weights):
+        """Queries, keys and values of the same tokens `(B, T, D)`, `(B, T, N)`."""
+        bias = None
         if self.use_bias:
-            joint = joint + ops.concatenate([self._flat_bias(n) for n, *_ in self._projections])
+            bias = ops.concatenate([self._flat_bias(name) for name, *_ in self._projections])
+        return affine(tokens, weights.projection, bias)
+
+    def _by_heads(self, joint):
+        """Queries, keys and values `(B, heads, T, size)` of what is side by side."""
+        shapes = [(heads, size) for _, _, heads, size in self._projections]
+        if len(set(shapes)) > 1:
+            parts = zip(self._parts(joint), shapes, strict=True)
+            return [_heads_first(part, *shape) for part, shape in parts]
         batch, length, _ = ops.shape(joint)
-        parts, start = [], 0
-        for _, _, heads, size in self._projections:
-            part = joint[..., start : start + heads * size]
-            # The batch is spelled out: an empty tensor leaves no size to infer.
-            parts.append(ops.reshape(part, (batch, length, heads, size)))
-            start += heads * size
-        return parts
+        # One transposition in place of three.
+        parts = ops.reshape(joint, (batch, length, 3, *shapes[0]))
+        return ops.unstack(ops.transpose(parts, (2, 0, 3, 1, 4)))
 
     # Decoding -----------------------------------------------------------------------------------
 
@@ -483,20 +489,20 @@ class BoundedMultiHeadAttention(SelfAttention):
         tokens = project_tokens(
             ops.cast(inputs, self.compute_dtype), self.token_radius, self.compute_dtype
         )
-        query, *new = self._all_projected(tokens, weights.projection)
-        batch, count, _, _ = ops.shape(query)
-        new = ops.concatenate([ops.reshape(part, (batch, count, -1)) for part in new], axis=-1)
+        joint = self._projected_side_by_side(tokens, weights)
+        query, new = ops.split(joint, [self.num_heads * self.key_dim], axis=-1)
+        query = _heads_first(query, self.num_heads, self.key_dim)
         position = ops.cast(position, "int32")
         cache = ops.slice_update(cache, (0, position, 0), new)
         shared = self.num_key_value_heads
-        split = shared * self.key_dim
-        length = ops.shape(cache)[1]
-        key = ops.reshape(cache[..., :split], (batch, length, shared, self.key_dim))
-        value = ops.reshape(cache[..., split:], (batch, length, shared, self.value_dim))
+        key, value = ops.split(cache, [shared * self.key_dim], axis=-1)
+        key = _heads_first(key, shared, self.key_dim)
+        value = _heads_first(value, shared, self.value_dim)
         heads = decode_by_product(query, key, value, position, mask, self.compute_dtype)
-        output = ops.matmul(heads, weights.output)
+        bias = None
         if self.output_bias is not None:
-            output = output + ops.reshape(ops.cast(self.output_bias, self.compute_dtype), (-1,))
+            bias = ops.reshape(ops.cast(self.output_bias, self.compute_dtype), (-1,))
+        output = affine(heads, weights.output, bias)
         return self.shape_outputs(output, inputs), cache
 
     def get_config(self):
@@ -507,6 +513,13 @@ class BoundedMultiHeadAttention(SelfAttention):
             "flash_attention": self.flash_attention,
             "max_relative_position": self.max_relative_position,
         }
+
+
+def _heads_first(joint, heads, size):
+    """Features of heads side by side, `(B, T, heads * size)`, as `(B, heads, T, size)`."""
+    batch, length, _ = ops.shape(joint)
+    # The batch is spelled out: an empty tensor leaves no size to infer.
+    return ops.transpose(ops.reshape(joint, (batch, length, heads, size)), (0, 2, 1, 3))
 
 
 def _number_of_queries(mask):

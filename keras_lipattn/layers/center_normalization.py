@@ -89,6 +89,10 @@ class CenterNormalization(keras.layers.Layer):
             output = output + ops.cast(self.beta, self.compute_dtype)
         return output
 
+    def compute_output_shape(self, input_shape):
+        # Without it Keras traces `call` to find the shape.
+        return tuple(input_shape)
+
     @property
     def _gain(self):
         return self._features / (self._features - 1)

@@ -305,7 +305,7 @@ class L2MultiHeadAttention(SelfAttention):
             return running_layer_bound(b, c, norm=norm, unit=unit, norms=norms, xp=xp)
         radius = self.token_radius * norms["head_query"]
         relative_bias = self.score_biases(xp)
-        spread = bias_spread(relative_bias, xp)
+        spread = None if relative_bias is None else bias_spread(relative_bias, xp)
         constants, scores = self._ball_constants(radius, norm, tokens, mask, spread, xp)
         if mask.tensors == 1 and (relative_bias is None or self._has_reach(tokens)):
             unit = self._unit_bound(norm, tokens, mask, xp)
@@ -442,7 +442,8 @@ class L2MultiHeadAttention(SelfAttention):
         """The certificate with `token_radius`: for each head the smaller one of two constants."""
         weights, relative_bias = state.weights(cap_mask), state.relative_bias
         allowances = self.rounding_allowances(state, cap_mask)
-        spread, unit, parts, unit_theorem = bias_spread(relative_bias, np), np.inf, np.inf, ""
+        spread = None if relative_bias is None else bias_spread(relative_bias, np)
+        unit, parts, unit_theorem = np.inf, np.inf, ""
         if token_weights is not None:
             token_weights = self._flat_token_weights(token_weights)
             others, reason = weights_of_tokens(token_weights, relative_bias)

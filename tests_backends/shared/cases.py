@@ -37,7 +37,11 @@ def models():
 
 def layers():
     """Attention layers by name, with weights."""
+    bounded = {"dtype": "float32", "kind": kl.BoundedMultiHeadAttention}
     return {
+        "bounded": Case(**bounded).layer(),
+        "bounded, shared": Case("one shared head", cap="token", **bounded).layer(),
+    } | {
         name: Case(cap=cap, dtype=dtype).layer()
         for name, cap, dtype in (
             ("plain", None, "float32"),

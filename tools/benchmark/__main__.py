@@ -11,12 +11,14 @@ from tools.benchmark._report import Report, machine_line, table
 
 NAMES = [
     "attention_speed",
+    "bounded_speed",
     "long_sequences",
     "caps_cost",
     "spectral_peers",
     "orthogonal_kernels",
     "decoding",
     "export_latency",
+    "certified_serving",
     "memory",
     "certify_time",
     "monitor_cost",

@@ -98,7 +98,7 @@ def exports() -> Attack:
     import keras
 
     import keras_lipattn as lip
-    from keras_lipattn import export
+    from keras_lipattn.export import verify_export
 
     _, path = lip.export_saved_model(_classifier(keras, lip), "exports", verbose=False)
     files = sorted(file for file in path.rglob("*") if file.is_file())
@@ -111,8 +111,7 @@ def exports() -> Attack:
             return ""
         file.write_bytes(changed)
         try:
-            # It comes with the check of exports.
-            found = export.verify_export(path)  # pyright: ignore[reportAttributeAccessIssue]
+            found = verify_export(path)
         finally:
             file.write_bytes(whole)
         return f"{file} was changed: {found}" if found.verified else ""

@@ -181,6 +181,11 @@ def _attended(layer, call: LayerCall) -> TokenRange | None:
     if isinstance(layer, BoundedMultiHeadAttention):
         return _attended_products(layer, call)
     if isinstance(layer, L2MultiHeadAttention):
+        reach = call.state.range.outer_radius
+        if layer.token_radius is not None:
+            reach = layer.token_radius
+        if not math.isfinite(reach):
+            return None
         kernels = layer.host_kernels()
         kernels[0] = kernels[0] * layer.key_dim**-0.25
         query, value, output = layer.by_head(kernels, np)
@@ -189,16 +194,13 @@ def _attended(layer, call: LayerCall) -> TokenRange | None:
         # query = Q R with orthonormal columns Q: the norm of query M is that of R M.
         triangle = np.linalg.qr(query, mode="r")
         heads = triangle @ (np.swapaxes(query, 1, 2) @ value @ output)
-        reach = call.state.range.outer_radius
-        if layer.token_radius is not None:
-            reach = layer.token_radius
     elif isinstance(layer, ScaledCosineAttention):
         heads = layer.host_kernels()[3]
         heads = heads.reshape(*heads.shape[:2], -1)
         reach = 1.0
     else:
         return None
-    if not math.isfinite(reach) or not np.isfinite(heads).all():
+    if not np.isfinite(heads).all():
         return None
     radius = SAFETY * float(np.sum(operator_norm(heads))) * reach
     bias = layer.output_bias

@@ -10,6 +10,7 @@ from keras_lipattn.bounds.bounded_tokens import (
     column_masses,
     combined,
     distance_terms,
+    log_measure_mass,
     product_terms,
     projection_constant,
 )
@@ -232,6 +233,33 @@ def column_sums(rng, count):
     return climb(rng, (_tokens(rng, radius, n, d),), value) / mass
 
 
+def column_of_a_measure(rng, count):
+    """Weight that one key gets from all queries, for tokens with weights: the bound of Theorem 7.5.
+
+    The key may be a token of no weight. `w` are the weights of the tokens, as queries and as keys.
+    """
+    radius, (n, d) = _radii(rng, count), (int(rng.integers(2, 30)), int(rng.integers(1, 9)))
+    distance = bool(rng.random() < 0.5)
+
+    def value(tokens, key, logits):
+        tokens, key, weights = _ball(tokens, radius), _ball(key, radius), _softmax(logits)
+        both = np.concatenate([tokens, key], axis=1)
+        scores = np.einsum("cid,cjd->cij", tokens, both)
+        if distance:
+            scores = -np.square(tokens[:, :, None] - both[:, None]).sum(axis=-1)
+        kernel = np.exp(scores)
+        totals = np.einsum("cij,cj->ci", kernel[:, :, :n], weights)
+        return np.einsum("ci,ci->c", weights, kernel[:, :, n] / totals)
+
+    start = (
+        _tokens(rng, radius, n, d),
+        _tokens(rng, radius, 1, d) * rng.choice([0.01, 1.0], (count, 1, 1)),
+        rng.normal(size=(count, n)) * rng.choice([0.01, 1.0, 5.0], (count, 1)),
+    )
+    found = climb(rng, start, value)
+    return found / np.exp(log_measure_mass((2.0 if distance else 1.0) * radius**2, np))
+
+
 # Projection -----------------------------------------------------------------------------------
 
 
@@ -273,6 +301,7 @@ STATEMENTS = [
         for name in ("query", "key", "value", "shared")
     ),
     Statement("Column sums on a ball", column_sums),
+    Statement("Column sums of a measure on a ball", column_of_a_measure),
     Statement("Projection, token norm", _projected("token")),
     Statement("Projection, max norm", _projected("linf")),
 ]

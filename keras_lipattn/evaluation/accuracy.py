@@ -1,0 +1,289 @@
+"""Certified accuracy over a range of radii, with the accuracy under a real attack."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_lipattn._arguments import require_nonnegative
+from keras_lipattn.certification import Certificate, certified_radius, certify
+
+_TEXTS = {"l2": "2-norm", "token": "token norm", "linf": "max norm"}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RobustAccuracy:
+    """Clean and certified accuracy, and accuracy under attack. Made by `certified_accuracy`.
+
+    Attributes:
+        norm: Norm of the radii: `"l2"`, `"token"` or `"linf"`.
+        constant: Certified Lipschitz constant of the model.
+        radii: The radii of the table.
+        correct: Whether each example is classified correctly, shape `(examples,)`.
+        certified_radii: Certified radius of each example, 0 where it is classified wrongly.
+        broken_at: Smallest of `radii` at which the attack changed the class of each example, 0
+            where the class was wrong from the start and `inf` where it never changed. `None`
+            without an attack.
+    """
+
+    norm: str
+    constant: float
+    radii: tuple[float, ...]
+    correct: np.ndarray
+    certified_radii: np.ndarray
+    broken_at: np.ndarray | None
+
+    @property
+    def clean(self) -> float:
+        """Accuracy on the examples as they are."""
+        return float(self.correct.mean())
+
+    def certified(self, radius: float) -> float:
+        """Share of examples that are correct, and provably stay so within `radius`."""
+        return float((self.correct & (self.certified_radii > radius)).mean())
+
+    def attacked(self, radius: float) -> float:
+        """Share of examples that are correct, and stayed so under attacks up to `radius`.
+
+        Raises:
+            ValueError: If there was no attack.
+        """
+        if self.broken_at is None:
+            raise ValueError("There was no attack. Pass `attack=` to `certified_accuracy`")
+        return float((self.broken_at > radius).mean())
+
+    @property
+    def average_radius(self) -> float:
+        """Mean certified radius over all examples, where an error counts as 0.
+
+        `inf` if a radius is.
+        """
+        return float(self.certified_radii.mean())
+
+    @property
+    def contradictions(self) -> int:
+        """Number of examples whose class the attack changed within their certified radius.
+
+        Anything but 0 means a wrong certificate or rounding errors as large as a margin.
+        """
+        if self.broken_at is None:
+            return 0
+        return int((self.correct & (self.broken_at < self.certified_radii)).sum())
+
+    def table(self) -> str:
+        """The accuracies as a Markdown table."""
+        rows = [("radius", "certified"), ("---", "---"), ("0", f"{self.clean:.4f}")]
+        rows += [(f"{radius:g}", f"{self.certified(radius):.4f}") for radius in self.radii]
+        if self.broken_at is not None:
+            under = [self.clean, *map(self.attacked, self.radii)]
+            more = ["under attack", "---", *(f"{share:.4f}" for share in under)]
+            rows = [(*row, text) for row, text in zip(rows, more, strict=True)]
+        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.correct)} examples, radii in the {_TEXTS[self.norm]}, certified constant "
+            f"{self.constant:.4g}, average certified radius {self.average_radius:.4g}",
+            self.table(),
+        ]
+        if self.contradictions:
+            lines.append(
+                f"The attack changed the class of {self.contradictions} examples within their "
+                "certified radius: do not trust this certificate."
+            )
+        return "\n".join(lines)
+
+    def plot(self, path: str | os.PathLike) -> None:
+        """Save a chart of the certified accuracy over the radius.
+
+        Args:
+            path: File to write; its ending determines the format.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+            OSError: If the file cannot be written.
+        """
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6.0, 4.0), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        finite = self.certified_radii[np.isfinite(self.certified_radii)]
+        end = max([*self.radii, *finite.tolist(), 1e-12])
+        grid = np.linspace(0.0, end, 400)
+        axes.plot(grid, [self.certified(radius) for radius in grid], label="certified")
+        if self.broken_at is not None:
+            axes.plot(
+                [0.0, *self.radii],
+                [self.clean, *map(self.attacked, self.radii)],
+                "o--",
+                label="under attack",
+            )
+        axes.set_xlabel(f"radius ({_TEXTS[self.norm]})")
+        axes.set_ylabel("accuracy")
+        axes.set_ylim(0.0, 1.0)
+        axes.set_xlim(0.0, end)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(path, dpi=150)
+
+
+def certified_accuracy(
+    model: keras.Model,
+    x: Any,
+    y: Any,
+    radii: Sequence[float],
+    norm: str = "l2",
+    *,
+    local: bool = False,
+    certificate: Certificate | None = None,
+    attack: Any = None,
+    bounds: tuple[float, float] | None = None,
+    batch_size: int = 256,
+    **options: Any,
+) -> RobustAccuracy:
+    """Clean accuracy, certified accuracy at several radii, and accuracy under attack.
+
+    Args:
+        model: A built classifier: one vector of two or more logits or of probabilities an example.
+        x: Examples, as for `model.predict`. With `attack`, one array of floating-point numbers.
+        y: Integer classes, `(examples,)` or `(examples, 1)`.
+        radii: Radii to report, in units of the model's input.
+        norm: Norm of the radii: `"l2"`, `"token"` or `"linf"`, see `certify`.
+        local: Whether to certify every example by itself with `certified_radius`: larger radii,
+            and some ten certificates an example.
+        certificate: A certificate of these weights; made with `certify` by default.
+        attack: `True` for 40 steps of projected gradient descent, started three times, and for
+            `"l2"` the attack of Rony et al. 2019 as well; or an attack of foolbox, or a list of
+            them, for the norm of the radii. `None` for no attack.
+        bounds: Smallest and largest entry of an input that the attack may use. By default those of
+            `x`.
+        batch_size: Examples in one step of the computation.
+        **options: Further arguments of `certify`, such as `input_radius=2.0`.
+
+    Returns:
+        `RobustAccuracy`. Its numbers are for real arithmetic: rounding errors of the logits are
+        not subtracted from the margins.
+
+    Raises:
+        ValueError: If the model is not such a classifier, the certificate is not for these weights
+            or this norm, sizes differ, or an argument is out of range.
+        ImportError: If `attack` is given and foolbox is not installed.
+
+    Example:
+
+    >>> x = np.random.default_rng(0).normal(size=(100, 4)).astype("float32")
+    >>> y = (x[:, 0] > 0).astype(int)
+    >>> model = keras.Sequential([keras.Input((4,)), keras_lipattn.SpectralDense(2)])
+    >>> model.compile("adam", keras_lipattn.losses.MarginCrossentropy(radius=0.1))
+    >>> history = model.fit(x, y, epochs=2, verbose=0)
+    >>> accuracy = keras_lipattn.certified_accuracy(model, x, y, radii=[0.1, 0.5])
+    >>> accuracy.clean >= accuracy.certified(0.1) >= accuracy.certified(0.5)
+    True
+
+    Reference:
+        Rauber et al., "Foolbox: a Python toolbox to benchmark the robustness of machine learning
+        models", 2017.
+    """
+    radii = tuple(float(radius) for radius in radii)
+    for radius in radii:
+        require_nonnegative("radii", radius)
+    if list(radii) != sorted(set(radii)):
+        raise ValueError(f"`radii` must be in ascending order. Received: radii={list(radii)}")
+    if attack is not None and norm == "token":
+        raise ValueError("No attack of foolbox is for the token norm. Received: norm='token'")
+    if certificate is None:
+        certificate = certify(model, norm, **options)
+    if certificate.norm != norm or not certificate.matches(model):
+        raise ValueError(
+            f"`certificate` must be for these weights and the norm {norm!r}. Received: a "
+            f"certificate in the norm {certificate.norm!r}"
+            f"{'' if certificate.matches(model) else ' of other weights'}"
+        )
+    logits = _logits(model.predict(x, batch_size=batch_size, verbose=0), certificate.head)
+    classes = np.asarray(y)
+    if classes.size != len(logits) or not np.issubdtype(classes.dtype, np.integer):
+        raise ValueError(
+            f"`y` must hold the integer class of each of the {len(logits)} examples. "
+            f"Received: shape={classes.shape}, dtype={classes.dtype}"
+        )
+    classes = classes.reshape(len(logits))
+    correct = (logits.argmax(axis=-1) == classes) & np.isfinite(logits).all(axis=-1)
+    found = certified_radius(model, x, norm, **options) if local else 0.0
+    found = np.maximum(found, certificate.certified_radius(logits))
+    broken_at = None
+    if attack is not None:
+        bounds = bounds or (float(np.min(x)), float(np.max(x)))
+        broken_at = _attack(model, x, classes, radii, norm, attack, bounds, batch_size)
+        broken_at = np.where(correct, broken_at, 0.0)
+    return RobustAccuracy(
+        norm=norm,
+        constant=certificate.total,
+        radii=radii,
+        correct=correct,
+        certified_radii=np.where(correct, found, 0.0),
+        broken_at=broken_at,
+    )
+
+
+def _logits(output: Any, head: str) -> np.ndarray:
+    """Logits of a classifier, up to a number that all classes of an example share."""
+    if head not in ("logits", "softmax"):
+        raise ValueError(
+            "The model must end in one vector of two or more logits or probabilities an example. "
+            f"Received: a model whose head is {head!r}"
+        )
+    output = np.asarray(output)
+    if head == "logits":
+        return output.astype(np.float64)
+    # A probability that was rounded to 0 is smaller than the number in its place, so that no
+    # margin grows.
+    return np.log(np.maximum(output, np.finfo(np.float32).tiny).astype(np.float64))
+
+
+def _attack(model, x, classes, radii, norm, attack, bounds, batch_size) -> np.ndarray:
+    """Smallest radius at which an attack succeeds on each example, `inf` if it never does."""
+    try:
+        import foolbox
+        from foolbox.models.tensorflow import TensorFlowModel
+    except ImportError as error:
+        raise ImportError("Attacks need foolbox: pip install keras_lipattn[attacks]") from error
+    if keras.backend.backend() != "tensorflow":
+        raise ValueError(
+            f"Attacks run on the TensorFlow backend. Received: backend={keras.backend.backend()!r}"
+        )
+    import tensorflow as tf
+
+    if attack is True:
+        attack = _default_attacks(foolbox.attacks, norm)
+    attacks = attack if isinstance(attack, (list, tuple)) else [attack]
+    compiled = tf.function(lambda images: model(images, training=False), reduce_retracing=True)
+    attacked = TensorFlowModel(compiled, bounds=bounds, device="cpu:0")
+    broken_at = np.full(len(classes), math.inf)
+    x = np.asarray(x, keras.backend.floatx())
+    for start in range(0, len(classes), batch_size):
+        rows = slice(start, start + batch_size)
+        images, labels = tf.constant(x[rows]), tf.constant(classes[rows], tf.int64)
+        for one in attacks:
+            _, _, success = one(attacked, images, labels, epsilons=list(radii))
+            for radius, broken in zip(radii, np.asarray(success), strict=True):
+                broken_at[rows] = np.where(
+                    broken, np.minimum(broken_at[rows], radius), broken_at[rows]
+                )
+    return broken_at
+
+
+def _default_attacks(attacks, norm: str) -> list[Any]:
+    descent = {
+        "l2": attacks.L2ProjectedGradientDescentAttack,
+        "linf": attacks.LinfProjectedGradientDescentAttack,
+    }[norm]
+    found = [descent(steps=40).repeat(3)]
+    if norm == "l2":
+        found.append(attacks.DDNAttack(steps=100))
+    return found

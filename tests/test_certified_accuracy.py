@@ -1,0 +1,137 @@
+"""`certified_accuracy`: its definitions, and attacks that may not contradict them."""
+
+import keras
+import numpy as np
+import pytest
+
+import keras_lipattn as kl
+
+RADII = (0.05, 0.2, 1.0)
+
+
+def problem(count=120, classes=3, seed=0):
+    rng = np.random.default_rng(seed)
+    x = rng.uniform(size=(count, 6)).astype("float32")
+    return x, (np.digitize(x[:, 0] + x[:, 1] * x[:, 2], (0.5, 0.9)) % classes).astype("int64")
+
+
+@pytest.fixture(scope="module")
+def trained():
+    keras.utils.set_random_seed(0)
+    layers = [kl.SpectralDense(16), kl.MaxMin(), kl.SpectralDense(3)]
+    model = keras.Sequential([keras.Input((6,)), *layers])
+    model.compile(keras.optimizers.Adam(0.01), kl.losses.MarginCrossentropy(0.05, 10.0))
+    model.fit(*problem(), epochs=30, verbose=0)
+    return model
+
+
+def with_softmax(model):
+    return keras.Sequential([keras.Input((6,)), *model.layers, keras.layers.Softmax()])
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_every_share_is_its_definition(trained, norm):
+    x, y = problem()
+    found = kl.certified_accuracy(trained, x, y[:, None], RADII, norm)
+    logits = trained.predict(x, verbose=0)
+    certificate = kl.certify(trained, norm)
+    right = logits.argmax(axis=1) == y
+    radius = np.where(right, certificate.certified_radius(logits), 0.0)
+    assert found.clean == right.mean() and 0.5 < found.clean < 1.0
+    assert found.constant == certificate.total
+    assert found.average_radius == radius.mean()
+    for size in RADII:
+        assert found.certified(size) == (radius > size).mean()
+    assert found.broken_at is None and found.contradictions == 0
+
+
+def test_probabilities_give_the_radii_of_their_logits(trained):
+    x, y = problem()
+    expected = kl.certified_accuracy(trained, x, y, RADII)
+    found = kl.certified_accuracy(with_softmax(trained), x, y, RADII)
+    # Probabilities in float32 are rounded once more.
+    np.testing.assert_allclose(found.certified_radii, expected.certified_radii, atol=1e-6)
+
+
+def test_probabilities_of_zero_are_certified_no_further_than_their_logits(trained):
+    x, y = problem()
+    kernel = trained.layers[-1].kernel
+    sharp = keras.Sequential([keras.Input((6,)), *trained.layers[:-1], keras.layers.Dense(3)])
+    sharp.layers[-1].set_weights([1e4 * kernel.numpy(), np.zeros(3)])
+    expected = kl.certified_accuracy(sharp, x, y, RADII)
+    found = kl.certified_accuracy(with_softmax(sharp), x, y, RADII)
+    assert (with_softmax(sharp).predict(x, verbose=0) == 0.0).any()
+    assert (found.certified_radii <= expected.certified_radii + 1e-6).all()
+
+
+def test_local_radii_are_never_smaller(trained):
+    x, y = (part[:6] for part in problem())
+    globally = kl.certified_accuracy(trained, x, y, RADII)
+    locally = kl.certified_accuracy(trained, x, y, RADII, local=True)
+    assert (locally.certified_radii >= globally.certified_radii).all()
+    np.testing.assert_array_equal(locally.correct, globally.correct)
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+@pytest.mark.parametrize("several", [False, True])
+def test_an_attack_contradicts_no_certificate(trained, norm, several):
+    foolbox = pytest.importorskip("foolbox")
+    x, y = problem()
+    kinds = {
+        "l2": foolbox.attacks.L2ProjectedGradientDescentAttack,
+        "linf": foolbox.attacks.LinfProjectedGradientDescentAttack,
+    }
+    attack = [kinds[norm](steps=10), kinds[norm](steps=5)] if several else True
+    found = kl.certified_accuracy(
+        trained, x, y, RADII, norm, attack=attack, batch_size=50, bounds=(0.0, 1.0)
+    )
+    assert found.contradictions == 0
+    for radius in RADII:
+        assert found.certified(radius) <= found.attacked(radius) <= found.clean
+    # The attack finds something.
+    assert found.attacked(RADII[-1]) < 0.5 < found.attacked(RADII[0])
+
+
+def test_a_certificate_that_an_attack_contradicts_is_named(trained):
+    pytest.importorskip("foolbox")
+    x, y = problem()
+    found = kl.certified_accuracy(trained, x, y, RADII, attack=True)
+    wrong = type(found)(**{**vars(found), "certified_radii": 100.0 * found.certified_radii})
+    assert wrong.contradictions > 0 and "do not trust" in str(wrong)
+    assert "do not trust" not in str(found)
+
+
+def test_the_table_has_a_row_for_each_radius_and_the_plot_is_written(trained, tmp_path):
+    pytest.importorskip("foolbox")
+    x, y = problem()
+    for attack in (None, True):
+        found = kl.certified_accuracy(trained, x, y, RADII, attack=attack)
+        lines = found.table().splitlines()
+        assert len(lines) == 3 + len(RADII)
+        assert f"{found.certified(0.2):.4f}" in lines[4]
+        assert ("under attack" in lines[0]) == bool(attack)
+        found.plot(tmp_path / "curve.png")
+        assert (tmp_path / "curve.png").stat().st_size > 1000
+
+
+def test_bad_arguments_are_named(trained):
+    x, y = problem()
+    for arguments, message in [
+        (dict(radii=[0.2, 0.1]), "ascending"),
+        (dict(radii=[-0.1]), "radii"),
+        (dict(radii=[0.1], norm="token", attack=True), "token"),
+        (dict(radii=[0.1], norm="linf", certificate=kl.certify(trained)), "norm"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            kl.certified_accuracy(trained, x, y, **arguments)
+    for classes in (y[:5], y.astype("float32"), np.eye(3)[y]):
+        with pytest.raises(ValueError, match="`y` must"):
+            kl.certified_accuracy(trained, x, classes, RADII)
+    other = keras.models.clone_model(trained)
+    with pytest.raises(ValueError, match="of other weights"):
+        kl.certified_accuracy(trained, x, y, RADII, certificate=kl.certify(other))
+    regression = keras.Sequential([keras.Input((6,)), kl.SpectralDense(1)])
+    with pytest.raises(ValueError, match="head"):
+        kl.certified_accuracy(regression, x, y, RADII)
+    with pytest.raises(ValueError, match="no attack"):
+        kl.certified_accuracy(trained, x, y, RADII).attacked(0.1)
