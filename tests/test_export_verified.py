@@ -69,6 +69,15 @@ def pooled(seed=0):
     return randomized(keras.Model(inputs, x), seed)
 
 
+def orthogonal(seed=0):
+    """Images through layers with constants of their own."""
+    inputs = keras.Input((4, 4, 2))
+    x = lip.OrthogonalDense(12)(lip.SpaceToDepth(2)(inputs))
+    x = lip.OrthogonalDense(6, activation="tanh")(lip.HalfAbs()(x))
+    x = lip.NormPooling()(lip.NormPooling((2, 1))(x))
+    return randomized(keras.Model(inputs, lip.NormalizedDense(3)(lip.MaxMin()(x))), seed)
+
+
 def randomized(model, seed) -> Any:
     rng = np.random.default_rng(seed)
     for variable in model.trainable_variables:
@@ -90,6 +99,7 @@ def export(model, folder, **options):
         (dot_products, {"input_radius": 2.0}),
         (integers, {}),
         (pooled, {}),
+        (orthogonal, {}),
     ],
 )
 def test_an_untouched_export_is_verified(tmp_path, model, options, norm):

@@ -14,6 +14,7 @@ largest in modulus at `t0`, with the value `m`, is at least `m cos((q - 1) / 2 |
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -99,7 +100,7 @@ def symbol_norm(
     return float(norms.max()) * grid_slack(sizes, strides, density)
 
 
-def _waves(sizes: tuple[int, ...], strides: tuple[int, ...], density: int):
+def _waves(sizes: tuple[int, ...], strides: tuple[int, ...], density: int) -> tuple[Any, Any]:
     """`exp(i a t)` by frequency and offset, and the position of each offset within a stride."""
     points = grid_points(sizes, strides, density)
     frequencies = np.stack(

@@ -12,7 +12,7 @@ from keras_lipattn.bounds.activated_product import activated_gap_constants
 from keras_lipattn.certification.linear_map import as_matrix
 from keras_lipattn.certification.tensor_state import TensorState
 from keras_lipattn.certification.trace import Trace, TracedCall
-from keras_lipattn.layers import OrthogonalDense, SpectralDense
+from keras_lipattn.layers import NormalizedDense, OrthogonalDense, SpectralDense
 from keras_lipattn.linalg import SAFETY
 
 # With more classes than this the pairwise constants are not stored.
@@ -25,6 +25,7 @@ _DROPPING = (
     keras.layers.Activation,
     keras.layers.Softmax,
     SpectralDense,
+    NormalizedDense,
     OrthogonalDense,
 )
 _SOFTMAXES = (keras.activations.softmax, keras.activations.log_softmax)

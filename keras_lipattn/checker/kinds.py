@@ -179,6 +179,11 @@ def _sort_bounds(step: Step, states: list[Bounds], norm: str, output: Bounds) ->
     return Bounds(state.log, state.shape, state.varies, state.ball.around_origin())
 
 
+def _half_abs_value(step: Step, inputs: Values, masks: Values) -> np.ndarray:
+    first, second = np.split(inputs[0], 2, axis=-1)
+    return np.concatenate([first, np.abs(second)], axis=-1)
+
+
 def _distance_bounds(step: Step, states: list[Bounds], norm: str, output: Bounds) -> Bounds:
     (state,) = states
     constant = attention.distance_constant(step, step.tokens(state), norm)
@@ -259,6 +264,7 @@ KINDS = {
     "global_max": Kind(
         token_kinds.largest_value, token_kinds.largest_bounds, _always(operations.LARGEST)
     ),
+    "half_abs": Kind(_half_abs_value, _sort_bounds, _always(operations.MOVES | {"Abs"})),
     "layer_normalization": Kind(
         _layer_norm_value,
         _layer_norm_bounds,
@@ -268,6 +274,9 @@ KINDS = {
     "max_min": Kind(_sort_value, _sort_bounds, _always(operations.SORTING)),
     "max_pooling": Kind(
         token_kinds.pool_value, token_kinds.pool_bounds, _always(operations.LARGEST)
+    ),
+    "norm_pooling": Kind(
+        token_kinds.norm_value, token_kinds.norm_bounds, _always(operations.NORMS)
     ),
     "permute": Kind(
         token_kinds.permute_value, token_kinds.permute_bounds, _always(operations.MOVES), _linear

@@ -25,6 +25,7 @@ AVERAGES = LINEAR | _MASKS | frozenset({"DivNoNan", "Maximum"})
 NORMALIZATION = LINEAR | frozenset({"Rsqrt", "Sqrt", "Square", "SquaredDifference"})
 ATTENTION = NORMALIZATION | _MASKS | frozenset({"Abs", "Softmax"})
 SORTING = MOVES | frozenset({"Maximum", "Minimum"})
+NORMS = MOVES | frozenset({"Maximum", "Sqrt", "Square", "Sum"})
 LARGEST = MOVES | frozenset({"Max", "MaxPool"})
 # After the logits: a softmax or a sigmoid.
 HEAD = MOVES | frozenset({"LogSoftmax", "Sigmoid", "Softmax"})
@@ -67,6 +68,7 @@ KNOWN = (
     | AVERAGES
     | HEAD
     | LARGEST
+    | NORMS
     | SORTING
     | frozenset(name for names in ACTIVATIONS.values() for name in names.split())
     | frozenset(

@@ -11,6 +11,9 @@ from keras_lipattn.checker.step import Step, Values
 from keras_lipattn.checker.tensor_bounds import Ball, Bounds, log_of
 from keras_lipattn.linalg import SAFETY
 
+# Smaller norms of a pooling become this.
+_LEAST_NORM = 2e-19
+
 
 def reshape_value(step: Step, inputs: Values, masks: Values) -> np.ndarray:
     shape = step.parameters.get("shape")
@@ -118,6 +121,30 @@ def _maxima(state: Bounds, constant: float, window: int, norm: str) -> Bounds:
     ball, largest = Ball(), SAFETY * state.ball.largest
     if math.isfinite(largest):
         ball = Ball.of_entries(-largest, largest, state.width)
+    return Bounds(state.log + log_of(constant), state.shape, state.varies, ball)
+
+
+def norm_value(step: Step, inputs: Values, masks: Values) -> np.ndarray:
+    (x,), window = inputs, step.integers("window")
+    sides = x.shape[1:-1]
+    require(
+        len(window) == len(sides) and not any(n % w for n, w in zip(sides, window, strict=True)),
+        f"{step.layer}: its windows do not fit its input",
+    )
+    blocks = [part for n, w in zip(sides, window, strict=True) for part in (n // w, w)]
+    x = x.reshape(len(x), *blocks, x.shape[-1])
+    norms = np.sqrt(np.square(x).sum(axis=tuple(range(2, x.ndim - 1, 2))))
+    norms = np.maximum(norms, _LEAST_NORM)
+    return norms.reshape(len(x), -1) if step.parameters.get("all") else norms
+
+
+def norm_bounds(step: Step, states: list[Bounds], norm: str, output: Bounds) -> Bounds:
+    (state,) = states
+    require(not any(state.varies), f"no independent check of {step.layer} for varying lengths")
+    root = SAFETY * math.sqrt(math.prod(step.integers("window")))
+    reach = root * state.ball.reach + _LEAST_NORM * math.sqrt(state.width)
+    ball = Ball(reach, None, root * state.ball.largest + _LEAST_NORM)
+    constant = 1.0 if norm == "l2" else root
     return Bounds(state.log + log_of(constant), state.shape, state.varies, ball)
 
 

@@ -17,8 +17,11 @@ from keras_lipattn.certification.rules.activations import name_of
 from keras_lipattn.certification.weights import bias_of, cast_to_compute_dtype, kernel_of
 from keras_lipattn.layers import (
     CenterNormalization,
+    HalfAbs,
     L2MultiHeadAttention,
     MaxMin,
+    NormalizedDense,
+    NormPooling,
     OrthogonalDense,
     PositionEmbedding,
     Residual,
@@ -26,6 +29,7 @@ from keras_lipattn.layers import (
     SelfAttention,
     SpectralDense,
 )
+from keras_lipattn.layers._dense import DenseLayer
 
 SCHEMA = 1
 _MASKS = ("mask", "query_mask", "value_mask", "key_mask")
@@ -178,7 +182,7 @@ def _activation(function: Any) -> str:
 def _dense(layer, args, kwargs, tensors, has_masks) -> _Description:
     if getattr(layer, "quantization_mode", None) is not None:
         return _OTHER
-    if isinstance(layer, SpectralDense | OrthogonalDense):
+    if isinstance(layer, DenseLayer):
         kernel = layer.host_weights().weights().output
     else:
         kernel = kernel_of(layer)
@@ -263,6 +267,15 @@ def _embedding(layer, args, kwargs, tensors, has_masks) -> _Description:
 
 def _sorting(layer, args, kwargs, tensors, has_masks) -> _Description:
     return "max_min", {}, {}
+
+
+def _half_abs(layer, args, kwargs, tensors, has_masks) -> _Description:
+    return "half_abs", {}, {}
+
+
+def _norm_pooling(layer, args, kwargs, tensors, has_masks) -> _Description:
+    window = [int(size) for size in layer.window(tensors[0].shape)]
+    return "norm_pooling", {"window": window, "all": layer.pool_size is None}, {}
 
 
 def _reshape(layer, args, kwargs, tensors, has_masks) -> _Description:
@@ -372,7 +385,7 @@ def _dot_product_attention(layer, args, kwargs, tensors, has_masks) -> _Descript
 _GLOBAL_MAXIMA = (keras.layers.GlobalMaxPooling1D, keras.layers.GlobalMaxPooling2D)
 # Exact types: a subclass may have another `call`.
 _DESCRIPTIONS: dict[type, Callable[..., _Description]] = {
-    **dict.fromkeys((keras.layers.Dense, SpectralDense, OrthogonalDense), _dense),
+    **dict.fromkeys((keras.layers.Dense, SpectralDense, OrthogonalDense, NormalizedDense), _dense),
     keras.layers.EinsumDense: _einsum_dense,
     **dict.fromkeys((CenterNormalization, keras.layers.LayerNormalization), _normalization),
     keras.layers.RMSNormalization: _rms_normalization,
@@ -395,6 +408,8 @@ _DESCRIPTIONS: dict[type, Callable[..., _Description]] = {
     PositionEmbedding: _positions,
     keras.layers.Embedding: _embedding,
     MaxMin: _sorting,
+    HalfAbs: _half_abs,
+    NormPooling: _norm_pooling,
     **dict.fromkeys((keras.layers.Flatten, keras.layers.Reshape), _reshape),
     keras.layers.Permute: _permute,
     **dict.fromkeys(

@@ -7,6 +7,9 @@ from keras import ops
 
 from keras_lipattn._arguments import as_tuple
 
+# Its square is a float32 number; a smaller norm becomes this, which has a derivative.
+FLOOR = 2e-19
+
 
 @keras.saving.register_keras_serializable(package="keras_lipattn")
 class NormPooling(keras.layers.Layer):
@@ -15,7 +18,8 @@ class NormPooling(keras.layers.Layer):
     The norm of disjoint parts changes by at most the change of its part, so the Lipschitz constant
     in the 2-norm is 1. It is attained: along a pooled vector, gradients keep their length, where a
     mean over `P` positions shrinks them by `sqrt(P)`. In the token norm and the max norm the
-    constant is the square root of the number of positions in a window.
+    constant is the square root of the number of positions in a window. A norm below 2e-19 becomes
+    that.
 
     Args:
         pool_size: Side of the windows, an integer or one for each axis of tokens; `None` for one
@@ -85,11 +89,8 @@ class NormPooling(keras.layers.Layer):
             x = ops.reshape(x, (-1, *blocks, inputs.shape[-1]))
             axes = tuple(range(2, 2 * rank - 3, 2))
         squares = ops.sum(ops.square(x), axis=axes)
-        # The root has no derivative at zero, where the norm may have any of length at most one.
-        positive = squares > 0.0
-        norms = ops.sqrt(ops.where(positive, squares, ops.ones_like(squares)))
-        norms = ops.where(positive, norms, ops.zeros_like(norms))
-        return ops.cast(norms, self.compute_dtype)
+        # The root has no derivative at zero.
+        return ops.cast(ops.sqrt(ops.maximum(squares, FLOOR**2)), self.compute_dtype)
 
     def positions(self, input_shape):
         """Number of positions in a window, `None` if it is not known."""

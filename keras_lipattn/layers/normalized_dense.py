@@ -3,6 +3,7 @@
 import keras
 
 from keras_lipattn.layers._dense import Folded, FullPrecisionDense
+from keras_lipattn.linalg.cholesky import SMALLEST_SCALE
 
 
 @keras.saving.register_keras_serializable(package="keras_lipattn")
@@ -12,8 +13,7 @@ class NormalizedDense(FullPrecisionDense):
     Each logit has the Lipschitz constant 1 in the 2-norm, and the difference of two logits at most
     2. This says nothing of all logits side by side, whose constant is at most the square root of
     `units`: a certificate uses the constants of the pairs, `certify(model).pairwise_constants`.
-    A kernel with orthonormal columns has `sqrt(2)` for each pair, but makes logits of more classes
-    compete. A column of zeros stays zero.
+    A column without entries of at least 1e-20 counts as zero.
 
     Args:
         units: Number of classes.
@@ -50,7 +50,9 @@ class NormalizedDense(FullPrecisionDense):
         (kernel,) = kernels
         # Scaled first, so that squares neither overflow nor vanish.
         largest = xp.max(xp.abs(kernel), axis=0, keepdims=True)
-        scaled = kernel / xp.where(largest > 0.0, largest, xp.ones_like(largest))
+        vanishes = largest < SMALLEST_SCALE
+        scaled = xp.where(vanishes, xp.zeros_like(kernel), kernel)
+        scaled = scaled / xp.where(vanishes, xp.ones_like(largest), largest)
         squares = xp.sum(xp.square(scaled), axis=0, keepdims=True)
         kernel = scaled / xp.sqrt(xp.where(squares > 0.0, squares, xp.ones_like(squares)))
         return Folded(None, kernel, 1.0, kernel)

@@ -138,7 +138,7 @@ class OrthogonalDense(FullPrecisionDense):
         self._require_built("condensing it")
         self._factor.fill(self._graph_kernels(), self._exact_factor())
 
-    def _exact_factor(self):
+    def _exact_factor(self) -> Any:
         return exact_orthonormal(self.host_kernels()[0])
 
 

@@ -7,8 +7,10 @@ import numpy as np
 import scipy.linalg
 from keras import ops
 
-# Times `eps sqrt(n)`: what keeps a factorization from failing, also for singular matrices.
-_SHIFT = 8.0
+# Smaller weights count as zero: graphs may flush float32 numbers below 1e-38 to zero.
+SMALLEST_SCALE = 1e-20
+# Times `eps sqrt(n)`: singular matrices of all kinds were seen to fail from 0.25 down.
+_SHIFT = 2.0
 
 
 def orthonormal(matrix, passes=1):
@@ -18,7 +20,8 @@ def orthonormal(matrix, passes=1):
     With the Cholesky factor `L L^T` of the Gram matrix, `Q = matrix L^-T`. A pass leaves an error
     of about `eps cond(matrix)^2`, a second one removes what is left of it. The Gram matrix is
     shifted by a few roundoffs, so the norm of `Q` does not exceed 1 by more than roundings. A
-    singular matrix has singular values of `Q` below 1.
+    singular matrix has singular values of `Q` below 1, and one without entries of at least 1e-20
+    counts as zero.
 
     Args:
         matrix: Tensor `(m, n)` of a graph.
@@ -35,7 +38,9 @@ def orthonormal(matrix, passes=1):
         return ops.transpose(orthonormal(ops.transpose(matrix), passes))
     # `Q` does not depend on the scale, which has no derivative then.
     scale = ops.stop_gradient(ops.max(ops.abs(matrix)))
-    factor = matrix / ops.where(scale > 0.0, scale, ops.ones_like(scale))
+    vanishes = scale < SMALLEST_SCALE
+    factor = ops.where(vanishes, ops.zeros_like(matrix), matrix)
+    factor = factor / ops.where(vanishes, ops.ones_like(scale), scale)
     for _ in range(passes):
         factor = _factor(factor)
     return factor
@@ -56,7 +61,7 @@ def exact_orthonormal(matrix):
     if not np.isfinite(matrix).all():
         return np.full(matrix.shape, np.nan)
     scale = np.abs(matrix).max()
-    factor = matrix / (scale if scale > 0.0 else 1.0)
+    factor = matrix / scale if scale >= SMALLEST_SCALE else 0.0 * matrix
     for _ in range(2):
         gram = factor.T @ factor
         shift = _shift(gram.shape[0], "float64") * max(np.abs(gram).sum(axis=0).max(), 1.0)

@@ -15,6 +15,7 @@ NAMES = [
     "long_sequences",
     "caps_cost",
     "spectral_peers",
+    "orthogonal_kernels",
     "decoding",
     "export_latency",
     "certified_serving",

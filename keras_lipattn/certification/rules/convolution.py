@@ -51,7 +51,10 @@ def spectral_convolution(layer, call):
     if layer.has_caps and not layer.is_condensed and math.isfinite(layer_map.constant):
         # The kernel at inference is this one times a number in (0, 1], so it cannot merge.
         layer_map = LipschitzMap(
-            constant=layer_map.constant, theorem=layer_map.theorem, exact=layer_map.exact
+            constant=layer_map.constant,
+            theorem=layer_map.theorem,
+            exact=layer_map.exact,
+            range=_grouped_range(kernel, bias_of(layer), 1, call),
         )
     return with_activation(layer_map, layer, call, layer.units)
 

@@ -32,6 +32,7 @@ from keras_lipattn.layers import (
     SpectralDense,
 )
 from keras_lipattn.layers._dense import DenseLayer
+from keras_lipattn.layers.norm_pooling import FLOOR
 from keras_lipattn.linalg import SAFETY
 
 
@@ -159,7 +160,8 @@ def norm_pooling(layer, call):
     theorem, range_ = "norms of disjoint parts", None
     before = call.state.range
     if positions is not None and before.bounded:
-        range_ = TokenRange(SAFETY * math.sqrt(positions) * before.outer_radius)
+        floor = FLOOR * math.sqrt(call.state.shape[-1])
+        range_ = TokenRange(SAFETY * math.sqrt(positions) * before.outer_radius + floor)
     if call.norm == "l2":
         return LipschitzMap(constant=1.0, theorem=theorem, exact=True, range=range_)
     if positions is None:
