@@ -1,6 +1,7 @@
 """Attention and its neighbors on this backend: values, masks, caps, derivatives, files."""
 
 import importlib.util
+import math
 import pkgutil
 import subprocess
 import sys
@@ -188,6 +189,58 @@ def test_other_layers_train_and_are_certified(build):
     lower = kl.estimate_lipschitz(model, x, steps=3, restarts=1).value
     # The attack is evaluated in float32.
     assert 0.0 < lower <= kl.certify(model).total * (1.0 + 1e-5)
+
+
+@pytest.mark.parametrize("make", [kl.SpectralDense, kl.OrthogonalDense, kl.NormalizedDense])
+def test_what_is_remembered_outlives_the_weights_it_was_made_of(make):
+    layer = make(3)
+    model = keras.Sequential([keras.Input((4,)), layer])
+    x = np.random.default_rng(0).normal(size=(8, 4)).astype("float32")
+    model.compile("sgd", "mse")
+    for _ in range(2):
+        layer.condense()
+        assert layer.caps_are_exact()
+        # JAX gives the memory of weights to the next step.
+        outputs = model.predict(x, verbose=0)
+        assert layer.caps_are_exact()
+        with kl.condensed(model):
+            # JAX compiled the first call with what was remembered then, and caps by upper bounds
+            # for other weights.
+            _close(_numpy(model(x)), outputs, 2e-3)
+        model.fit(x, np.zeros((8, 3), "float32"), verbose=0)
+        outputs = model.predict(x, verbose=0)
+        layer.caps_are_exact()
+        with kl.condensed(model):
+            _close(_numpy(model(x)), outputs, 2e-3)
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+def test_images_pass_layers_that_keep_lengths(policy):
+    keras.config.set_dtype_policy(policy)
+    try:
+        inputs = keras.Input((8, 8, 3))
+        x = kl.SpaceToDepth(2)(kl.SpectralConv2D(4, 3, 2, "same")(inputs))
+        x = kl.NormPooling()(kl.HalfAbs()(kl.OrthogonalDense(12)(x)))
+        model = keras.Model(inputs, kl.NormalizedDense(3)(kl.OrthogonalDense(6)(x)))
+    finally:
+        keras.config.set_dtype_policy("float32")
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(16, 8, 8, 3)).astype("float32")
+    model.compile("adam", "mse")
+    monitor = kl.LipschitzMonitor(penalty=0.1)
+    losses = model.fit(
+        x, np.zeros((16, 3), "float32"), epochs=4, verbose=0, callbacks=[monitor]
+    ).history["loss"]
+    assert losses[-1] < losses[0]
+    total = kl.certify(model).total
+    if policy == "float32":
+        lower = kl.estimate_lipschitz(model, x[:2], steps=3, restarts=1).value
+        # The attack is evaluated in float32.
+        assert 0.0 < lower <= total * (1.0 + 1e-5)
+    for layer in model.layers:
+        if isinstance(layer, kl.OrthogonalDense):
+            assert abs(layer.lipschitz().value - 1.0) <= 1e-6
+    assert math.isfinite(total)
 
 
 @pytest.mark.parametrize("cap", [None, *CAPS])

@@ -59,7 +59,7 @@ def symbol(kernel, strides: Sequence[int], density: int, xp):
     parts = []
     for part in (waves.real, waves.imag):
         weights = np.stack([part * (positions == p) for p in range(positions.max() + 1)], axis=1)
-        weights = weights.reshape(-1, len(positions)).astype(str(_dtype(kernel)))
+        weights = weights.reshape(-1, len(positions)).astype(_dtype(kernel))
         parts.append(xp.reshape(xp.matmul(weights, flat), (len(waves), -1, out)))
     real, imaginary = parts
     return xp.concatenate(
@@ -117,5 +117,6 @@ def _waves(sizes: tuple[int, ...], strides: tuple[int, ...], density: int) -> tu
     return np.exp(1j * angles), positions
 
 
-def _dtype(array):
-    return getattr(array.dtype, "name", array.dtype)
+def _dtype(array) -> str:
+    # PyTorch's have no name, but print as `torch.float32`.
+    return str(getattr(array.dtype, "name", array.dtype)).rpartition(".")[2]

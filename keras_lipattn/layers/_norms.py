@@ -165,7 +165,8 @@ class WeightCache:
     def fill(self, kernels, value):
         """Remembers `value` for `kernels`, tensors of the norm dtype."""
         for snapshot, kernel in zip(self._snapshots, kernels, strict=True):
-            snapshot.assign(kernel)
+            # A copy: JAX gives the memory of weights to the next step.
+            snapshot.assign(ops.copy(kernel))
         self._value.assign(value)
 
     def select(self, kernels, bounds, exact):
