@@ -37,7 +37,7 @@ CLAIM = (
 LAYER = dict(batch=1, tokens=256, width=256, heads=4)
 SHAPES = {
     "tokens": {"layer": LAYER | dict(width=128), "model": dict(depth=2, width=64, heads=4)},
-    "width": {"layer": LAYER, "model": dict(depth=1, tokens=16, heads=4)},
+    "width": {"layer": LAYER | dict(heads=8), "model": dict(depth=1, tokens=16, heads=4)},
     "heads": {"layer": LAYER | dict(width=512), "model": dict(depth=2, tokens=16, width=256)},
     "depth": {"model": dict(width=64, tokens=16, heads=4)},
     "batch": {"layer": LAYER | dict(width=128, tokens=64)},
@@ -67,10 +67,10 @@ MEASURED = {
 WINDOW = 128
 # Processor seconds of the longest call; a line stops before one that would take longer.
 LONGEST = 40.0
-# A call that takes at least this long is measured once.
-LONG = 2.0
-# Less is lost in what the process allocates anyway.
-LEAST_MIB = 2.0
+# Nothing grows faster with twice the size: seconds and MiB.
+FASTEST = (8.0, 4.0)
+# Less is lost in what the process has allocated before.
+LEAST_MIB = 8.0
 _LEAST = {"seconds": 0.0, "MiB": LEAST_MIB}
 # Axes of the plots, and how the names of what is in them begin.
 PANELS = [
@@ -101,7 +101,8 @@ class Line:
         what: What is measured.
         who: `"ours"` or `"standard"`.
         sizes: The sizes that were run.
-        seconds: Processor seconds of one call, of all threads and child processes.
+        seconds: Processor seconds of one call, of all threads and child processes, the least of
+            some.
         mib: Memory at the peak of the first call, on top of the process before it.
         stopped: Why larger sizes were not run.
     """
@@ -185,10 +186,13 @@ def reason_to_stop(seconds, mib):
     if len(seconds) < 2:
         return None
     longest = 1.0 if FLAGS.quick else LONGEST
-    next_seconds, next_mib = (values[-1] ** 2 / values[-2] for values in (seconds, mib))
+    next_seconds, next_mib = (
+        values[-1] * min(values[-1] / values[-2], fastest)
+        for values, fastest in zip((seconds, mib), FASTEST, strict=True)
+    )
     if next_seconds > longest:
         return f"about {next_seconds:.0f} s next"
-    if next_mib > 0.5 * available_mib():
+    if next_mib > 0.4 * available_mib():
         return f"about {next_mib / 1024:.0f} GiB next"
     return None
 
@@ -217,12 +221,13 @@ def point(axis, what, who, size, threads):
         prepare()
         start = _processor_seconds()
         peak, at_rest = peak_and_rest(call)
-        seconds = [_processor_seconds() - start]
-        if seconds[0] < LONG:
-            # The first call has traced and compiled.
-            seconds = [_timed(prepare, call) for _ in range(3 if seconds[0] > 0.1 else 15)]
+        first = _processor_seconds() - start
+        # The first call has set up its graph, and memory that was never used.
+        repeats = 15 if first < 0.1 else 3 if first < 1.0 else 1
+        seconds = [_timed(prepare, call) for _ in range(repeats)]
     calls = decoding.DECODED if what.startswith("decoding") else 1
-    return float(np.median(seconds)) / calls, max(peak - at_rest, 1e-3)
+    # The least: other work on the machine only adds.
+    return min(seconds) / calls, max(peak - at_rest, 1e-3)
 
 
 def _timed(prepare, call):
@@ -309,7 +314,7 @@ def draw(rows, folder):
     import matplotlib.pyplot as plt
 
     for name, unit, key in (("time", "processor s", "seconds"), ("memory", "MiB", "MiB")):
-        fig, axes = plt.subplots(2, len(PANELS) // 2, figsize=(18.0, 8.5))
+        fig, axes = plt.subplots(2, len(PANELS) // 2, figsize=(20.0, 10.5))
         for panel, (axis, starts) in zip(axes.flat, PANELS, strict=True):
             shown = [row.details for row in rows if row.details["axis"] == axis]
             shown = [details for details in shown if details["what"].startswith(starts)]
@@ -327,13 +332,12 @@ def draw(rows, folder):
                     label=label if slope is None else f"{label}: {slope:.2f}",
                 )
             panel.set_xticks(SIZES[axis], [f"{size}" for size in SIZES[axis]])
-            panel.minorticks_off()
-            panel.set_xlabel(axis)
-            panel.set_ylabel(unit)
+            panel.xaxis.set_minor_locator(plt.NullLocator())
+            panel.set_title(f"{unit} over {axis}", fontsize=10)
             panel.grid(True, color="0.9")
-            panel.legend(fontsize=7)
+            panel.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.08))
         fig.tight_layout()
-        fig.savefig(folder / f"growth_{name}.png", dpi=70, metadata={"Software": None})
+        fig.savefig(folder / f"growth_{name}.png", dpi=75, metadata={"Software": None})
         plt.close(fig)
 
 
