@@ -80,16 +80,16 @@ def measure_mib(which, length):
     else:
         layer = keras.layers.MultiHeadAttention(HEADS, FEATURES // HEADS)
         step = training_step(layer, x, self_attention=True)
-    at_rest = _kib_of("/proc/self/status", "VmRSS") / 1024
+    at_rest = kib_of("/proc/self/status", "VmRSS") / 1024
     step()
-    return _kib_of("/proc/self/status", "VmHWM") / 1024, at_rest
+    return kib_of("/proc/self/status", "VmHWM") / 1024, at_rest
 
 
 def available_mib():
-    return _kib_of("/proc/meminfo", "MemAvailable") / 1024
+    return kib_of("/proc/meminfo", "MemAvailable") / 1024
 
 
-def _kib_of(path, name):
+def kib_of(path, name):
     # Not `getrusage`: its peak counts the process which started this one.
     for line in pathlib.Path(path).read_text().splitlines():
         if line.startswith(f"{name}:"):
