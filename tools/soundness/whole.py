@@ -310,7 +310,7 @@ class _Builder:
                 keras_lipattn.SpectralDense(4),
                 keras_lipattn.OrthogonalDense(4),
                 keras_lipattn.NormalizedDense(4),
-                keras_lipattn.HalfAbs(),
+                keras_lipattn.HalfAbs() if x.shape[-1] % 2 == 0 else keras_lipattn.SpectralDense(2),
                 keras_lipattn.L2MultiHeadAttention(2, 2),
             ]
         )
