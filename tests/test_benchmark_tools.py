@@ -237,6 +237,7 @@ def test_growth_of_memory_is_told_with_and_without_the_process_at_rest(monkeypat
 SMALL = {
     "attention_speed": dict(SHAPES={(2, 4, 8, 2): (1.0, 1.0)}),
     "bounded_speed": dict(SHAPES=[(2, 4, 8, 2)]),
+    "caps_cost": dict(SHAPE=(2, 4, 8, 2), JIT_DEPTH=1, JIT_SHAPE=(2, 4, 8, 2)),
     "certify_time": dict(SIZES=[(1, 16)]),
     "certified_serving": dict(DEPTH=1, WIDTH=16, LENGTH=4, BATCHES=[1], CLIENTS=[1, 2]),
     "decoding": dict(SIZES=[(2, 4)], DECODED=2, FEATURES=8, HEADS=2),

@@ -2,6 +2,7 @@
 
 import gc
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -30,6 +31,17 @@ def test_equal_contents_are_computed_once():
     cached_by_content(total, np.ones((2, 3)))
     cached_by_content(total, np.ones((3, 2), np.float32))
     assert total.calls == 3
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float64, bool, np.int8])
+@pytest.mark.parametrize("shape", [(), (0, 3), (2, 3)])
+def test_any_dtype_and_shape_has_a_content(dtype, shape):
+    total = Counted()
+    for _ in range(2):
+        assert cached_by_content(total, np.ones(shape, dtype)) == np.prod(shape)
+    assert total.calls == 1
+    assert cached_by_content(total, np.zeros(shape, dtype)) == 0.0
+    assert total.calls == (1 if 0 in shape else 2)
 
 
 def test_what_an_array_was_computed_from_stands_for_its_content():
@@ -95,6 +107,7 @@ def test_products_with_centerings_are_the_products(width):
         squares.append(off)
     for square in squares:
         # Rounding of sums of so many terms of size 1.
-        close = dict(rtol=0.0, atol=1e-13 * width)
-        np.testing.assert_allclose(linear_map.compose(square, wide), square @ wide, **close)
-        np.testing.assert_allclose(linear_map.compose(tall, square), tall @ square, **close)
+        for first, second in ((square, wide), (tall, square)):
+            product = linear_map.compose(first, second)
+            assert product is not None
+            np.testing.assert_allclose(product, first @ second, rtol=0.0, atol=1e-13 * width)

@@ -21,7 +21,10 @@ from hypothesis import strategies as st
 from keras import layers
 
 import keras_lipattn as kl
-from keras_lipattn.bounds.activated_product import activated_product_constant
+from keras_lipattn.bounds.activated_product import (
+    activated_gap_constants,
+    activated_product_constant,
+)
 from keras_lipattn.certification import Certificate, CertificateRow, certify
 from keras_lipattn.certification.classifier_head import MOST_PAIRED_CLASSES
 from keras_lipattn.certification.reasons import REPLACEMENTS
@@ -60,10 +63,14 @@ def test_margins_use_the_columns_of_the_last_kernel(activation, scale):
     kernel = kernel * (scale or 1.0)
     assert certificate.total == pytest.approx(after_tanh(model, kernel), rel=1e-5)
     logits = np.array([3.0, 1.0, -2.0, 0.5])
-    # The smaller of two bounds for a pair: by the difference of its columns, and by the total.
+    first = model.layers[1].get_weights()[0].astype(np.float64)
+    joint = activated_gap_constants(first, kernel.astype(np.float64), (0.0, 1.0), "l2")
+    # The smallest of three bounds for a pair: by the difference of its columns, alone and together
+    # with the layers before it, and by the total.
     pairs = [
         min(
             features * np.linalg.norm(kernel[:, 0] - kernel[:, j]),
+            joint[0, j],
             math.sqrt(2.0) * certificate.total,
         )
         for j in range(4)

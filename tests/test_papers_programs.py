@@ -6,10 +6,12 @@
 import json
 import pathlib
 import shutil
+import types
 
 import blow_up
 import char_lm
 import continuous_depth
+import conversion
 import density
 import invertible
 import measures
@@ -32,6 +34,7 @@ PROGRAMS = {
     "continuous_depth": continuous_depth,
     "measures": measures,
     "pretrained": pretrained,
+    "conversion": conversion,
     "char_lm": char_lm,
 }
 
@@ -77,6 +80,32 @@ def test_blow_up_runs_and_grows_on_every_path(tmp_path):
         # The published constant holds for one head alone.
         assert (row["found"] > 1.2 * row["published"]) == (row["heads"] > 1)
         assert max(curve["l2_norm"]) <= results["certified"] <= results["published"]
+
+
+def test_kept_conversions_change_no_output_and_the_penalty_lowers_the_constant():
+    results = kept("conversion")
+    assert {row["model"] for row in results["layers"]} == {"MiniLM", "rxnmapper"}
+    for row in results["layers"]:
+        assert row["difference"] <= 1e-5 and row["touching"] == 0.0
+    rows = {row["model"]: row for row in results["digits"]["rows"]}
+    assert rows["converted"]["accuracy"] == rows["trained"]["accuracy"]
+    assert rows["penalized"]["accuracy"] >= rows["converted"]["accuracy"] - 0.01
+    assert rows["penalized"]["constant"] <= 0.1 * rows["converted"]["constant"]
+
+
+def test_conversion_runs_without_the_packages(monkeypatch, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    examples = rng.random((64, 8, 8, 1)).astype("float32"), rng.integers(0, 10, 64)
+    data = types.SimpleNamespace(train=examples, test=examples)
+    monkeypatch.setattr(conversion, "load_images", lambda *_: data)
+    monkeypatch.setattr(conversion, "EPOCHS", {"digits": 1})
+    monkeypatch.setattr(conversion.pretrained_models.importlib.util, "find_spec", lambda name: None)
+    conversion.main(["--folder", str(tmp_path)])
+    assert "MiniLM is left out. The weights of MiniLM come" in capsys.readouterr().out
+    results = json.loads((tmp_path / "conversion.json").read_text())
+    assert results["layers"] == [] and results["digits"]["difference"] <= 1e-5
+    assert [row["model"] for row in results["digits"]["rows"]] == list(conversion.MODELS)
+    assert all(np.isfinite(row["constant"]) for row in results["digits"]["rows"])
 
 
 def dense_jacobian(y, mask):

@@ -165,5 +165,5 @@ def test_a_converted_model_gives_the_same_outputs():
     assert len(found.replaced) == 1 and not found.kept
     # Normalized tokens have equal sizes: all are inside the ball with its margin.
     assert max(found.touching.values()) == 0.0
-    assert found.relative_error < 1e-5
+    assert found.relative_error is not None and found.relative_error < 1e-5
     assert kl.certify(found.model).is_finite

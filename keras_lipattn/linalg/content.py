@@ -78,7 +78,8 @@ def _digest_of_array(array: np.ndarray) -> bytes:
         found = _digest(("computed from", *known))
     else:
         digest = hashlib.sha256(f"array {array.dtype} {array.shape};".encode())
-        digest.update(np.ascontiguousarray(array).data)
+        # As bytes: bfloat16 has no buffer of its own.
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         found = digest.digest()
     if is_known:
         _remember(array, found)

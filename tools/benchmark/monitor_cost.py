@@ -11,7 +11,7 @@ from tools.benchmark._program import FLAGS, run
 from tools.benchmark._report import Row
 from tools.benchmark._rounds import Spread
 
-CLAIM = "LipschitzMonitor takes less than 3 s an epoch on a model of 12 layers of width 512"
+CLAIM = "LipschitzMonitor takes a few seconds an epoch on a model of 12 layers of width 512"
 DEPTH, WIDTH, TOKENS, BATCH = 12, 512, 16, 4
 EPOCHS, BATCHES = 2, 8
 
@@ -36,7 +36,7 @@ def measure():
     size = f"{DEPTH} blocks of width {WIDTH}"
     seconds, processor = epoch_seconds(model)
     details = {"processor s": Spread.of(processor).median}
-    rows = [Row.sample(f"{size}, end of an epoch", seconds, "s", at_most=3.0, details=details)]
+    rows = [Row.sample(f"{size}, end of an epoch", seconds, "s", at_most=1.5, details=details)]
     # A rate so small that the weights stay finite on labels which mean nothing. No XLA: it would
     # compile each variant for minutes.
     model.compile(

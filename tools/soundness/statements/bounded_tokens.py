@@ -1,4 +1,4 @@
-"""Theorems 4.2 and 7.7 and the projection: attention on tokens in a ball.
+"""Theorems 4.2, 4.3, 7.7, 7.9 and the projection: attention on tokens in a ball.
 
 Biases of the scores are free, so the attention weights of a row are any distribution. Tokens,
 weights and directions climb together from random and structured starts.
@@ -215,6 +215,72 @@ def _all_rows(*, distance: bool):
     return ratios
 
 
+# A normalization before the head ---------------------------------------------------------------
+# Tokens `z` become `v = z / sqrt(|z|^2 + 1)`. The derivative of a logit in key j is `G v_i + g`.
+
+
+def _scores(rng, count, d):
+    """`G`, `g`, and their norms `(count, 1)`."""
+    matrix = rng.normal(size=(count, d, d)) * np.exp(rng.uniform(-3.0, 2.0, (count, 1, 1)))
+    fixed = rng.normal(size=(count, d)) * rng.choice([0.0, 0.3, 3.0], (count, 1))
+    return matrix, fixed, np.linalg.norm(matrix, 2, axis=(1, 2))[:, None], _size(fixed)[:, None]
+
+
+def normalized_joint(rng, count):
+    """Theorem 7.9 in the token norm; the token in the first place is the query."""
+    n, d = _sizes(rng)
+    matrix, fixed, gain, pull = _scores(rng, count, d)
+
+    def value(tokens, logits, u):
+        u, weights = _unit(u), _softmax(logits)
+        length = np.sqrt(np.square(tokens).sum(axis=-1, keepdims=True) + 1.0)
+        v = tokens / length
+        pulled, side = _covariance(weights, v, v, u)
+        slope = np.einsum("cij,cj->ci", matrix, v[:, 0]) + fixed
+        rows = weights[..., None] * (u[:, None] + side[..., None] * slope[:, None])
+        rows[:, 0] += np.einsum("cij,ci->cj", matrix, pulled)
+        rows -= v * np.einsum("cnd,cnd->cn", v, rows)[..., None]
+        return _size(rows / length).sum(axis=1)
+
+    y = np.linspace(0.0, 1.0, 4001)
+    bound = gain * np.sqrt(1.0 - y**4) + y + pull * y * np.sqrt(1.0 - y**2)
+    start = (
+        _tokens(rng, np.full(count, 4.0), n, d),
+        _logits(rng, count, n),
+        rng.normal(size=(count, d)),
+    )
+    return climb(rng, start, value) / bound.max(axis=1)
+
+
+def normalized_rows(rng, count):
+    """Theorem 7.9 in the 2-norm."""
+    n, d = int(rng.integers(2, 5)), int(rng.integers(1, 3))
+    matrix, fixed, gain, pull = _scores(rng, count, d)
+    y = np.linspace(0.0, 1.0, 4001)
+    keys = (y + (gain + pull) * y * np.sqrt(1.0 - y**2)).max(axis=1)
+
+    def value(tokens, logits):
+        weights = _softmax(logits)
+        length = np.sqrt(np.square(tokens).sum(axis=-1, keepdims=True) + 1.0)
+        v = tokens / length
+        slopes = np.einsum("cij,cnj->cni", matrix, v) + fixed[:, None]
+        slopes = np.broadcast_to(slopes[:, :, None], (count, n, n, d))
+        jacobian = _joint_jacobian(
+            v, weights, slopes, lambda cov: np.einsum("cnij,cjk->cnik", cov, matrix)
+        )
+        inner = (np.eye(d) - v[..., :, None] * v[..., None, :]) / length[..., None]
+        jacobian = np.einsum("cidje,cjef->cidjf", jacobian, inner)
+        chi = weights.sum(axis=1).max(axis=1)
+        size = np.linalg.norm(_flat(jacobian), 2, axis=(1, 2))
+        return size / (gain[:, 0] + np.sqrt(chi) * keys)
+
+    start = _tokens(rng, np.full(count, 4.0), n, d), _logits(rng, count, n, n)
+    return climb(rng, start, value, steps=8)
+
+
+# Column sums ----------------------------------------------------------------------------------
+
+
 def column_sums(rng, count):
     """Column sums of softmax without biases, with biases, full and causal."""
     radius, (n, d) = _radii(rng, count), _sizes(rng)
@@ -300,6 +366,8 @@ STATEMENTS = [
         Statement(f"Theorem 7.7, {name} alone", _of_pairs(name, distance=False))
         for name in ("query", "key", "value", "shared")
     ),
+    Statement("Theorem 7.9, token norm", normalized_joint),
+    Statement("Theorem 7.9, 2-norm", normalized_rows),
     Statement("Column sums on a ball", column_sums),
     Statement("Column sums of a measure on a ball", column_of_a_measure),
     Statement("Projection, token norm", _projected("token")),
