@@ -6,7 +6,6 @@ import keras
 from keras import initializers, layers
 
 from keras_lipattn import (
-    CenterNormalization,
     L2MultiHeadAttention,
     MaxMin,
     OrthogonalDense,
@@ -49,7 +48,7 @@ def patch_transformer(
 
     - attention runs along the columns of patches in the first block and along the rows in the
       second: the bound of attention grows with the number of tokens that see each other;
-    - there is no `LayerNormalization`, whose constant is some 30, but `CenterNormalization`;
+    - there is no `LayerNormalization`, whose constant is some 30;
     - a residual is a convex combination of a skip and a branch: its constant is at most 1 when that
       of the branch is, whatever the depth;
     - dense kernels are orthogonal, and `MaxMin` keeps lengths where ReLU would lose half of the
@@ -97,7 +96,6 @@ def patch_transformer(
 
 
 def _attention_block(x, axis: int, name: str, architecture: Architecture):
-    branch = CenterNormalization(scale=False, name=f"{name}_attention_center")(x)
     branch = L2MultiHeadAttention(
         architecture.heads,
         architecture.width // architecture.heads,
@@ -106,15 +104,14 @@ def _attention_block(x, axis: int, name: str, architecture: Architecture):
         lipschitz_bound=architecture.attention_bound,
         kernel_initializer="orthogonal",
         name=f"{name}_attention",
-    )(branch)
+    )(x)
     return Residual(architecture.branch_weight, trainable_alpha=True, name=f"{name}_attention_add")(
         [x, branch]
     )
 
 
 def _mlp_block(x, name: str, architecture: Architecture):
-    branch = CenterNormalization(scale=False, name=f"{name}_mlp_center")(x)
-    branch = OrthogonalDense(2 * architecture.width, name=f"{name}_mlp_in")(branch)
+    branch = OrthogonalDense(2 * architecture.width, name=f"{name}_mlp_in")(x)
     branch = MaxMin(name=f"{name}_mlp_sort")(branch)
     branch = OrthogonalDense(architecture.width, name=f"{name}_mlp_out")(branch)
     return Residual(architecture.branch_weight, trainable_alpha=True, name=f"{name}_mlp_add")(

@@ -37,6 +37,8 @@ from keras_lipattn.layers import (
     SpectralConv2D,
     SpectralDense,
     TokenProjection,
+    TransformerDecoder,
+    TransformerEncoder,
     condensed,
 )
 from keras_lipattn.version import __version__
@@ -70,6 +72,8 @@ __all__ = [
     "SpectralConv2D",
     "SpectralDense",
     "TokenProjection",
+    "TransformerDecoder",
+    "TransformerEncoder",
     "__version__",
     "callbacks",
     "certification",

@@ -80,6 +80,7 @@ LAYERS = {
     "orthogonal": lambda: kl.SpectralDense(
         FEATURES, spectral_norm=0.2, kernel_initializer="orthogonal"
     ),
+    "orthonormal": lambda: kl.OrthogonalDense(FEATURES),
     "invertible": lambda: kl.InvertibleResidual(_branch(), coefficient=0.5),
     "continuous": lambda: kl.ContinuousDepth(_branch(), 0.5, steps=2),
     "block": Block,

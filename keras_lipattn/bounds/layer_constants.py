@@ -125,7 +125,8 @@ def convolution_constant(
         strides: an integer or one per axis.
         dilation: an integer or one per axis.
         groups: number of groups of channels.
-        input_shape: spatial shape `(n_1, ..., n_r)`; when given, the frequency bound is tried.
+        input_shape: spatial shape `(n_1, ..., n_r)`; when given, the frequencies of its size are
+            tried. Without it, or with strides, those of the symbol are, which hold for all sizes.
         max_work: the frequency bound is skipped when it needs more multiplications.
 
     Returns:

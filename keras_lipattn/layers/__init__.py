@@ -22,6 +22,7 @@ from keras_lipattn.layers.space_to_depth import SpaceToDepth
 from keras_lipattn.layers.spectral_conv2d import SpectralConv2D
 from keras_lipattn.layers.spectral_dense import SpectralDense
 from keras_lipattn.layers.token_projection import TokenProjection
+from keras_lipattn.layers.transformer_blocks import TransformerDecoder, TransformerEncoder
 
 __all__ = [
     "BoundedMultiHeadAttention",
@@ -48,6 +49,8 @@ __all__ = [
     "SpectralDense",
     "TokenProjection",
     "Tracking",
+    "TransformerDecoder",
+    "TransformerEncoder",
     "condensed",
     "lipschitz_layers",
 ]

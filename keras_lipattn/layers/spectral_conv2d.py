@@ -17,9 +17,9 @@ class SpectralConv2D(DenseLayer):
 
     The norm is that of the convolution as it runs, with its stride and zero padding, not that of
     the kernel as a matrix. It is bounded from above for all sizes of images by the largest norm of
-    the symbol of the kernel over a grid of frequencies, times a factor for those in between (4 %
-    for strides of at least half of the kernel's side or kernels of side 3, and no more for larger
-    ones). The kernel that runs is `kernel * min(1, spectral_norm / bound)`.
+    the symbol of the kernel over a grid of frequencies, times at most 1.04 for those in between.
+    The kernel that runs is `kernel * min(1, spectral_norm / bound)`. The certificate is sharper
+    than the cap, so it takes back most of this factor.
 
     `OrthogonalDense` after `SpaceToDepth` is an isometry, for kernels as large as their stride.
 

@@ -85,18 +85,18 @@ def measure_mib(which, length):
 
 def peak_and_rest(call):
     """Peak of this process, in MiB, during a call, and what it holds before."""
-    at_rest = _kib_of("/proc/self/status", "VmRSS") / 1024
+    at_rest = kib_of("/proc/self/status", "VmRSS") / 1024
     # Linux forgets the peak of what came before.
     pathlib.Path("/proc/self/clear_refs").write_text("5")
     call()
-    return _kib_of("/proc/self/status", "VmHWM") / 1024, at_rest
+    return kib_of("/proc/self/status", "VmHWM") / 1024, at_rest
 
 
 def available_mib():
-    return _kib_of("/proc/meminfo", "MemAvailable") / 1024
+    return kib_of("/proc/meminfo", "MemAvailable") / 1024
 
 
-def _kib_of(path, name):
+def kib_of(path, name):
     # Not `getrusage`: its peak counts the process which started this one.
     for line in pathlib.Path(path).read_text().splitlines():
         if line.startswith(f"{name}:"):

@@ -283,7 +283,15 @@ class _Builder:
 
     def block(self, x):
         ways = ["own", "own", "gate", "gate", "nested", "nested twice", "sequential"]
-        ways += ["named mask", "nested dict", "mask argument", "plain", "plain", "keras attention"]
+        ways += [
+            "named mask",
+            "nested dict",
+            "mask argument",
+            "plain",
+            "plain",
+            "keras attention",
+            "transformer",
+        ]
         way = self.pick(ways)
         if x.shape[-1] > 8:
             x = layers.Dense(3)(x)
@@ -310,12 +318,28 @@ class _Builder:
                 keras_lipattn.SpectralDense(4),
                 keras_lipattn.OrthogonalDense(4),
                 keras_lipattn.NormalizedDense(4),
-                keras_lipattn.HalfAbs(),
+                keras_lipattn.HalfAbs() if x.shape[-1] % 2 == 0 else keras_lipattn.SpectralDense(2),
                 keras_lipattn.L2MultiHeadAttention(2, 2),
             ]
         )
         self.note(type(layer).__name__)
         return layer(x)
+
+    def block_transformer(self, x):
+        options = {
+            "attention": self.pick(["l2", "cosine", "bounded"]),
+            "lipschitz_bound": self.pick([None, 1.0]),
+            "lipschitz_norm": self.pick(["l2", "token"]),
+            "max_sequence_length": 12,
+        }
+        x = keras_lipattn.OrthogonalDense(4)(x)
+        if self.chance(0.5):
+            self.note(f"TransformerEncoder {options}")
+            return keras_lipattn.TransformerEncoder(6, 2, **options)(x)
+        cross = options["attention"] == "bounded" and self.chance(0.5)
+        self.note(f"TransformerDecoder {options}, cross {cross}")
+        block = keras_lipattn.TransformerDecoder(6, 2, **options)
+        return block(x, keras_lipattn.OrthogonalDense(3)(x)) if cross else block(x)
 
     def block_keras_attention(self, x):
         x = layers.LayerNormalization(epsilon=0.1)(x)
