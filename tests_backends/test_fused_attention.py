@@ -17,6 +17,7 @@ from keras_lipattn.layers._fused_attention import (
     use_fused_kernel,
 )
 from keras_lipattn.layers._masks import Mask
+from tools.benchmark._backend_accuracy import row_error
 
 # What rounding weights and outputs to the dtype leaves, relative to the largest value: scores are
 # as accurate in each of them. PyTorch keeps weights in the dtype between its passes, twice rounded.
@@ -100,21 +101,19 @@ def test_the_kernel_computes_the_formula(name, dtype, spread):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("center", [0.0, 5.0])
 def test_rows_are_accurate_where_squares_cancel(dtype, center):
-    """Rows of weights, read off with unit vectors far below the tokens as further features.
-
-    Keys `5 + 0.3 N(0, 1)` gave rows wrong by 0.29 in total variation with a bias of one bfloat16.
-    """
-    count = 32
-    near = _rounded(center + 0.3 * _rng.normal(size=(1, 1, count, 16)), dtype)
-    # Squares of 2**-24 and less move no score; the kernel's values are the features it scores.
-    y = np.concatenate([near, np.broadcast_to(2.0**-12 * np.eye(count), (1, 1, count, count))], -1)
-    scores = -np.square(near[0, 0, :, None] - near[0, 0, None]).sum(axis=-1)
-    weights = np.exp(scores) / np.exp(scores).sum(axis=-1, keepdims=True)
-    found = fused_attention(ops.convert_to_tensor(y, "float32"), Mask(), dtype)
-    found = ops.convert_to_numpy(ops.cast(found, "float32"))[0, 0, :, 16:] * 2.0**12
-    variation = 0.5 * np.abs(found - weights).sum(axis=-1).max()
     # Rounding a row to bfloat16 twice moves it by 2**-8 at most, that is 4e-3. Not the scores.
-    assert variation < 1e-2
+    assert row_error(dtype, center=center) < 1e-2
+
+
+@pytest.mark.parametrize("center", [0.0, 5.0, 30.0])
+def test_three_parts_of_the_bias_are_as_accurate_as_the_rounding_of_rows(center):
+    # A row rounded to bfloat16 twice is wrong by 2**-8 at most, that is 4e-3. Not the scores.
+    assert row_error("bfloat16", center=center) < 4e-3
+    if center >= 5.0:
+        # Squares of 16 features of 5 are 400: one part leaves errors of the scores near 1.
+        assert row_error("bfloat16", center=center, parts=1) > 0.1
+    if center == 30.0:
+        assert row_error("bfloat16", center=center, parts=2) > 1e-2
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -312,6 +312,7 @@ def draw(rows, folder):
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib import ticker
 
     for name, unit, key in (("time", "processor s", "seconds"), ("memory", "MiB", "MiB")):
         fig, axes = plt.subplots(2, len(PANELS) // 2, figsize=(20.0, 10.5))
@@ -332,7 +333,7 @@ def draw(rows, folder):
                     label=label if slope is None else f"{label}: {slope:.2f}",
                 )
             panel.set_xticks(SIZES[axis], [f"{size}" for size in SIZES[axis]])
-            panel.xaxis.set_minor_locator(plt.NullLocator())
+            panel.xaxis.set_minor_locator(ticker.NullLocator())
             panel.set_title(f"{unit} over {axis}", fontsize=10)
             panel.grid(True, color="0.9")
             panel.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.08))
