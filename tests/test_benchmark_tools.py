@@ -3,6 +3,8 @@
 import importlib
 import json
 import os
+import pathlib
+import time
 
 import keras
 import numpy as np
@@ -10,8 +12,9 @@ import pytest
 from absl.testing import flagsaver
 from keras import ops
 
-from tools.benchmark import memory
+from tools.benchmark import growth, memory
 from tools.benchmark.__main__ import NAMES
+from tools.benchmark._budget import run_within
 from tools.benchmark._models import encoder
 from tools.benchmark._peers import (
     CachedAttention,
@@ -258,3 +261,85 @@ def test_benchmarks_run_to_the_end_on_small_cases(name, monkeypatch):
     assert len({row.case for row in rows}) == len(rows)
     report = Report(name, module.CLAIM, rows, 1, machine())
     assert Report.from_json(report.to_json()) == report
+
+
+def test_exponents_are_fitted_to_the_upper_half():
+    sizes = [1, 2, 4, 8, 16, 32]
+    values = [7.0, 7.0, 7.0, *(3.0 * size**1.5 for size in sizes[3:])]
+    assert growth.exponent(sizes, values) == pytest.approx(1.5)
+    # What is lost in the process is no growth; what stopped early has no exponent.
+    assert growth.exponent(sizes, [1.0, 1.0, 1.0, 2.0, 4.0, 8.0], least=2.0) == pytest.approx(1.0)
+    assert growth.exponent(sizes, [1.0] * 6, least=1.0) is None
+    assert growth.exponent([1, 2], [1.0, 2.0]) is None
+
+
+@pytest.mark.parametrize(
+    ("point", "sizes", "reason"),
+    [
+        # The seconds double and double again: 32 s at 16384 tokens, then 64.
+        (lambda size: (size / 512.0, 1.0), [1024, 2048, 4096, 8192, 16384], "about 64 s next"),
+        (lambda size: (1.0, size**2 / 2.0**14), [1024, 2048, 4096], "about 4 GiB next"),
+        (lambda size: (1.0, 1.0), growth.SIZES["tokens"], None),
+    ],
+)
+def test_a_line_stops_before_what_takes_too_much(point, sizes, reason, monkeypatch):
+    monkeypatch.setattr(growth, "in_process", lambda axis, what, who, size, _: point(size))
+    monkeypatch.setattr(growth, "available_mib", lambda: 4096.0)
+    FLAGS.mark_as_parsed()
+    line = growth.line("tokens", "forward", "ours")
+    assert line.sizes == sizes and line.stopped == reason
+    assert line.row().details.get("stopped") == reason
+
+
+@pytest.mark.parametrize("axis", growth.MEASURED)
+def test_what_grows_runs_at_small_sizes(axis, monkeypatch, tmp_path):
+    small = dict(batch=1, tokens=8, width=16, heads=1, depth=1)
+    monkeypatch.setattr(growth, "SHAPES", {axis: {"layer": small, "model": small}})
+    monkeypatch.setattr(growth.decoding, "DECODED", 2)
+    for what in growth.MEASURED[axis]:
+        for who in ("ours", "standard") if growth.has_standard(what) else ("ours",):
+            size = 2 * small[axis]
+            prepare, call = growth.program(axis, what, who, size, tmp_path / what)
+            prepare()
+            call()
+    assert pathlib.Path(tmp_path / "export").exists() == ("export" in growth.MEASURED[axis])
+
+
+def test_a_point_is_measured_in_a_process_of_its_own():
+    seconds, mib = growth.in_process("batch", "training step", "standard", 256, 1)
+    assert seconds > 0.0
+    # Attention weights: 256 x 4 heads of 64 x 64 entries take 16 MiB.
+    assert 16.0 < mib < 1000.0
+
+
+def test_growth_is_drawn_with_its_exponents(monkeypatch, tmp_path):
+    monkeypatch.setattr(growth, "in_process", lambda *arguments: (1e-6 * arguments[3], 4.0))
+    FLAGS.mark_as_parsed()
+    with flagsaver.flagsaver(rounds=1, output=str(tmp_path)):
+        rows = growth.measure()
+    assert all(row.value == pytest.approx(1.0) for row in rows)
+    assert len({row.case for row in rows}) == len(rows)
+    report = Report("growth", growth.CLAIM, rows, 1, machine())
+    assert Report.from_json(report.to_json()) == report
+    assert {path.name for path in tmp_path.iterdir()} == {"growth_time.png", "growth_memory.png"}
+    # Every line is in some panel.
+    for row in rows:
+        axis, what = row.details["axis"], row.details["what"]
+        assert any(axis == shown and what.startswith(names) for shown, names in growth.PANELS)
+
+
+def test_a_case_that_fails_or_dies_costs_only_its_own_result():
+    dies = "__import__('os').kill(__import__('os').getpid(), 9)"
+    outcomes = list(run_within(300.0, eval, ["1 + 1", "1 / 0", dies, "2 + 2"]))
+    assert outcomes == [
+        (2, None),
+        (None, "ZeroDivisionError: division by zero"),
+        (None, "the process ended with status -9"),
+        (4, None),
+    ]
+
+
+def test_a_case_that_is_not_done_in_time_is_stopped_and_the_rest_skipped():
+    stopped, skipped = run_within(2.0, time.sleep, [3600.0, 0.0])
+    assert stopped == (None, "stopped: not done after 2 s, when time was up")
+    assert skipped[0] is None and skipped[1].startswith("skipped: 0 s left")

@@ -22,6 +22,7 @@ NAMES = [
     "memory",
     "certify_time",
     "monitor_cost",
+    "growth",
 ]
 
 

@@ -4,11 +4,11 @@ import keras
 from keras import ops
 
 
-def product(matrix):
-    """Function without arguments that multiplies a square matrix with itself."""
+def call(function, *arguments):
+    """Function without arguments that calls `function`, compiled on JAX, without derivatives."""
     if keras.backend.backend() == "jax":
-        return _compiled_by_jax(lambda a: a @ a, matrix)[0]
-    return _run_by_torch(lambda: matrix @ matrix)
+        return _compiled_by_jax(function, *arguments)[0]
+    return _run_by_torch(lambda: function(*arguments))
 
 
 def layer_step(layer, inputs, *, training):
@@ -38,13 +38,13 @@ def _layer_step_by_jax(layer, inputs, training):
     state = [variable.value for variable in layer.non_trainable_variables]
 
     def forward(x, weights):
-        output, _ = layer.stateless_call(weights, state, *[x] * len(inputs), training=training)
-        return output
+        return layer.stateless_call(weights, state, *[x] * len(inputs), training=training)
 
     def loss(x, weights):
-        return _sum_of_squares(forward(x, weights))
+        output, new_state = forward(x, weights)
+        return _sum_of_squares(output), new_state
 
-    function = jax.grad(loss, argnums=(0, 1)) if training else forward
+    function = jax.grad(loss, argnums=(0, 1), has_aux=True) if training else forward
     run, compiled = _compiled_by_jax(function, inputs[0], weights)
     analysis = compiled.memory_analysis()
     return run, analysis and analysis.temp_size_in_bytes / 2**20

@@ -27,7 +27,8 @@ def forward(layer, x, *, self_attention=False, causal=False, fold=False, jit=Fal
     """
     inputs = (x, x) if self_attention else (x,)
     call = {"use_causal_mask": True} if causal else {}
-    layer(*inputs)
+    if not layer.built:
+        layer(*inputs)
     graph = tf.function(
         lambda *inputs: layer(*inputs, training=False, **call), autograph=False, jit_compile=jit
     )
@@ -44,7 +45,8 @@ def training_step(layer, x, *, self_attention=False, causal=False, jit=False):
     """
     inputs = (x, x) if self_attention else (x,)
     call = {"use_causal_mask": True} if causal else {}
-    layer(*inputs)
+    if not layer.built:
+        layer(*inputs)
     weights = [variable.value for variable in layer.trainable_variables]
 
     @tf.function(autograph=False, jit_compile=jit)

@@ -80,8 +80,15 @@ def measure_mib(which, length):
     else:
         layer = keras.layers.MultiHeadAttention(HEADS, FEATURES // HEADS)
         step = training_step(layer, x, self_attention=True)
+    return peak_and_rest(step)
+
+
+def peak_and_rest(call):
+    """Peak of this process, in MiB, during a call, and what it holds before."""
     at_rest = kib_of("/proc/self/status", "VmRSS") / 1024
-    step()
+    # Linux forgets the peak of what came before.
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    call()
     return kib_of("/proc/self/status", "VmHWM") / 1024, at_rest
 
 
