@@ -5,7 +5,15 @@ from keras_lipattn._requirements import check_requirements
 
 check_requirements()
 
-from keras_lipattn import callbacks, certification, distribution, layers, losses, metrics
+from keras_lipattn import (
+    callbacks,
+    certification,
+    distribution,
+    evaluation,
+    layers,
+    losses,
+    metrics,
+)
 from keras_lipattn.bounds import LipschitzBound
 from keras_lipattn.callbacks import (
     DurableBackup,
@@ -84,6 +92,7 @@ __all__ = [
     "convert_attention",
     "distribution",
     "estimate_lipschitz",
+    "evaluation",
     "export_saved_model",
     "layers",
     "losses",

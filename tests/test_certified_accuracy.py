@@ -1,5 +1,6 @@
 """`certified_accuracy`: its definitions, and attacks that may not contradict them."""
 
+import foolbox
 import keras
 import numpy as np
 import pytest
@@ -75,7 +76,6 @@ def test_local_radii_are_never_smaller(trained):
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 @pytest.mark.parametrize("several", [False, True])
 def test_an_attack_contradicts_no_certificate(trained, norm, several):
-    foolbox = pytest.importorskip("foolbox")
     x, y = problem()
     kinds = {
         "l2": foolbox.attacks.L2ProjectedGradientDescentAttack,
@@ -93,7 +93,6 @@ def test_an_attack_contradicts_no_certificate(trained, norm, several):
 
 
 def test_a_certificate_that_an_attack_contradicts_is_named(trained):
-    pytest.importorskip("foolbox")
     x, y = problem()
     found = kl.certified_accuracy(trained, x, y, RADII, attack=True)
     wrong = type(found)(**{**vars(found), "certified_radii": 100.0 * found.certified_radii})
@@ -102,7 +101,6 @@ def test_a_certificate_that_an_attack_contradicts_is_named(trained):
 
 
 def test_the_table_has_a_row_for_each_radius_and_the_plot_is_written(trained, tmp_path):
-    pytest.importorskip("foolbox")
     x, y = problem()
     for attack in (None, True):
         found = kl.certified_accuracy(trained, x, y, RADII, attack=attack)

@@ -39,6 +39,9 @@ LOST = {
     "l2_attention_capped",
     "max_pool3d",
     "ops_conv_transpose",
+    "spectral_conv",
+    "spectral_conv_patches",
+    "spectral_conv_strided",
     "spectral_dense",
 }
 
@@ -53,6 +56,10 @@ ROUGH = (
     "crop_small",
     "bilinear",
 )
+
+
+# The kernel that runs is computed in float32 by the layer: an allowance of 1e-5 for it.
+COMPUTED = ("orthogonal_dense", "normalized_dense")
 
 
 def values_near(model, x, radius, norm="l2", **options):
@@ -93,9 +100,12 @@ def test_rules_hold_near_an_input_and_values_are_those_of_the_model(name):
     else:
         assert not certificate.threat_model.lost
         assert near is not None
-        precision = 1e-6 if any(rough in name for rough in ROUGH) else 1e-9
+        is_rough = any(rough in name for rough in ROUGH + COMPUTED)
+        precision = 1e-6 if is_rough else 1e-9
         np.testing.assert_allclose(near.value, expected, rtol=precision, atol=precision)
-        assert near.rounding_error <= 1e-6 * (1.0 + np.linalg.norm(expected) + certificate.total)
+        allowed = 2e-5 if name.startswith(COMPUTED) else 1e-6
+        size = 1.0 + np.linalg.norm(expected) + certificate.total
+        assert near.rounding_error <= allowed * size
     if certificate.total == globally:
         # Its Jacobians are measured elsewhere.
         return

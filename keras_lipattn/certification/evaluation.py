@@ -10,10 +10,26 @@ from keras import KerasTensor
 from keras.src import backend
 
 from keras_lipattn.certification.trace import TracedCall
-from keras_lipattn.layers import CenterNormalization, MaxMin, PositionEmbedding, Residual
+from keras_lipattn.layers import (
+    CenterNormalization,
+    HalfAbs,
+    MaxMin,
+    NormPooling,
+    PositionEmbedding,
+    Residual,
+    SpaceToDepth,
+)
 
 # Layers of this package that compute in the dtype of their input.
-_PLAIN = (CenterNormalization, MaxMin, PositionEmbedding, Residual)
+_PLAIN = (
+    CenterNormalization,
+    HalfAbs,
+    MaxMin,
+    NormPooling,
+    PositionEmbedding,
+    Residual,
+    SpaceToDepth,
+)
 
 
 class UnknownValue(Exception):
