@@ -1,9 +1,9 @@
 """`certified_accuracy`: its definitions, and attacks that may not contradict them."""
 
-import foolbox
 import keras
 import numpy as np
 import pytest
+from foolbox.attacks import projected_gradient_descent as descent
 
 import keras_lipattn as kl
 
@@ -78,8 +78,8 @@ def test_local_radii_are_never_smaller(trained):
 def test_an_attack_contradicts_no_certificate(trained, norm, several):
     x, y = problem()
     kinds = {
-        "l2": foolbox.attacks.L2ProjectedGradientDescentAttack,
-        "linf": foolbox.attacks.LinfProjectedGradientDescentAttack,
+        "l2": descent.L2ProjectedGradientDescentAttack,
+        "linf": descent.LinfProjectedGradientDescentAttack,
     }
     attack = [kinds[norm](steps=10), kinds[norm](steps=5)] if several else True
     found = kl.certified_accuracy(

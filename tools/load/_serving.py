@@ -39,7 +39,8 @@ def main(paths: list[str], numbers: list[int], min_ratio: float) -> int:
     # The first answers, one at a time.
     first = [calls["certified"](x)["radius"].numpy() for x in tensors]
     for x in tensors:
-        calls["serving_default"](x), calls["plain"](x)
+        calls["serving_default"](x)
+        calls["plain"](x)
 
     def send(name: str, order: np.ndarray) -> tuple[int, int, int, int]:
         different, not_a_number, examples, positive = 0, 0, 0, 0
