@@ -282,3 +282,10 @@ def test_convolutions_come_back_from_files(tmp_path):
     assert kl.certify(again).total == kl.certify(model).total
     with kl.condensed(model):
         np.testing.assert_allclose(model(x), outputs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["l2", "token", "linf"])
+def test_blocks_of_one_token_have_the_constant_one_exactly(norm):
+    inputs = keras.Input((4, 3))
+    model = keras.Model(inputs, kl.SpaceToDepth(1, name="space_to_depth")(inputs))
+    assert kl.certify(model, norm).row("space_to_depth").constant == 1.0

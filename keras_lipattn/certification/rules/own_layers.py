@@ -16,7 +16,7 @@ from keras_lipattn.certification.rules.activations import with_activation
 from keras_lipattn.certification.rules.linear import matrix_map
 from keras_lipattn.certification.rules.local_attention import CAP_ROUNDING, UNSETTLED
 from keras_lipattn.certification.rules.merging import operands_of, weighted_sum
-from keras_lipattn.certification.rules.reshaping import regroup
+from keras_lipattn.certification.rules.reshaping import regroup, tokens_move
 from keras_lipattn.certification.token_range import TokenRange
 from keras_lipattn.certification.weights import bias_of, cast_to_compute_dtype
 from keras_lipattn.layers import (
@@ -149,6 +149,8 @@ def _keeps_sizes(theorem: str, call: LayerCall) -> LipschitzMap:
 
 @register_rule(SpaceToDepth)
 def space_to_depth(layer, call):
+    if layer.block_size == 1:
+        return tokens_move(call, "nothing moves")
     return regroup(
         call, layer.block_size ** (len(call.state.shape) - 1), "tokens of a block in one"
     )
