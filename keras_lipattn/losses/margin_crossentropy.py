@@ -8,8 +8,30 @@ from keras import ops
 from keras_lipattn._arguments import require_nonnegative, require_positive
 
 
+class _MarginLoss(keras.losses.Loss):
+    """The arguments that both losses have, and the margin they ask for."""
+
+    def __init__(self, radius, temperature, lipschitz, reduction, name, dtype):
+        super().__init__(name=name, reduction=reduction, dtype=dtype)
+        require_nonnegative("radius", radius)
+        require_positive("temperature", temperature, optional=False)
+        require_positive("lipschitz", lipschitz, optional=False)
+        self.radius = float(radius)
+        self.temperature = float(temperature)
+        self.lipschitz = float(lipschitz)
+        self.margin = math.sqrt(2.0) * self.lipschitz * self.radius
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "radius": self.radius,
+            "temperature": self.temperature,
+            "lipschitz": self.lipschitz,
+        }
+
+
 @keras.saving.register_keras_serializable(package="keras_lipattn")
-class MarginCrossentropy(keras.losses.Loss):
+class MarginCrossentropy(_MarginLoss):
     """Cross-entropy after the logit of the correct class is lowered by the margin of a radius.
 
     For logits `z` and class `y`, with temperature `t`:
@@ -65,20 +87,13 @@ class MarginCrossentropy(keras.losses.Loss):
         name="margin_crossentropy",
         dtype=None,
     ):
-        super().__init__(name=name, reduction=reduction, dtype=dtype)
-        require_nonnegative("radius", radius)
-        require_positive("temperature", temperature, optional=False)
-        require_positive("lipschitz", lipschitz, optional=False)
+        super().__init__(radius, temperature, lipschitz, reduction, name, dtype)
         require_nonnegative("annealing", annealing)
-        self.radius = float(radius)
-        self.temperature = float(temperature)
-        self.lipschitz = float(lipschitz)
         self.annealing = float(annealing)
 
     def call(self, y_true, y_pred):
         classes, correct = _classes_of(y_true, y_pred)
-        margin = math.sqrt(2.0) * self.lipschitz * self.radius
-        losses = _crossentropy(classes, y_pred - margin * correct, self.temperature)
+        losses = _crossentropy(classes, y_pred - self.margin * correct, self.temperature)
         if self.annealing:
             # `-expm1(-loss)` is `1 - p`. At 0 the power of a number below 1 has no derivative.
             other = -ops.expm1(-self.temperature * losses)
@@ -86,17 +101,11 @@ class MarginCrossentropy(keras.losses.Loss):
         return losses
 
     def get_config(self):
-        return {
-            **super().get_config(),
-            "radius": self.radius,
-            "temperature": self.temperature,
-            "lipschitz": self.lipschitz,
-            "annealing": self.annealing,
-        }
+        return {**super().get_config(), "annealing": self.annealing}
 
 
 @keras.saving.register_keras_serializable(package="keras_lipattn")
-class EfficientMarginCrossentropy(keras.losses.Loss):
+class EfficientMarginCrossentropy(_MarginLoss):
     """Cross-entropy after every other class is raised by what an attack can give it at most.
 
     For logits `z` and class `y`, with temperature `t` and `K = sqrt(2) * lipschitz`:
@@ -145,28 +154,13 @@ class EfficientMarginCrossentropy(keras.losses.Loss):
         name="efficient_margin_crossentropy",
         dtype=None,
     ):
-        super().__init__(name=name, reduction=reduction, dtype=dtype)
-        require_nonnegative("radius", radius)
-        require_positive("temperature", temperature, optional=False)
-        require_positive("lipschitz", lipschitz, optional=False)
-        self.radius = float(radius)
-        self.temperature = float(temperature)
-        self.lipschitz = float(lipschitz)
+        super().__init__(radius, temperature, lipschitz, reduction, name, dtype)
 
     def call(self, y_true, y_pred):
         classes, correct = _classes_of(y_true, y_pred)
         lead = ops.sum(correct * y_pred, axis=-1, keepdims=True) - y_pred
-        margin = math.sqrt(2.0) * self.lipschitz * self.radius
-        raised = ops.stop_gradient(ops.clip(lead, 0.0, margin))
+        raised = ops.stop_gradient(ops.clip(lead, 0.0, self.margin))
         return _crossentropy(classes, y_pred + raised, self.temperature)
-
-    def get_config(self):
-        return {
-            **super().get_config(),
-            "radius": self.radius,
-            "temperature": self.temperature,
-            "lipschitz": self.lipschitz,
-        }
 
 
 def _classes_of(y_true, y_pred):
