@@ -23,7 +23,8 @@ from substitutions import (
     score_costs,
 )
 
-_WIDTH, _TOKEN, _HEADS, _REACH = 64, 16, 2, 4
+CONTEXT_WIDTH = 16
+_WIDTH, _HEADS, _REACH = 64, 2, 4
 # Factor of the context of a word next to the word itself.
 _CONTEXT = 0.3
 
@@ -77,20 +78,24 @@ class Classifier(RobustModel):
 
     Args:
         table: Word vectors at the start, `(words, features)`.
+        contexts: What other words see of a word, at the start, `(words, 16)`.
         classes: Number of classes.
         attention: Whether there is attention; without it the context of a word is itself.
     """
 
-    def __init__(self, table, classes, attention):
+    def __init__(self, table, contexts, classes, attention):
         super().__init__()
         ids = keras.Input((None,), dtype="int32")
-        vectors = keras.layers.Embedding(
-            *table.shape, embeddings_initializer=keras.initializers.Constant(table), name="vectors"
-        )(ids)
-        x = OrthogonalDense(_WIDTH)(TokenProjection(1.0)(vectors))
-        p = TokenProjection(1.0)(keras.layers.Dense(_TOKEN)(x))
+        both = np.concatenate([table, contexts], axis=1)
+        start = keras.initializers.Constant(both)
+        self.vectors = keras.layers.Embedding(*both.shape, embeddings_initializer=start)
+        x, p = ops.split(self.vectors(ids), [table.shape[1]], axis=-1)
+        x = OrthogonalDense(_WIDTH)(TokenProjection(1.0)(x))
+        p = TokenProjection(1.0)(p)
+        if not attention:
+            p = keras.layers.Rescaling(_CONTEXT)(p)
         self.words = keras.Model(ids, [x, p], name="words")
-        inputs = [keras.Input((None, _WIDTH)), keras.Input((None, _TOKEN))]
+        inputs = [keras.Input((None, _WIDTH)), keras.Input((None, CONTEXT_WIDTH))]
         y = keras.layers.Concatenate()(inputs)
         for _ in range(2):
             y = MaxMin()(OrthogonalDense(_WIDTH)(y))
@@ -99,7 +104,7 @@ class Classifier(RobustModel):
         if attention:
             self.attention = BoundedMultiHeadAttention(
                 _HEADS,
-                _TOKEN // _HEADS,
+                CONTEXT_WIDTH // _HEADS,
                 token_radius=1.0,
                 max_relative_position=_REACH,
                 spectral_norm=1.0,
@@ -107,7 +112,7 @@ class Classifier(RobustModel):
                 kernel_initializer="orthogonal",
                 name="attention",
             )
-            self.attention.build((None, None, _TOKEN))
+            self.attention.build((None, None, CONTEXT_WIDTH))
             # Heads begin with the neighbors on the right and on the left.
             biases = np.zeros((_HEADS, 2 * _REACH), np.float32)
             biases[np.arange(_HEADS), _REACH - 1 + np.arange(_HEADS) % 2] = 3.0
@@ -139,10 +144,11 @@ class Classifier(RobustModel):
         """`context_constants` of the kernels with their caps, with a gradient."""
         layer = self.attention
         kernels = layer.query_kernel, layer.key_kernel, layer.value_kernel
-        flat = [ops.reshape(ops.convert_to_tensor(kernel), (_TOKEN, -1)) for kernel in kernels]
-        flat.append(ops.reshape(ops.convert_to_tensor(layer.output_kernel), (-1, _TOKEN)))
+        kernels = [ops.convert_to_tensor(kernel) for kernel in kernels]
+        flat = [ops.reshape(kernel, (CONTEXT_WIDTH, -1)) for kernel in kernels]
+        flat.append(ops.reshape(ops.convert_to_tensor(layer.output_kernel), (-1, CONTEXT_WIDTH)))
         *flat, output = [kernel / ops.maximum(1.0, _norm(kernel)) for kernel in flat]
-        shape = (_TOKEN, _HEADS, _TOKEN // _HEADS)
+        shape = (CONTEXT_WIDTH, _HEADS, CONTEXT_WIDTH // _HEADS)
         query, key, value = [ops.transpose(ops.reshape(k, shape), (1, 0, 2)) for k in flat]
         score = ops.matmul(query, ops.transpose(key, (0, 2, 1))) / np.sqrt(shape[-1])
         norms = ContextNorms(_norm(score), _norm(value), _norm(flat[2]), _norm(output))
@@ -181,7 +187,7 @@ class Classifier(RobustModel):
 
     def _pairwise_constant(self) -> float:
         """Lipschitz constant of the difference of two scores of a word."""
-        inputs = [keras.Input((1, _WIDTH)), keras.Input((1, _TOKEN))]
+        inputs = [keras.Input((1, _WIDTH)), keras.Input((1, CONTEXT_WIDTH))]
         scores = keras.layers.Flatten()(self.scores(inputs))
         return float(np.max(keras_lipattn.certify(keras.Model(inputs, scores)).pairwise_constants))
 
@@ -232,8 +238,9 @@ class BagOfWords(RobustModel):
         others = tf.gather(self.words(unique[:, None], training=training)[:, 0], rows)
         others = ops.reshape(others, (*ops.shape(candidates), _WIDTH))
         present = (candidates > 0)[..., None]
-        up = ops.max(ops.where(present, others - features[:, :, None], 0.0), axis=2)
-        down = ops.max(ops.where(present, features[:, :, None] - others, 0.0), axis=2)
+        moves = ops.where(present, others - features[:, :, None], 0.0)
+        # A word may stay: neither is below 0.
+        up, down = (ops.relu(ops.max(each, axis=2)) for each in (moves, -moves))
         up, down = (_sum_of_largest(each, replaced) / lengths for each in (up, down))
         kernel = ops.convert_to_tensor(self.hidden.kernel)
         center = self.hidden(mean + 0.5 * (up - down))
@@ -251,20 +258,12 @@ class BagOfWords(RobustModel):
         found = {}
         for count in counts:
             _, lowest = in_batches(
-                functools.partial(self._compiled_margins, replaced=count),
+                functools.partial(self.margins, training=False, replaced=count),
                 *(part.words, part.candidates, part.labels),
             )
             rival = np.arange(lowest.shape[1]) != part.labels[:, None]
             found[count] = (lowest > ALLOWANCE).all(axis=1, where=rival)
         return found
-
-    @functools.cached_property
-    def _compiled_margins(self):
-        @tf.function(reduce_retracing=True)
-        def margins(words, candidates, labels, replaced):
-            return self.margins(words, candidates, labels, False, replaced)
-
-        return margins
 
 
 def _sum_of_largest(values, count):

@@ -207,20 +207,42 @@ def glove(words: list[str]) -> np.ndarray:
     return found
 
 
-def initial_table(corpus: Corpus, vectors: np.ndarray) -> np.ndarray:
-    """Vectors for the start of training: centered, pulled to those of synonyms, then in a ball.
+def initial_tables(
+    corpus: Corpus, vectors: np.ndarray, context_width: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors for the start of training: of words, and of words as contexts of others.
 
-    Each round moves a word half the way to the mean of its neighbors. Rows of words without a
-    vector, and of padding, are zero. The mean of the norms of the others is 0.5.
+    Vectors of words are centered and pulled to those of their synonyms: each round moves a word
+    half the way to the mean of its neighbors. They end in the unit ball, and their mean norm is
+    0.5. As a context a word without neighbors begins with a projection of its vector, any other
+    word with 0, so that at the start no substitution changes a context. Rows of words without a
+    vector, and of padding, are zero.
+
+    Args:
+        corpus: The words and their neighbors.
+        vectors: `(words, features)`, as `glove` returns them.
+        context_width: Features of the second table, at most those of the first.
+
+    Returns:
+        Two tables, `(words, features)` and `(words, context_width)`.
     """
-    has_vector = np.abs(vectors).sum(axis=1) > 0.0
-    table = np.where(has_vector[:, None], vectors - vectors[has_vector].mean(axis=0), 0.0)
-    seen = (corpus.neighbors != 0) & has_vector[corpus.neighbors]
+    known = np.abs(vectors).sum(axis=1) > 0.0
+    centered = np.where(known[:, None], vectors - vectors[known].mean(axis=0), 0.0)
+    seen = (corpus.neighbors != 0) & known[corpus.neighbors]
     counts = seen.sum(axis=1, keepdims=True)
+    pulled = centered
     for _ in range(_ROUNDS):
-        mean = (table[corpus.neighbors] * seen[..., None]).sum(axis=1) / np.maximum(counts, 1)
-        pulled = (1.0 - _SHARE_OF_NEIGHBORS) * table + _SHARE_OF_NEIGHBORS * mean
-        table = np.where((counts > 0) & has_vector[:, None], pulled, table)
-    table *= 0.5 / np.linalg.norm(table[has_vector], axis=1).mean()
-    table /= np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1.0)
+        mean = (pulled[corpus.neighbors] * seen[..., None]).sum(axis=1) / np.maximum(counts, 1)
+        mean = (1.0 - _SHARE_OF_NEIGHBORS) * pulled + _SHARE_OF_NEIGHBORS * mean
+        pulled = np.where((counts > 0) & known[:, None], mean, pulled)
+    # The same projection for every seed.
+    square = np.random.default_rng(0).normal(size=(vectors.shape[1],) * 2)
+    contexts = centered @ np.linalg.qr(square)[0][:, :context_width]
+    contexts = np.where(corpus.neighbors[:, :1] == 0, contexts, 0.0)
+    return _in_ball(pulled, known), _in_ball(contexts, np.abs(contexts).sum(axis=1) > 0.0)
+
+
+def _in_ball(table, known):
+    table = table * (0.5 / np.linalg.norm(table[known], axis=1).mean())
+    table = table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1.0)
     return table.astype(np.float32)
