@@ -25,8 +25,6 @@ from substitutions import (
 
 CONTEXT_WIDTH = 16
 _WIDTH, _HEADS, _REACH = 64, 2, 4
-# Factor of the context of a word next to the word itself.
-_CONTEXT = 0.3
 
 
 class Found(typing.NamedTuple):
@@ -81,10 +79,12 @@ class Classifier(RobustModel):
         contexts: What other words see of a word, at the start, `(words, 16)`.
         classes: Number of classes.
         attention: Whether there is attention; without it the context of a word is itself.
+        weight: Factor of the context of a word next to the word itself.
     """
 
-    def __init__(self, table, contexts, classes, attention):
+    def __init__(self, table, contexts, classes, attention, weight=0.3):
         super().__init__()
+        self.weight = weight
         ids = keras.Input((None,), dtype="int32")
         both = np.concatenate([table, contexts], axis=1)
         start = keras.initializers.Constant(both)
@@ -93,7 +93,7 @@ class Classifier(RobustModel):
         x = OrthogonalDense(_WIDTH)(TokenProjection(1.0)(x))
         p = TokenProjection(1.0)(p)
         if not attention:
-            p = keras.layers.Rescaling(_CONTEXT)(p)
+            p = keras.layers.Rescaling(weight)(p)
         self.words = keras.Model(ids, [x, p], name="words")
         inputs = [keras.Input((None, _WIDTH)), keras.Input((None, CONTEXT_WIDTH))]
         y = keras.layers.Concatenate()(inputs)
@@ -124,7 +124,7 @@ class Classifier(RobustModel):
         x, p = self.words(words, training=training)
         contexts = p
         if self.attention is not None:
-            contexts = _CONTEXT * self.attention(p, query_mask=mask, training=training)
+            contexts = self.weight * self.attention(p, query_mask=mask, training=training)
         scores = self.scores([x, contexts], training=training)
         mask = ops.cast(mask, scores.dtype)
         total = ops.sum(scores * mask[..., None], axis=1)
@@ -134,7 +134,7 @@ class Classifier(RobustModel):
         found = self.parts(words, training)
         constants = None
         if self.attention is not None:
-            constants = np.sqrt(2.0) * _CONTEXT * self._constants_in_training(found.mask)
+            constants = np.sqrt(2.0) * self.weight * self._constants_in_training(found.mask)
         falls = score_costs(self, words, candidates, labels, found, constants, training)
         lengths = ops.sum(found.mask, axis=1)[:, None]
         margins = label_margins(found.logits, labels)
@@ -160,6 +160,12 @@ class Classifier(RobustModel):
     def logits(self, words):
         return self.parts(words).logits
 
+    def logits_without_context(self, words):
+        """The logits with 0 in place of what words see of each other."""
+        found = self.parts(words)
+        scores = self.scores([self.words(words)[0], 0.0 * found.contexts])
+        return ops.sum(scores * found.mask[..., None], axis=1)
+
     def holds(self, part, counts):
         bounds = self.bounds(part)
         return {count: bounds.holds(count) for count in counts}
@@ -169,7 +175,7 @@ class Classifier(RobustModel):
         constants = np.zeros(part.words.shape)
         if self.attention is not None:
             pair = self._pairwise_constant()
-            constants = pair * _CONTEXT * constants_at_inference(self.attention, part.mask)
+            constants = pair * self.weight * constants_at_inference(self.attention, part.mask)
         arrays = part.words, part.candidates, part.labels, constants.astype(np.float32)
         return Bounds(*in_batches(self._compiled_falls, *arrays), part.labels)
 
@@ -196,7 +202,7 @@ class Classifier(RobustModel):
         ids = keras.Input((length,), dtype="int32")
         x, contexts = self.words(ids)
         if self.attention is not None:
-            contexts = keras.layers.Rescaling(_CONTEXT)(self.attention(contexts))
+            contexts = keras.layers.Rescaling(self.weight)(self.attention(contexts))
         scores = self.scores([x, contexts])
         return keras.Model(ids, keras.layers.GlobalAveragePooling1D()(scores))
 

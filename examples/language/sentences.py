@@ -90,8 +90,8 @@ def load_sst2() -> Corpus:
         sentences[part] = [
             (
                 item["label"],
-                words := item["sentence"].lower().split(),
-                item.get("candidates") or [neighbors.get(word, []) for word in words],
+                sentence := item["sentence"].lower().split(),
+                item.get("candidates") or [neighbors.get(word, []) for word in sentence],
             )
             for item in items
         ]
@@ -109,9 +109,9 @@ def load_trec() -> Corpus:
     for part in ("train", "test"):
         sentences[part] = []
         for line in _file(f"text_cls/TREC.{part}.all").read_text("latin-1").splitlines():
-            label, *words = line.lower().split()
-            lists = [neighbors.get(word, []) for word in words]
-            sentences[part].append((int(label), words, lists))
+            label, *sentence = line.lower().split()
+            lists = [neighbors.get(word, []) for word in sentence]
+            sentences[part].append((int(label), sentence, lists))
     sentences["dev"] = sentences["train"][::10]
     del sentences["train"][::10]
     return number(sentences, neighbors)

@@ -36,6 +36,7 @@ _MODELS = ("attention", "no_attention", "bag_of_words")
 _DATA = flags.DEFINE_enum("data", "sst2", list(LOADERS), "movie reviews or questions")
 _MODEL = flags.DEFINE_enum("model", "attention", _MODELS, "what learns")
 _SEED = flags.DEFINE_integer("seed", 0, "seed of the weights and of the order of sentences")
+_CONTEXT = flags.DEFINE_float("context", 0.3, "weight of contexts next to words", 0.0)
 _EPOCHS = flags.DEFINE_integer("epochs", 8, "number of epochs", lower_bound=1)
 _ROBUST = flags.DEFINE_float("robust", 0.65, "share of the certified margins in the loss", 0.0, 1.0)
 _RATE = flags.DEFINE_float("learning_rate", 2e-3, "largest learning rate", lower_bound=0.0)
@@ -70,12 +71,14 @@ def robust_loss(robust: float, progress):
     return loss
 
 
-def build(name: str, table: np.ndarray, contexts: np.ndarray, classes: int) -> RobustModel:
+def build(
+    name: str, table: np.ndarray, contexts: np.ndarray, classes: int, weight: float = 0.3
+) -> RobustModel:
     """One of the three models, from the tables of `initial_tables`."""
     if name == "bag_of_words":
         model = BagOfWords(table, classes)
     else:
-        model = Classifier(table, contexts, classes, attention=name == "attention")
+        model = Classifier(table, contexts, classes, name == "attention", weight)
     words = np.ones((1, 2), np.int32)
     model((words, np.zeros((1, 2, MOST_CANDIDATES), np.int32), words[:, 0]))
     return model
@@ -166,6 +169,8 @@ def evaluate(model: RobustModel, part: Part) -> dict:
         "sentences": len(part.labels),
     }
     if isinstance(model, Classifier):
+        alone = in_batches(lambda words: (model.logits_without_context(words),), part.words)[0]
+        results["clean without context"] = float((alone.argmax(axis=1) == part.labels).mean())
         results["certified by one constant"] = by_one_constant(model, part, predict(part.words))
     return results
 
@@ -198,23 +203,30 @@ def table(record: pathlib.Path) -> str:
     runs = collections.defaultdict(list)
     for line in record.read_text().splitlines():
         run = json.loads(line)
-        runs[run["data"], run["model"]].append(run)
+        runs[run["data"], run["model"], run.get("context", "")].append(run)
     names = [_name(count) for count in _COUNTS]
-    heads = ["data", "model", "seeds", "clean", *(f"certified {name}" for name in names)]
-    heads += ["greedy attack, all", "random attack, all", "one constant", "ms a sentence"]
+    heads = ["data", "model", "context", "seeds", "clean", *(f"certified {name}" for name in names)]
+    heads += [
+        "greedy attack, all",
+        "random attack, all",
+        "one constant",
+        "clean without context",
+        "ms a sentence",
+    ]
     lines = [heads, ["---"] * len(heads)]
     for setting, found in sorted(runs.items()):
         columns = [[run["clean"] for run in found]]
         columns += [[run["certified"][name] for run in found] for name in names]
         columns += [[run["under greedy attack"]["all"] for run in found]]
         columns += [[run["under random attack"] for run in found]]
-        columns += [[run.get("certified by one constant", np.nan) for run in found]]
+        for name in ("certified by one constant", "clean without context"):
+            columns += [[run.get(name, np.nan) for run in found]]
         shares = [
             "" if np.isnan(each[0]) else f"{100 * np.mean(each):.1f} ± {50 * np.ptp(each):.1f}"
             for each in columns
         ]
         speed = np.median([run["milliseconds a sentence"] for run in found])
-        lines.append([*setting, str(len(found)), *shares, f"{speed:.2f}"])
+        lines.append([*map(str, setting), str(len(found)), *shares, f"{speed:.2f}"])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -232,9 +244,11 @@ def main(argv: list[str]) -> None:
     corpus = LOADERS[_DATA.value]()
     tables = initial_tables(corpus, glove(corpus.words), CONTEXT_WIDTH)
     keras.utils.set_random_seed(_SEED.value)
-    model = build(_MODEL.value, *tables, corpus.classes)
+    model = build(_MODEL.value, *tables, corpus.classes, _CONTEXT.value)
     setting = {"data": _DATA.value, "model": _MODEL.value, "seed": _SEED.value}
     budget = {"epochs": _EPOCHS.value, "robust": _ROBUST.value, "rate": _RATE.value}
+    if _MODEL.value != "bag_of_words":
+        setting["context"] = _CONTEXT.value
     setting |= budget
     folder = record.parent / "backups" / "-".join(map(str, setting.values()))
     train(model, corpus.parts["train"], folder, seed=_SEED.value, **budget)
