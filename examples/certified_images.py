@@ -45,7 +45,7 @@ _TABLE = flags.DEFINE_bool("table", False, "print the table of the record and tr
 
 _CLASSES = 10
 _BATCH = 256
-_LEARNING_RATE = 3e-3
+_LEARNING_RATE = 0.03
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-CLASSES, BATCH, LEARNING_RATE = 10, 256, 3e-3
+CLASSES, BATCH, LEARNING_RATE = 10, 256, 0.03
 PATCH, WIDTH, HEAD = 7, 96, 512
 RADII = (0.3, 0.5, 1.0, 1.58)
 # Radius and temperature of the loss, largest shift in pixels: as in examples/certified_images.py.
