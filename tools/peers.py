@@ -1,6 +1,6 @@
 """Trains the models of examples/certified_images.py with orthogonal layers of PyTorch packages.
 
-    make .venv-peers
+    make .venv-peers/installed
     .venv-peers/bin/python tools/peers.py --layers=torchlip --model=perceptron --goal=small
 
 The models without attention (`no_attention` and `perceptron`), the loss, the shifts of the images,
