@@ -3,6 +3,7 @@
 # Keras's tensors are TensorFlow's here, which pyright cannot know.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false
 
+import collections
 import itertools
 import json
 import pathlib
@@ -173,6 +174,31 @@ def test_missing_data_says_where_it_is_read_from(monkeypatch):
     monkeypatch.delenv("LIPATTN_DATA", raising=False)
     with pytest.raises(FileNotFoundError, match="that LIPATTN_DATA names"):
         sentences.load_sst2()
+
+
+def test_program_without_its_data_ends_with_a_message(monkeypatch):
+    monkeypatch.delenv("LIPATTN_DATA", raising=False)
+    synonyms.flags.FLAGS(["synonyms"])
+    with pytest.raises(SystemExit, match="that LIPATTN_DATA names"):
+        synonyms.main([])
+
+
+def test_kept_results_are_those_of_the_page():
+    runs = [json.loads(line) for line in KEPT.read_text().splitlines()]
+    assert synonyms.table(KEPT) in KEPT.with_suffix(".md").read_text()
+    means = collections.defaultdict(list)
+    for run in runs:
+        certified, attacked = run["certified"], run["under greedy attack"]
+        assert run["contradictions"] == 0 and run["part"] == "test"
+        assert all(certified[count] <= attacked[count] for count in certified)
+        assert certified["all"] <= run["under random attack"] <= run["clean"]
+        assert run.get("certified by one constant", 0.0) <= certified["all"]
+        means[run["data"], run["model"], run.get("context")].append(
+            (run["clean"], certified["all"])
+        )
+    clean, certified = np.mean(means["sst2", "attention", 0.3], axis=0)
+    assert clean > 0.80 and certified > 0.70
+    assert all(len(found) == 3 for found in means.values())
 
 
 def test_program_learns_a_synthetic_vocabulary(tmp_path):

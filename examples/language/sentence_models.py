@@ -100,9 +100,9 @@ class Classifier(RobustModel):
         for _ in range(2):
             y = MaxMin()(OrthogonalDense(_WIDTH)(y))
         self.scores = keras.Model(inputs, OrthogonalDense(classes)(y), name="scores")
-        self.attention = None
+        self.attention: typing.Any = None
         if attention:
-            self.attention = BoundedMultiHeadAttention(
+            layer: typing.Any = BoundedMultiHeadAttention(
                 _HEADS,
                 CONTEXT_WIDTH // _HEADS,
                 token_radius=1.0,
@@ -112,11 +112,12 @@ class Classifier(RobustModel):
                 kernel_initializer="orthogonal",
                 name="attention",
             )
-            self.attention.build((None, None, CONTEXT_WIDTH))
+            layer.build((None, None, CONTEXT_WIDTH))
             # Heads begin with the neighbors on the right and on the left.
             biases = np.zeros((_HEADS, 2 * _REACH), np.float32)
             biases[np.arange(_HEADS), _REACH - 1 + np.arange(_HEADS) % 2] = 3.0
-            self.attention.relative_bias.assign(biases)
+            layer.relative_bias.assign(biases)
+            self.attention = layer
 
     def parts(self, words, training=False) -> Found:
         """Everything that a forward pass computes."""
@@ -142,7 +143,7 @@ class Classifier(RobustModel):
 
     def _constants_in_training(self, mask):
         """`context_constants` of the kernels with their caps, with a gradient."""
-        layer = self.attention
+        layer: typing.Any = self.attention
         kernels = layer.query_kernel, layer.key_kernel, layer.value_kernel
         kernels = [ops.convert_to_tensor(kernel) for kernel in kernels]
         flat = [ops.reshape(kernel, (CONTEXT_WIDTH, -1)) for kernel in kernels]
@@ -177,7 +178,8 @@ class Classifier(RobustModel):
             pair = self._pairwise_constant()
             constants = pair * self.weight * constants_at_inference(self.attention, part.mask)
         arrays = part.words, part.candidates, part.labels, constants.astype(np.float32)
-        return Bounds(*in_batches(self._compiled_falls, *arrays), part.labels)
+        margins, falls = in_batches(self._compiled_falls, *arrays)
+        return Bounds(margins, falls, part.labels)
 
     @functools.cached_property
     def _compiled_falls(self):

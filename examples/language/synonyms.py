@@ -15,6 +15,9 @@ A run adds a line to --record, a file of JSON lines. An interrupted run continue
 Length and mask of a sentence are fixed: words are replaced, never added or dropped.
 """
 
+# The types of `tf.data` know no elements that are tuples.
+# pyright: reportArgumentType=false
+
 import collections
 import json
 import os
@@ -238,11 +241,14 @@ def main(argv: list[str]) -> None:
     if _TABLE.value:
         print(table(record))
         return
+    started = time.monotonic()
+    try:
+        corpus = LOADERS[_DATA.value]()
+        tables = initial_tables(corpus, glove(corpus.words), CONTEXT_WIDTH)
+    except (FileNotFoundError, ModuleNotFoundError) as error:
+        raise SystemExit(str(error)) from None
     tf.config.threading.set_intra_op_parallelism_threads(_THREADS.value)
     tf.config.threading.set_inter_op_parallelism_threads(_THREADS.value)
-    started = time.monotonic()
-    corpus = LOADERS[_DATA.value]()
-    tables = initial_tables(corpus, glove(corpus.words), CONTEXT_WIDTH)
     keras.utils.set_random_seed(_SEED.value)
     model = build(_MODEL.value, *tables, corpus.classes, _CONTEXT.value)
     setting = {"data": _DATA.value, "model": _MODEL.value, "seed": _SEED.value}
