@@ -119,7 +119,9 @@ def constants_at_inference(attention, mask: np.ndarray) -> np.ndarray:
         norm(output, 2),
     )
     bias = bias_at_positions(table, mask.shape[1], np)
-    return _SAFETY * context_constants(norms, bias, mask.astype(np.float64), np)
+    # Once for all sentences of a length.
+    masks, rows = np.unique(mask, axis=0, return_inverse=True)
+    return _SAFETY * context_constants(norms, bias, masks.astype(np.float64), np)[rows.reshape(-1)]
 
 
 def score_costs(classifier, words, candidates, labels, found, constants, training=False):
