@@ -12,6 +12,7 @@ from keras_lipattn._seen_calls import specs_of
 from keras_lipattn.certification.keras_models import call_specs, function_of, names_kept
 from keras_lipattn.conversion.copying import (
     call_symbolically,
+    compile_alike,
     convert_classes,
     copy_model,
     copy_state,
@@ -175,8 +176,7 @@ def convert_attention(
         if x is not None:
             sizes = _token_sizes(copy, news, x)
             touching = {p: float(np.mean(sizes[p] >= radii[p])) for p in news}
-    if model.compiled:
-        copy.compile_from_config(model.get_compile_config())
+    compile_alike(copy, model)
     return Conversion(
         model=copy,
         replaced=tuple(news),

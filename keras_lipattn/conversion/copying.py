@@ -1,6 +1,6 @@
 """Copies of models from their configuration, in which layers are then exchanged."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
@@ -9,8 +9,18 @@ from keras.src import backend
 from keras_lipattn.conversion.slots import as_converted, at, is_plain_graph, places_of
 
 
-def copy_model(model: keras.Model, arguments: tuple) -> keras.Model:
-    """A model of the same configuration, not compiled. Shared layers stay shared."""
+def copy_model(
+    model: keras.Model, arguments: tuple, substitutes: Mapping[int, Any] | None = None
+) -> keras.Model:
+    """A model of the same configuration, not compiled. Shared layers stay shared.
+
+    Args:
+        model: A built model.
+        arguments: Arguments of its call, as symbolic tensors.
+        substitutes: Maps the `id` of an operation of a graph to the layer that takes its place,
+            which is called on the list of its tensors.
+    """
+    substitutes = substitutes or {}
     copies: dict[int, Any] = {}
     # Configurations contain names of classes, of which not all are registered.
     classes = {
@@ -20,12 +30,19 @@ def copy_model(model: keras.Model, arguments: tuple) -> keras.Model:
     }
 
     def copy_of(operation):
+        if id(operation) in substitutes:
+            return substitutes[id(operation)]
         if id(operation) not in copies:
             if is_plain_graph(operation):
-                copies[id(operation)] = _copy_graph(operation, copy_of)
+                copies[id(operation)] = _copy_graph(operation, copy_of, call)
             else:
                 copies[id(operation)] = type(operation).from_config(operation.get_config())
         return copies[id(operation)]
+
+    def call(operation, *args, **kwargs):
+        if any(operation is layer for layer in substitutes.values()):
+            return operation([*args, *kwargs.values()])
+        return operation(*args, **kwargs)
 
     try:
         with keras.saving.CustomObjectScope(classes):
@@ -40,14 +57,15 @@ def copy_model(model: keras.Model, arguments: tuple) -> keras.Model:
     return copy
 
 
-def _copy_graph(model: Any, copy_of: Callable) -> keras.Model:
-    inputs = None
+def _copy_graph(model: Any, copy_of: Callable, call: Callable) -> keras.Model:
+    options: dict[str, Any] = {}
     if not isinstance(model, keras.Sequential):
         # Keras would give the copy of an input without a name another generated name.
-        inputs = keras.tree.map_structure(
+        options["input_tensors"] = keras.tree.map_structure(
             lambda tensor: copy_of(tensor._keras_history.operation).output, model.input
         )
-    return keras.models.clone_model(model, input_tensors=inputs, clone_function=copy_of)
+        options["call_function"] = call
+    return keras.models.clone_model(model, clone_function=copy_of, **options)
 
 
 def call_symbolically(model: keras.Model, arguments: tuple) -> None:
@@ -100,3 +118,22 @@ def copy_state(old: Any, new: Any) -> None:
         )
     for source, target in zip(sources, targets, strict=True):
         target.assign(source)
+    if isinstance(new, keras.layers.Normalization):
+        # What it computes with is made from its weights.
+        new.finalize_state()
+
+
+def compile_alike(copy: keras.Model, model: keras.Model) -> None:
+    """Compiles a copy as its original, if that is compiled, with a new optimizer."""
+    if not model.compiled:
+        return
+    leaves = keras.tree.flatten(model._compile_config.config)
+    # Losses and metrics of the user's own, of which not all are registered.
+    custom = [leaf if hasattr(leaf, "__name__") else type(leaf) for leaf in leaves]
+    names = {
+        keras.saving.get_registered_name(one): one
+        for one in custom
+        if not one.__module__.startswith(("keras.", "builtins"))
+    }
+    with keras.saving.CustomObjectScope(names):
+        copy.compile_from_config(model.get_compile_config())

@@ -1,12 +1,14 @@
 """Attention layers inside a layer: finding and exchanging them, saving and loading the result."""
 
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 from keras.src.models.functional import Functional
 from keras.src.ops.node import KerasHistory
+from keras.src.ops.symbolic_arguments import SymbolicArguments
 
 from keras_lipattn.certification.keras_models import function_of, sibling_names
 from keras_lipattn.layers import BoundedMultiHeadAttention, L2MultiHeadAttention
@@ -36,20 +38,27 @@ def inner_layers(
     """
     found: dict[str, keras.layers.Layer] = {}
     seen: set[int] = set()
+    for path, layer in all_paths(root, opens):
+        if id(layer) not in seen:
+            seen.add(id(layer))
+            found[path] = layer
+    return found
 
-    def visit(parent, prefix):
+
+def all_paths(
+    root: keras.layers.Layer, opens: Callable[[Any], bool]
+) -> Iterator[tuple[str, keras.layers.Layer]]:
+    """As `inner_layers`, with every path of a layer that is in several places."""
+
+    def visit(parent, prefix, ancestors):
         names = sibling_names(parent)
         for layer in parent._flatten_layers(include_self=False, recursive=False):
-            if id(layer) in seen:
-                continue
-            seen.add(id(layer))
             path = prefix + names[id(layer)]
-            found[path] = layer
-            if opens(layer):
-                visit(layer, f"{path}/")
+            yield path, layer
+            if opens(layer) and id(layer) not in ancestors:
+                yield from visit(layer, f"{path}/", ancestors | {id(layer)})
 
-    visit(root, "")
-    return found
+    return visit(root, "", frozenset({id(root)}))
 
 
 def places_of(root: keras.layers.Layer, layers: list[Any]) -> tuple[Place, ...]:
@@ -161,6 +170,11 @@ def _take_calls(old: Any, new: Any) -> None:
     """Turns the calls of `old` in graphs into calls of `new`."""
     for node in old._inbound_nodes:
         node.operation = new
+        arguments = node.arguments
+        if "mask" in arguments.kwargs and "mask" not in inspect.signature(new.call).parameters:
+            # Keras passes masks to normalizations by keyword.
+            others = {name: one for name, one in arguments.kwargs.items() if name != "mask"}
+            node.arguments = SymbolicArguments(*arguments.args, **others)
         for tensor in node.outputs:
             _, *place = tensor._keras_history
             tensor._keras_history = KerasHistory(new, *place)
