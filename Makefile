@@ -2,7 +2,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-distributed test-backends test-jax test-torch lint bench papers gallery soundness chaos load fuzz memory clean .venv
+.PHONY: help demo test test-oldest test-distributed test-backends test-jax test-torch lint bench papers peers gallery soundness chaos load fuzz memory clean .venv
 
 # The first interpreter that runs and is new enough; a pyenv shim may exist and not run.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
@@ -12,6 +12,7 @@ WORKERS ?= 2
 DEMO_FLAGS ?=
 PAPERS := blow_up structure tightness invertible continuous_depth measures pretrained conversion char_lm
 BENCH_FLAGS ?= --quick
+PEERS_FLAGS ?= --epochs=5
 MINUTES ?= 10
 COMPARISONS ?= 10000
 KILLS ?= 20
@@ -54,6 +55,11 @@ papers: .venv/installed  ## redraw docs/papers from its result files, rerun the 
 		$(BIN)/python examples/papers/$$program.py; \
 	done
 
+peers: .venv-peers/installed  ## train MNIST classifiers with orthogonal layers of PyTorch packages (LIPATTN_DATA=...)
+	for layers in torchlip orthogonium; do \
+		.venv-peers/bin/python tools/peers.py --layers=$$layers $(PEERS_FLAGS); \
+	done
+
 gallery: .venv/installed  ## take models like the public Keras examples from building to export, into docs/gallery.md
 	$(BIN)/python -m tools.gallery
 
@@ -75,7 +81,7 @@ memory: .venv/installed  ## train, certify and export many times in one process
 	$(BIN)/python -m tools.memory
 
 clean:  ## remove everything made here, .venv too
-	rm -rf .venv .venv-jax .venv-torch .venv-oldest build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-jax .venv-torch .venv-oldest .venv-peers build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv: .venv/installed  ## install the package and its tested dependencies
@@ -94,6 +100,16 @@ TORCH_FLAGS ?=
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check $(FLAGS) -c constraints.txt \
 		$* $(BACKEND_NEEDS) $(BACKEND_TESTS)
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+# Packages of orthogonal layers that tools/peers.py compares with.
+PEERS := deel-torchlip==1.0.5 orthogonium==0.0.4
+
+.venv-peers/installed: constraints.txt
+	rm -f $@
+	"$(PYTHON)" -m venv --clear .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH_FLAGS) -c constraints.txt \
+		torch numpy $(PEERS)
 	touch $@
 
 OLDEST := keras==3.15.0 numpy==2.0.2 scipy==1.13.1

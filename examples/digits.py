@@ -41,7 +41,7 @@ _PENALTY = flags.DEFINE_float(
 _TARGET = flags.DEFINE_float("target", 1.0, "certified bound to reach in every attention layer")
 _RADIUS = flags.DEFINE_float("radius", None, "radius that the loss asks for, in pixel units")
 _TEMPERATURE = flags.DEFINE_float("temperature", None, "factor of the logits in the loss")
-_LEARNING_RATE = flags.DEFINE_float("learning_rate", 3e-3, "largest learning rate")
+_LEARNING_RATE = flags.DEFINE_float("learning_rate", 0.01, "largest learning rate")
 
 _CLASSES = 10
 _REQUESTS = 8

@@ -1,10 +1,13 @@
 """The example's data: always the same, from this machine, in the stated units."""
 
 import gzip
+import io
+import tarfile
 
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from sklearn.datasets import load_digits
 
 from image_data import digits_builder, load_images, local_files
@@ -156,3 +159,25 @@ def test_patches_hold_neighboring_pixels():
         for column in (0, 2, 4)
     ]
     np.testing.assert_array_equal(patches.predict(image, verbose=0)[0], wanted)
+
+
+def test_images_of_an_archive_keep_their_classes(tmp_path, monkeypatch):
+    wanted = {"train": (6, {"cat": 90, "dog": 200}), "test": (2, {"cat": 90, "dog": 200})}
+    with tarfile.open(tmp_path / "cifar10_jpegs.tar.xz", "w:xz") as archive:
+        for split, (count, classes) in wanted.items():
+            for name, gray in classes.items():
+                for number in range(count):
+                    image = np.full((32, 32, 3), gray, np.uint8)
+                    content = tf.io.encode_jpeg(image).numpy()
+                    member = tarfile.TarInfo(f"{split}/{name}/{number:04d}.jpg")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+    monkeypatch.setenv("LIPATTN_DATA", str(tmp_path))
+    got = local_files.find_local("cifar10")
+    assert got is not None
+    for split, (count, _) in wanted.items():
+        images, classes = got[split]
+        assert images.shape == (2 * count, 32, 32, 3)
+        assert np.bincount(classes).tolist() == [count, count]
+        # JPEG keeps a gray image up to roundings.
+        assert np.abs(images.mean(axis=(1, 2, 3)) - np.array([90, 200])[classes]).max() <= 2.0

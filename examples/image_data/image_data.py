@@ -10,13 +10,13 @@ from absl import logging
 from image_data.digits_builder import WHITE, Digits
 from image_data.local_files import find_local
 
-DATASETS = ("digits", "mnist", "fashion_mnist")
+DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10")
 _VALIDATION_SHARE = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageData:
-    """Pairs of images `(n, height, width, 1)` in [0, 1], float32, and classes `(n,)`, int64.
+    """Pairs of images `(n, height, width, channels)` in [0, 1], float32, and classes `(n,)`, int64.
 
     Attributes:
         train: What is learned from.
@@ -33,8 +33,8 @@ def load_images(dataset: str, data_dir: str | os.PathLike) -> ImageData:
     """Loads a data set, from this machine where it has it.
 
     Args:
-        dataset: `"digits"` (shipped with scikit-learn), `"mnist"` or `"fashion_mnist"` (local files
-            first, see `find_local`, then a download by tensorflow-datasets).
+        dataset: `"digits"` (shipped with scikit-learn), `"mnist"`, `"fashion_mnist"` or `"cifar10"`
+            (local files first, see `find_local`, then a download by tensorflow-datasets).
         data_dir: Folder for what tensorflow-datasets prepares.
 
     Returns:
@@ -53,8 +53,9 @@ def load_images(dataset: str, data_dir: str | os.PathLike) -> ImageData:
         arrays, white = _from_builder(builder), WHITE
     elif arrays is None:
         logging.warning(
-            "No copy of %s on this machine (MNIST: mnist.npz in the folder named by LIPATTN_DATA; "
-            "Fashion-MNIST: Debian's package dataset-fashion-mnist): downloading it",
+            "No copy of %s on this machine (MNIST and CIFAR-10: mnist.npz and cifar10_jpegs.tar.xz "
+            "in the folder named by LIPATTN_DATA; Fashion-MNIST: Debian's package "
+            "dataset-fashion-mnist): downloading it",
             dataset,
         )
         builder = tfds.builder(dataset, data_dir=os.fspath(data_dir))
@@ -80,5 +81,5 @@ def _from_builder(builder: tfds.core.DatasetBuilder) -> dict[str, tuple[np.ndarr
 
 
 def _normalized(images: np.ndarray, classes: np.ndarray, white: int):
-    images = images.reshape(*images.shape[:3], 1).astype(np.float32) / white
+    images = images.reshape(*images.shape[:3], -1).astype(np.float32) / white
     return images, classes.astype(np.int64)

@@ -1,10 +1,12 @@
-"""MNIST and Fashion-MNIST from files that are already on this machine."""
+"""MNIST, Fashion-MNIST and CIFAR-10 from files that are already on this machine."""
 
 import gzip
 import os
 import pathlib
+import tarfile
 
 import numpy as np
+import tensorflow as tf
 
 Arrays = dict[str, tuple[np.ndarray, np.ndarray]]
 
@@ -68,19 +70,53 @@ def read_idx_folder(folder: pathlib.Path) -> Arrays:
     }
 
 
+def read_jpeg_archive(path: pathlib.Path) -> Arrays:
+    """Reads an archive of members `train/CLASS/NUMBER.jpg` and `test/CLASS/NUMBER.jpg`.
+
+    Args:
+        path: A tar file, compressed or not.
+
+    Returns:
+        As `read_npz`, with images `(n, height, width, 3)`. The classes are numbered in the order of
+        their names, and the images are in a fixed random order.
+    """
+    found: dict[str, list] = {"train": [], "test": []}
+    with tarfile.open(path) as archive:
+        for member in archive:
+            if member.isfile() and member.name.endswith(".jpg"):
+                split, name, _ = member.name.split("/")
+                content = archive.extractfile(member).read()
+                found[split].append((name, tf.io.decode_jpeg(content).numpy()))
+    arrays = {}
+    for split, pairs in found.items():
+        names, images = zip(*pairs, strict=True)
+        _, classes = np.unique(names, return_inverse=True)
+        order = np.random.default_rng(0).permutation(len(images))
+        arrays[split] = (np.stack(images)[order], classes[order])
+    return arrays
+
+
 def find_local(dataset: str) -> Arrays | None:
     """Looks for a data set on this machine.
 
     Args:
-        dataset: `"mnist"`, looked for as `mnist.npz` in the folder that the environment variable
-            LIPATTN_DATA names, or `"fashion_mnist"`, where Debian's package puts it.
+        dataset: `"mnist"` or `"cifar10"`, looked for as `mnist.npz` or `cifar10_jpegs.tar.xz` in
+            the folder that the environment variable LIPATTN_DATA names, or `"fashion_mnist"`,
+            where Debian's package puts it.
 
     Returns:
         As `read_npz`, or `None` when there is no local copy.
     """
-    if dataset == "mnist" and os.environ.get("LIPATTN_DATA"):
-        path = pathlib.Path(os.environ["LIPATTN_DATA"]) / "mnist.npz"
-        return read_npz(path) if path.is_file() else None
+    if dataset in _FILES and os.environ.get("LIPATTN_DATA"):
+        name, read = _FILES[dataset]
+        path = pathlib.Path(os.environ["LIPATTN_DATA"]) / name
+        return read(path) if path.is_file() else None
     if dataset == "fashion_mnist" and FASHION_MNIST_FOLDER.is_dir():
         return read_idx_folder(FASHION_MNIST_FOLDER)
     return None
+
+
+_FILES = {
+    "mnist": ("mnist.npz", read_npz),
+    "cifar10": ("cifar10_jpegs.tar.xz", read_jpeg_archive),
+}
