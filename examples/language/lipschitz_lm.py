@@ -116,6 +116,7 @@ def build(symbols: int, capped: bool, scale: float) -> keras.Model:
 
 def start(attention: BoundedMultiHeadAttention) -> None:
     """Lets each head look at one distance and copy it, with next to no scores of contents."""
+    assert attention.relative_bias is not None
     attention.relative_bias.assign(OneDistance()(attention.relative_bias.shape, "float32"))
     attention.output_kernel.assign(
         np.reshape(np.eye(_HEADS.value * _HEAD_SIZE), attention.output_kernel.shape)
@@ -143,11 +144,11 @@ def training_set(text: np.ndarray) -> tf.data.Dataset:
     length = _CONTEXT.value + 1
     starts = tf.data.Dataset.random(seed=_SEED.value, rerandomize_each_iteration=True)
     starts = starts.batch(_BATCH.value, drop_remainder=True)
-    text = tf.constant(text)
+    characters = tf.constant(text)
 
     def windows(numbers):
         first = tf.cast(numbers % (len(text) - length), tf.int32)
-        window = tf.gather(text, first[:, None] + tf.range(length))
+        window = tf.gather(characters, first[:, None] + tf.range(length))
         return window[:, :-1], window[:, 1:]
 
     return starts.map(windows).prefetch(2)
