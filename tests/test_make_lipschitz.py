@@ -136,8 +136,7 @@ def test_the_new_model_trains_and_stays_certified(kind):
     moved = [
         np.abs(np.array(w) - b).max() for w, b in zip(model.trainable_weights, before, strict=True)
     ]
-    # Every weight has a gradient; a bias before a softmax over equal shifts may have none.
-    assert sum(step == 0.0 for step in moved) <= 1
+    assert min(moved) > 0.0
     assert certified(kind, model).total <= LARGEST.get(kind, 1.0) + 1e-6
 
 
