@@ -26,7 +26,7 @@ demo: .venv/installed  ## train, certify, export and serve a digits classifier i
 	$(BIN)/python examples/digits.py $(DEMO_FLAGS)
 
 test: .venv/installed  ## run every test (WORKERS=2 processes)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=10
 
 test-oldest: .venv-oldest/installed  ## run every test with the oldest releases that setup.cfg allows
 	.venv-oldest/bin/python -m pytest -n $(WORKERS) --dist loadfile

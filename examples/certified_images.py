@@ -10,7 +10,8 @@ that the loss asks for. Reported are the certified accuracy, and the accuracy un
 first --attacked test images. A run adds a line to --record, a file of JSON lines. An interrupted
 run continues where it stopped.
 
-`python examples/certified_images.py --table --record=FILE` prints a Markdown table of the record.
+`python examples/certified_images.py --table --record=FILE` prints a Markdown table of the record,
+and `--plot=IMAGE --record=FILE` draws it.
 """
 
 import collections
@@ -42,6 +43,7 @@ _ATTACKED = flags.DEFINE_integer("attacked", 1000, "test images to attack; 0 for
 _RECORD = flags.DEFINE_string("record", "build/results/images.jsonl", "file of the results")
 _DATA_DIR = flags.DEFINE_string("data_dir", "build/data", "folder of prepared data sets")
 _TABLE = flags.DEFINE_bool("table", False, "print the table of the record and train nothing")
+_PLOT = flags.DEFINE_string("plot", None, "image to draw the record in; nothing is trained")
 
 _CLASSES = 10
 _BATCH = 256
@@ -186,12 +188,18 @@ def evaluate(model: keras.Model, images: np.ndarray, classes: np.ndarray, radii)
     return results
 
 
-def table(record: pathlib.Path) -> str:
-    """One table a data set: mean over the seeds of each setting, and half of the range."""
+def recorded(record: pathlib.Path) -> dict[tuple[str, str, str], list[dict]]:
+    """The runs of each data set, goal and model."""
     runs = collections.defaultdict(list)
     for line in record.read_text().splitlines():
         run = json.loads(line)
         runs[run["dataset"], run["goal"], run["model"]].append(run)
+    return runs
+
+
+def table(record: pathlib.Path) -> str:
+    """One table a data set: mean over the seeds of each setting, and half of the range."""
+    runs = recorded(record)
     lines = []
     for dataset in sorted({dataset for dataset, _, _ in runs}):
         radii = next(iter(runs[key] for key in runs if key[0] == dataset))[0]["certified"]
@@ -210,13 +218,41 @@ def table(record: pathlib.Path) -> str:
     return "\n".join(lines[1:])
 
 
+def plot(record: pathlib.Path, image: str) -> None:
+    """Certified accuracy over the radius, one panel a data set."""
+    from matplotlib.figure import Figure
+
+    runs = recorded(record)
+    datasets = sorted({dataset for dataset, _, _ in runs})
+    figure = Figure(figsize=(1.0 + 4.5 * len(datasets), 4.0), layout="constrained")
+    colors = {model: f"C{index}" for index, model in enumerate(sorted({key[2] for key in runs}))}
+    for place, dataset in enumerate(datasets):
+        axes = figure.add_subplot(1, len(datasets), place + 1)
+        for (_, goal, model), found in sorted(
+            item for item in runs.items() if item[0][0] == dataset
+        ):
+            radii = [float(radius) for radius in found[0]["certified"]]
+            shares = np.mean([[run["clean"], *run["certified"].values()] for run in found], axis=0)
+            style = {"small": "-", "large": "--"}[goal]
+            label = f"{model}, {goal}"
+            axes.plot([0.0, *radii], shares, style, color=colors[model], marker=".", label=label)
+        axes.set(title=dataset, xlabel="radius, 2-norm, pixels in [0, 1]", ylim=(0.0, 1.0))
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("certified accuracy")
+    figure.axes[0].legend(fontsize="small")
+    figure.savefig(image, dpi=100)
+
+
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Only flags are understood. Received: {argv[1:]}")
     logging.set_verbosity(logging.WARNING)
     record = pathlib.Path(_RECORD.value)
-    if _TABLE.value:
-        print(table(record))
+    if _TABLE.value or _PLOT.value:
+        if _PLOT.value:
+            plot(record, _PLOT.value)
+        if _TABLE.value:
+            print(table(record))
         return
     tf.config.threading.set_intra_op_parallelism_threads(_THREADS.value)
     tf.config.threading.set_inter_op_parallelism_threads(_THREADS.value)

@@ -22,7 +22,12 @@ from keras_lipattn.callbacks import (
     LipschitzMonitor,
 )
 from keras_lipattn.certification import Certificate, certified_radius, certify, register_rule
-from keras_lipattn.conversion import Conversion, convert_attention
+from keras_lipattn.conversion import (
+    Conversion,
+    LipschitzConversion,
+    convert_attention,
+    make_lipschitz,
+)
 from keras_lipattn.estimation import LipschitzEstimate, estimate_lipschitz
 from keras_lipattn.evaluation import RobustAccuracy, certified_accuracy
 from keras_lipattn.export import ExportError, export_saved_model
@@ -66,6 +71,7 @@ __all__ = [
     "InvertibleSequential",
     "L2MultiHeadAttention",
     "LipschitzBound",
+    "LipschitzConversion",
     "LipschitzEstimate",
     "LipschitzMonitor",
     "MaxMin",
@@ -96,6 +102,7 @@ __all__ = [
     "export_saved_model",
     "layers",
     "losses",
+    "make_lipschitz",
     "metrics",
     "register_rule",
 ]

@@ -16,9 +16,7 @@ RNG = np.random.default_rng(3)
 def _run(program, record, data, *flags):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "LIPATTN_DATA": str(data)}
     command = [sys.executable, ROOT / "examples" / program, f"--record={record}", *flags]
-    return subprocess.run(
-        list(map(str, command)), env=environment, capture_output=True, text=True, cwd=record.parent
-    )
+    return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
 
 
 def _recorded(program, record, data, *flags):
@@ -72,3 +70,16 @@ def test_a_missing_text_is_named(tmp_path):
     assert done.returncode == 1
     assert "tinyshakespeare.txt" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("program", "name"),
+    [("certified_images.py", "images"), ("language/lipschitz_lm.py", "characters")],
+)
+def test_the_tables_of_the_results_are_those_of_the_kept_records(tmp_path, program, name):
+    kept = ROOT / "docs" / "results" / f"{name}.jsonl"
+    page = (ROOT / "docs" / "results.md").read_text()
+    _, _, rest = page.partition(f"<!-- table {name} -->\n")
+    found, _, _ = rest.partition(f"\n<!-- end {name} -->")
+    printed = _run(program, kept, tmp_path, "--table").stdout
+    assert found.strip() == printed.strip()

@@ -164,3 +164,13 @@ def test_every_width_is_proved():
         matrix = rng.normal(size=(side, side + int(rng.integers(3))))
         expected, found = operator_norm(matrix), fast_operator_norm(matrix)
         assert expected * (1.0 - DECOMPOSITION) <= found <= expected * (1.0 + 2e-9)
+
+
+def test_a_norm_is_proved_where_no_estimate_is_found(monkeypatch):
+    def fails(*_, **__):
+        raise np.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(exact, "eigh_tridiagonal", fails)
+    matrix = np.random.default_rng(5).normal(size=(200, 129))
+    expected, found = operator_norm(matrix), fast_operator_norm(matrix)
+    assert expected * (1.0 - DECOMPOSITION) <= found <= expected * (1.0 + 2e-9)

@@ -12,6 +12,7 @@ the norms of the kernels, computed in float64. A run adds a line to --record, wh
 """
 
 import argparse
+import importlib
 import itertools
 import json
 import math
@@ -20,9 +21,9 @@ import pathlib
 import time
 
 import numpy as np
-import torch
-from torch import nn
-from torch.nn import functional
+import torch  # pyright: ignore[reportMissingImports]
+from torch import nn  # pyright: ignore[reportMissingImports]
+from torch.nn import functional  # pyright: ignore[reportMissingImports]
 
 CLASSES, BATCH, LEARNING_RATE = 10, 256, 0.03
 PATCH, WIDTH, HEAD = 7, 96, 512
@@ -33,11 +34,11 @@ GOALS = {"small": (0.5, 20.0, 1.0), "large": (2.2, 6.0, 0.0)}
 
 def linear_layer(name: str):
     """The class of orthogonal layers of a package."""
-    if name == "torchlip":
-        from deel.torchlip import SpectralLinear as layer
-    else:
-        from orthogonium.layers.linear.ortho_linear import OrthoLinear as layer
-    return layer
+    module, layer = {
+        "torchlip": ("deel.torchlip", "SpectralLinear"),
+        "orthogonium": ("orthogonium.layers.linear.ortho_linear", "OrthoLinear"),
+    }[name]
+    return getattr(importlib.import_module(module), layer)
 
 
 class MaxMin(nn.Module):
@@ -128,7 +129,7 @@ def constant(model) -> float:
     kernels = [layer.weight.detach().double().numpy() for layer in layers]
     if not all(np.isfinite(kernel).all() for kernel in kernels):
         return math.inf
-    return math.prod(max(1.0, np.linalg.norm(kernel, 2)) for kernel in kernels)
+    return math.prod(max(1.0, float(np.linalg.norm(kernel, 2))) for kernel in kernels)
 
 
 def main():

@@ -85,8 +85,9 @@ def read_jpeg_archive(path: pathlib.Path) -> Arrays:
         for member in archive:
             if member.isfile() and member.name.endswith(".jpg"):
                 split, name, _ = member.name.split("/")
-                content = archive.extractfile(member).read()
-                found[split].append((name, tf.io.decode_jpeg(content).numpy()))
+                file = archive.extractfile(member)
+                assert file is not None
+                found[split].append((name, tf.io.decode_jpeg(file.read()).numpy()))
     arrays = {}
     for split, pairs in found.items():
         names, images = zip(*pairs, strict=True)

@@ -49,7 +49,7 @@ _HEADS = flags.DEFINE_integer("heads", 8, "attention heads", lower_bound=1)
 _UNITS = flags.DEFINE_integer("units", 512, "units of each layer of the perceptron", lower_bound=2)
 _LAYERS = flags.DEFINE_integer("layers", 3, "layers of the perceptron", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 1500, "training steps", lower_bound=20)
-_RATE = flags.DEFINE_float("learning_rate", 3e-3, "largest learning rate", lower_bound=0.0)
+_RATE = flags.DEFINE_float("learning_rate", 0.01, "largest learning rate", lower_bound=0.0)
 _THREADS = flags.DEFINE_integer("threads", 1, "threads of TensorFlow", lower_bound=1)
 _RECORD = flags.DEFINE_string("record", "build/results/lipschitz_lm.jsonl", "file of the results")
 _TABLE = flags.DEFINE_bool("table", False, "print the table of the record and train nothing")
@@ -116,6 +116,7 @@ def build(symbols: int, capped: bool, scale: float) -> keras.Model:
 
 def start(attention: BoundedMultiHeadAttention) -> None:
     """Lets each head look at one distance and copy it, with next to no scores of contents."""
+    assert attention.relative_bias is not None
     attention.relative_bias.assign(OneDistance()(attention.relative_bias.shape, "float32"))
     attention.output_kernel.assign(
         np.reshape(np.eye(_HEADS.value * _HEAD_SIZE), attention.output_kernel.shape)
@@ -143,11 +144,11 @@ def training_set(text: np.ndarray) -> tf.data.Dataset:
     length = _CONTEXT.value + 1
     starts = tf.data.Dataset.random(seed=_SEED.value, rerandomize_each_iteration=True)
     starts = starts.batch(_BATCH.value, drop_remainder=True)
-    text = tf.constant(text)
+    characters = tf.constant(text)
 
     def windows(numbers):
         first = tf.cast(numbers % (len(text) - length), tf.int32)
-        window = tf.gather(text, first[:, None] + tf.range(length))
+        window = tf.gather(characters, first[:, None] + tf.range(length))
         return window[:, :-1], window[:, 1:]
 
     return starts.map(windows).prefetch(2)

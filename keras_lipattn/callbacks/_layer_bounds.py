@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -144,6 +145,54 @@ def finite_or_inf(value: Any) -> float:
     """`value` as a float for logs, with `inf` in place of NaN."""
     value = float(value)
     return math.inf if math.isnan(value) else value
+
+
+def warn_of_infinite_layers(
+    infinite: dict[str, str], bounds: Sequence[tuple[WatchedLayer, float, str]], when: str
+) -> None:
+    """Warns of layers that have just lost their finite bound, and records them.
+
+    Args:
+        infinite: Maps paths of layers without a finite bound to when and why it was lost.
+        bounds: Triples of a layer, its bound and a reason if the bound is infinite.
+        when: Epoch or batch, for the message.
+    """
+    lost = [
+        (entry.path, reason)
+        for entry, value, reason in bounds
+        if math.isinf(value) and entry.path not in infinite
+    ]
+    if not lost:
+        return
+    infinite |= {path: f"from {when} on: {reason}" for path, reason in lost}
+    (first, reason), *others = lost
+    also = f" (also: {', '.join(path for path, _ in others)})" if others else ""
+    warnings.warn(
+        f"Layer {first!r} has no finite Lipschitz bound from {when} on{also}: {reason}",
+        stacklevel=2,
+    )
+
+
+def warn_of_infinite_total(infinite: dict[str, str], certificate: Certificate, when: str) -> None:
+    """Warns if a model has just lost its finite bound, and records the layers that are the cause.
+
+    Args:
+        infinite: As for `warn_of_infinite_layers`.
+        certificate: The certificate of the model.
+        when: Epoch, for the message.
+    """
+    # Not if a Lipschitz layer is the cause: that was reported.
+    if certificate.is_finite or infinite:
+        return
+    reasons = {row.path: row.reason for row in certificate.rows if not row.is_finite}
+    # A product of finite constants may overflow.
+    reasons = reasons or {certificate.model: "; ".join(certificate.reasons)}
+    infinite |= {path: f"from {when} on: {reason}" for path, reason in reasons.items()}
+    warnings.warn(
+        f"The model has no finite certified Lipschitz bound from {when} on: "
+        f"{'; '.join(certificate.reasons)}",
+        stacklevel=2,
+    )
 
 
 # Lower bounds -------------------------------------------------------------------------------------

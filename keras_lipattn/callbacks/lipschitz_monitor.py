@@ -2,7 +2,6 @@
 
 import math
 import os
-import warnings
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -11,6 +10,7 @@ import keras
 from keras_lipattn._arguments import require_positive_integer
 from keras_lipattn._seen_calls import remembered_call
 from keras_lipattn.bounds.lipschitz_bound import NORMS
+from keras_lipattn.callbacks._certified_validation import CertifiedValidation, check_radii
 from keras_lipattn.callbacks._layer_bounds import (
     LayerBound,
     WatchedLayer,
@@ -18,6 +18,8 @@ from keras_lipattn.callbacks._layer_bounds import (
     check_lower_bound_data,
     finite_or_inf,
     lower_bounds,
+    warn_of_infinite_layers,
+    warn_of_infinite_total,
     watched_layers,
 )
 from keras_lipattn.callbacks._penalty import (
@@ -31,7 +33,7 @@ from keras_lipattn.callbacks._penalty import (
     targets_of,
 )
 from keras_lipattn.callbacks._plot import plot_bounds
-from keras_lipattn.certification import Certificate
+from keras_lipattn.certification import Certificate, fingerprint_of
 from keras_lipattn.layers._backend import require_created_in_scope
 from keras_lipattn.layers.lipschitz_layer import LipschitzLayer, Tracking
 
@@ -52,7 +54,10 @@ class LipschitzMonitor(keras.callbacks.Callback):
     - `lower_total` and `lower_<layer>`: with `lower_bound_data`, lower bounds measured by a short
       attack from those inputs, as in `estimate_lipschitz`. The true constants lie between lower and
       certified bounds. 0 where nothing can be measured. `lower_total` is for the output as it is,
-      including a last softmax.
+      including a last softmax;
+    - `val_certified_accuracy_<radius>`: with `certified_accuracy_radii`, the share of validation
+      examples that are classified correctly and certified for this radius, such as
+      `val_certified_accuracy_0_3` for 0.3. Only after epochs with validation.
 
     `<layer>` is the path of the layer in the model (`"encoder/attention"`) with `_` in place of
     every character other than letters, digits and `_`. Equal names are numbered. Keys are the same
@@ -91,6 +96,10 @@ class LipschitzMonitor(keras.callbacks.Callback):
             the epoch.
         lower_bound_data: A small batch of inputs of the model. If given, lower bounds are measured
             from it at the end of every epoch, on the host. The model is not changed.
+        certified_accuracy_radii: Radii in the norm `norm` and units of the input. The certified
+            accuracy on the validation data of `fit` is counted while `fit` validates, with the
+            certificate of the epoch: no example is evaluated twice. For classifiers with integer or
+            one-hot targets, on TensorFlow. `certified_accuracy` gives the same numbers later.
         condense: Whether to store exact norms in the layers at the end of training, which makes
             inference exact and fast.
         **certify_options: Further arguments of `certify`, such as `assume_fixed_mask=True`.
@@ -133,6 +142,7 @@ class LipschitzMonitor(keras.callbacks.Callback):
         target: Target = 1.0,
         running_freq: int | None = None,
         lower_bound_data: Any = None,
+        certified_accuracy_radii: Sequence[float] = (),
         condense: bool = True,
         **certify_options: Any,
     ) -> None:
@@ -151,6 +161,7 @@ class LipschitzMonitor(keras.callbacks.Callback):
         self.target = target
         self.running_freq = running_freq
         self.lower_bound_data = lower_bound_data
+        self.certified_accuracy_radii = check_radii(certified_accuracy_radii)
         self.condense = condense
         self.certify_options = certify_options
         # Keras may then run the batch hooks of other callbacks in a thread.
@@ -167,6 +178,8 @@ class LipschitzMonitor(keras.callbacks.Callback):
         self._warm: list[LipschitzLayer] = []
         self._targets: dict[str, float] = {}
         self._step: MonitoredStep | None = None
+        self._validation: CertifiedValidation | None = None
+        self._validated: tuple[Certificate, dict[str, LayerBound]] | None = None
         self._epoch = 0
         self._batches = 0
         self.infinite: dict[str, str] = {}
@@ -186,6 +199,10 @@ class LipschitzMonitor(keras.callbacks.Callback):
         self._warm = [entry.layer for entry in watched_layers(self._trained) if entry.layer.built]
         for layer in self._warm:
             layer.warm_up()
+        if self.certified_accuracy_radii:
+            self._validation = CertifiedValidation(
+                self._trained, self.certified_accuracy_radii, self._certify_validated
+            )
         if sees_inputs_first(self._trained):
             self._step = MonitoredStep.of(self._trained)
             self._step.before_first(self._begin_at_first_batch)
@@ -195,6 +212,7 @@ class LipschitzMonitor(keras.callbacks.Callback):
     def on_train_end(self, logs=None):
         if self._step is not None:
             self._step.remove()
+        self._validation = None
         if self.condense:
             for entry in self._watched:
                 entry.layer.condense()
@@ -310,7 +328,8 @@ class LipschitzMonitor(keras.callbacks.Callback):
                 logs.update(values)
             for key, value in {"epoch": self._epoch, "batch": batch, **values}.items():
                 self.running_history.setdefault(key, []).append(value)
-            self._warn_of_infinite_layers(
+            warn_of_infinite_layers(
+                self.infinite,
                 [
                     (entry, values[f"running_{entry.key}"], "its running bound is not finite")
                     for entry in self._watched
@@ -318,10 +337,28 @@ class LipschitzMonitor(keras.callbacks.Callback):
                 f"batch {batch + 1} of epoch {self._epoch + 1}",
             )
 
+    def on_test_begin(self, logs=None):
+        if self._validation is not None:
+            self._validation.begin()
+
+    def on_test_end(self, logs=None):
+        if self._validation is not None:
+            self._validation.end()
+
+    def _certify_validated(self) -> Certificate:
+        if not self._watched:
+            self._watch()
+        self._validated = self._certified_bounds()
+        return self._validated[0]
+
     def on_epoch_end(self, epoch, logs=None):
         if not self._watched:
             self._watch()
-        self.certificate, bounds = self._certified_bounds()
+        validated, self._validated = self._validated, None
+        # A callback may have put other weights into the model for its validation.
+        if validated is None or validated[0].fingerprint != fingerprint_of(self._trained):
+            validated = self._certified_bounds()
+        self.certificate, bounds = validated
         values = {"lipschitz_total": finite_or_inf(self.certificate.total)}
         values |= {f"lipschitz_{key}": finite_or_inf(b.value) for key, b in bounds.items()}
         if self.running_freq is not None:
@@ -329,16 +366,19 @@ class LipschitzMonitor(keras.callbacks.Callback):
         if self.lower_bound_data is not None:
             found = lower_bounds(self._trained, self._watched, self.lower_bound_data, self.norm)
             values |= {f"lower_{key}": value for key, value in found.items()}
+        if self._validation is not None:
+            values |= self._validation.results()
         if logs is not None:
             logs.update(values)
         self.epochs.append(epoch)
         for key, value in values.items():
             self.history.setdefault(key, []).append(value)
-        self._warn_of_infinite_layers(
+        warn_of_infinite_layers(
+            self.infinite,
             [(entry, bounds[entry.key].value, bounds[entry.key].reason) for entry in self._watched],
             f"epoch {epoch + 1}",
         )
-        self._warn_of_infinite_total(self.certificate, f"epoch {epoch + 1}")
+        warn_of_infinite_total(self.infinite, self.certificate, f"epoch {epoch + 1}")
 
     def _certified_bounds(self) -> tuple[Certificate, dict[str, LayerBound]]:
         return certified_bounds(
@@ -364,44 +404,6 @@ class LipschitzMonitor(keras.callbacks.Callback):
                 value = finite_or_inf(entry.layer.running_bound.numpy())
             values[f"running_{entry.key}"] = value
         return values
-
-    def _warn_of_infinite_layers(
-        self, bounds: Sequence[tuple[WatchedLayer, float, str]], when: str
-    ) -> None:
-        """Warns of layers that have just lost their finite bound.
-
-        Args:
-            bounds: Triples of a layer, its bound and a reason if the bound is infinite.
-            when: Epoch or batch, for the message.
-        """
-        lost = [
-            (entry.path, reason)
-            for entry, value, reason in bounds
-            if math.isinf(value) and entry.path not in self.infinite
-        ]
-        if not lost:
-            return
-        self.infinite |= {path: f"from {when} on: {reason}" for path, reason in lost}
-        (first, reason), *others = lost
-        also = f" (also: {', '.join(path for path, _ in others)})" if others else ""
-        warnings.warn(
-            f"Layer {first!r} has no finite Lipschitz bound from {when} on{also}: {reason}",
-            stacklevel=2,
-        )
-
-    def _warn_of_infinite_total(self, certificate: Certificate, when: str) -> None:
-        # Not if a Lipschitz layer is the cause: that was reported.
-        if certificate.is_finite or self.infinite:
-            return
-        reasons = {row.path: row.reason for row in certificate.rows if not row.is_finite}
-        # A product of finite constants may overflow.
-        reasons = reasons or {certificate.model: "; ".join(certificate.reasons)}
-        self.infinite = {path: f"from {when} on: {reason}" for path, reason in reasons.items()}
-        warnings.warn(
-            f"The model has no finite certified Lipschitz bound from {when} on: "
-            f"{'; '.join(certificate.reasons)}",
-            stacklevel=2,
-        )
 
     # Plot -------------------------------------------------------------------------------------
 

@@ -1,22 +1,23 @@
 """Replacement of dot-product attention in a trained model by attention with a constant."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import keras
 import numpy as np
-from keras.src import backend
 
 from keras_lipattn._arguments import require_positive
 from keras_lipattn._seen_calls import specs_of
 from keras_lipattn.certification.keras_models import call_specs, function_of, names_kept
-from keras_lipattn.conversion.slots import (
-    as_converted,
-    attention_slots,
-    exchange,
-    is_plain_graph,
+from keras_lipattn.conversion.copying import (
+    call_symbolically,
+    compile_alike,
+    convert_classes,
+    copy_model,
+    copy_state,
 )
+from keras_lipattn.conversion.slots import attention_slots, exchange
 from keras_lipattn.conversion.tied_weights import matching_value, tied_query
 from keras_lipattn.layers import BoundedMultiHeadAttention, L2MultiHeadAttention
 
@@ -147,7 +148,7 @@ def convert_attention(
     arguments = _arguments(model, specs)
     olds = attention_slots(model)
     with names_kept():
-        copy = _copy(model, arguments)
+        copy = copy_model(model, arguments)
         pairs = list(zip(model._flatten_layers(), copy._flatten_layers(), strict=True))
         # The names that Keras generates differ in the copy. The order is the same.
         slots = dict(zip(olds, attention_slots(copy).values(), strict=True))
@@ -155,12 +156,12 @@ def convert_attention(
         replacement = _bounded_replacement if bounded else _replacement
         news = {path: replacement(olds[path]) for path in slots if reasons.get(path) == ""}
         exchange(copy, {id(slots[path]): new for path, new in news.items()})
-        _convert_classes(copy, list(news.values()))
-        _call_symbolically(copy, arguments)
+        convert_classes(copy, list(news.values()), [olds[path] for path in news])
+        call_symbolically(copy, arguments)
     gone = {id(inner) for path in news for inner in slots[path]._flatten_layers()}
     for old, new in pairs:
         if id(new) not in gone:
-            _copy_state(old, new)
+            copy_state(old, new)
     radii, touching = {}, {}
     for path, new in news.items():
         if bounded:
@@ -175,8 +176,7 @@ def convert_attention(
         if x is not None:
             sizes = _token_sizes(copy, news, x)
             touching = {p: float(np.mean(sizes[p] >= radii[p])) for p in news}
-    if model.compiled:
-        copy.compile_from_config(model.get_compile_config())
+    compile_alike(copy, model)
     return Conversion(
         model=copy,
         replaced=tuple(news),
@@ -219,58 +219,6 @@ def _arguments(model: keras.Model, x: Any) -> tuple:
     return call_specs(model)[0]
 
 
-def _call_symbolically(model: keras.Model, arguments: tuple) -> None:
-    try:
-        backend.compute_output_spec(model, *arguments, training=False)
-    except Exception as error:
-        shapes = keras.tree.map_structure(lambda leaf: f"{leaf.dtype} {leaf.shape}", arguments)
-        raise ValueError(
-            f"The model cannot be called on the known shapes and dtypes of its inputs: {error} "
-            f"Received: inputs {shapes}"
-        ) from error
-
-
-def _copy(model: keras.Model, arguments: tuple) -> keras.Model:
-    """A model of the same configuration, not compiled. Shared layers stay shared."""
-    copies: dict[int, Any] = {}
-    # Configurations contain names of classes, of which not all are registered.
-    classes = {
-        keras.saving.get_registered_name(type(layer)): type(layer)
-        for layer in model._flatten_layers()
-        if not type(layer).__module__.startswith("keras.")
-    }
-
-    def copy_of(operation):
-        if id(operation) not in copies:
-            if is_plain_graph(operation):
-                copies[id(operation)] = _copy_graph(operation, copy_of)
-            else:
-                copies[id(operation)] = type(operation).from_config(operation.get_config())
-        return copies[id(operation)]
-
-    try:
-        with keras.saving.CustomObjectScope(classes):
-            copy = copy_of(model)
-    except (AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"Model {model.name!r} cannot be copied, since Keras cannot create it from its "
-            f"configuration: "
-            f"{error} Received: model={model!r}"
-        ) from error
-    _call_symbolically(copy, arguments)
-    return copy
-
-
-def _copy_graph(model: Any, copy_of: Callable) -> keras.Model:
-    inputs = None
-    if not isinstance(model, keras.Sequential):
-        # Keras would give the copy of an input without a name another generated name.
-        inputs = keras.tree.map_structure(
-            lambda tensor: copy_of(tensor._keras_history.operation).output, model.input
-        )
-    return keras.models.clone_model(model, input_tensors=inputs, clone_function=copy_of)
-
-
 def _reasons_to_keep(
     copy: keras.Model,
     olds: dict[str, Any],
@@ -300,7 +248,7 @@ def _reasons_to_keep(
     try:
         for layer in plain:
             layer.__class__ = Recording
-        _call_symbolically(copy, arguments)
+        call_symbolically(copy, arguments)
     finally:
         for layer in plain:
             layer.__class__ = keras.layers.MultiHeadAttention
@@ -385,39 +333,6 @@ def _token_sizes(model: keras.Model, news: dict[str, Any], x: Any) -> dict[str, 
         for layer in news.values():
             layer.__class__ = BoundedMultiHeadAttention
     return {path: np.concatenate(found[id(layer)]) for path, layer in news.items()}
-
-
-def _convert_classes(layer: Any, news: list[Any]) -> None:
-    """Converts the outermost layers whose configuration does not contain the layers `news`."""
-    attention = list(attention_slots(layer).values())
-    places = [index for index, one in enumerate(attention) if any(one is new for new in news)]
-    if not places:
-        return
-    if not is_plain_graph(layer):
-        as_converted(layer, tuple(places))
-        return
-    for inner in layer._flatten_layers(include_self=False, recursive=False):
-        if not any(inner is one for one in attention):
-            _convert_classes(inner, news)
-
-
-def _copy_state(old: Any, new: Any) -> None:
-    if old.built and not new.built:
-        # A layer that the model does not call at inference.
-        new.build_from_config(old.get_build_config())
-    if getattr(old, "quantization_mode", None) != getattr(new, "quantization_mode", None):
-        # The configuration of attention does not record that the layers inside are quantized.
-        new.quantize(old.quantization_mode)
-    own = [one._trainable_variables + one._non_trainable_variables for one in (old, new)]
-    seeds = [[seed.state for seed in one._seed_generators] for one in (old, new)]
-    sources, targets = (a + b for a, b in zip(own, seeds, strict=True))
-    if [source.shape for source in sources] != [target.shape for target in targets]:
-        raise ValueError(
-            f"Layer {old.name!r} cannot be copied: `from_config(get_config())` creates a layer "
-            f"with different weights. Received: {type(old).__name__}"
-        )
-    for source, target in zip(sources, targets, strict=True):
-        target.assign(source)
 
 
 def _assign_approximation(old: keras.layers.MultiHeadAttention, new: Any) -> None:

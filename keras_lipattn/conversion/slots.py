@@ -1,41 +1,100 @@
 """Attention layers inside a layer: finding and exchanging them, saving and loading the result."""
 
 import functools
+import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 from keras.src.models.functional import Functional
 from keras.src.ops.node import KerasHistory
+from keras.src.ops.symbolic_arguments import SymbolicArguments
 
 from keras_lipattn.certification.keras_models import function_of, sibling_names
 from keras_lipattn.layers import BoundedMultiHeadAttention, L2MultiHeadAttention
 
 _ATTENTION = (keras.layers.MultiHeadAttention, L2MultiHeadAttention, BoundedMultiHeadAttention)
+# Where a layer is inside another: its index among the layers there, and so on inside of it.
+Place = tuple[int, ...]
 
 
 def attention_slots(root: keras.layers.Layer) -> dict[str, keras.layers.Layer]:
-    """Maps paths to the attention layers inside `root`, those of Keras and ours, each once.
+    """Maps paths to the attention layers inside `root`, those of Keras and ours, each once."""
+    layers = inner_layers(root, opens=lambda layer: not isinstance(layer, _ATTENTION))
+    return {path: layer for path, layer in layers.items() if isinstance(layer, _ATTENTION)}
+
+
+def inner_layers(
+    root: keras.layers.Layer, opens: Callable[[Any], bool]
+) -> dict[str, keras.layers.Layer]:
+    """Maps paths to the layers inside `root`, each once.
 
     Layers made from the same configuration have them in the same order. The names that Keras
     generates differ.
-    """
-    slots: dict[str, keras.layers.Layer] = {}
-    seen: set[int] = set()
 
-    def visit(parent, prefix):
+    Args:
+        root: A layer or model.
+        opens: Whether to list the layers inside of a layer.
+    """
+    found: dict[str, keras.layers.Layer] = {}
+    seen: set[int] = set()
+    for path, layer in all_paths(root, opens):
+        if id(layer) not in seen:
+            seen.add(id(layer))
+            found[path] = layer
+    return found
+
+
+def all_paths(
+    root: keras.layers.Layer, opens: Callable[[Any], bool]
+) -> Iterator[tuple[str, keras.layers.Layer]]:
+    """As `inner_layers`, with every path of a layer that is in several places."""
+
+    def visit(parent, prefix, ancestors):
         names = sibling_names(parent)
         for layer in parent._flatten_layers(include_self=False, recursive=False):
+            path = prefix + names[id(layer)]
+            yield path, layer
+            if opens(layer) and id(layer) not in ancestors:
+                yield from visit(layer, f"{path}/", ancestors | {id(layer)})
+
+    return visit(root, "", frozenset({id(root)}))
+
+
+def places_of(root: keras.layers.Layer, layers: list[Any]) -> tuple[Place, ...]:
+    """Places of some layers inside `root`, each once, in the order in which it holds them."""
+    wanted = {id(layer) for layer in layers}
+    places: list[Place] = []
+    seen: set[int] = set()
+
+    def visit(parent, place):
+        for index, layer in enumerate(_children(parent)):
             if id(layer) in seen:
                 continue
             seen.add(id(layer))
-            path = prefix + names[id(layer)]
-            if isinstance(layer, _ATTENTION):
-                slots[path] = layer
+            if id(layer) in wanted:
+                places.append((*place, index))
             else:
-                visit(layer, f"{path}/")
+                visit(layer, (*place, index))
 
-    visit(root, "")
-    return slots
+    visit(root, ())
+    return tuple(places)
+
+
+def at(root: Any, place: Place) -> Any:
+    """The layer at a place, or `None` if `root` does not have it (yet)."""
+    for index in place:
+        children = _children(root)
+        if index >= len(children):
+            return None
+        root = children[index]
+    return root
+
+
+def _children(parent: Any) -> list[Any]:
+    """Layers directly inside a layer, the same before and after it is built."""
+    layers = parent._flatten_layers(include_self=False, recursive=False)
+    return [layer for layer in layers if not isinstance(layer, keras.layers.InputLayer)]
 
 
 def is_plain_graph(layer: Any) -> bool:
@@ -111,6 +170,11 @@ def _take_calls(old: Any, new: Any) -> None:
     """Turns the calls of `old` in graphs into calls of `new`."""
     for node in old._inbound_nodes:
         node.operation = new
+        arguments = node.arguments
+        if "mask" in arguments.kwargs and "mask" not in inspect.signature(new.call).parameters:
+            # Keras passes masks to normalizations by keyword.
+            others = {name: one for name, one in arguments.kwargs.items() if name != "mask"}
+            node.arguments = SymbolicArguments(*arguments.args, **others)
         for tensor in node.outputs:
             _, *place = tensor._keras_history
             tensor._keras_history = KerasHistory(new, *place)
@@ -120,19 +184,18 @@ def _take_calls(old: Any, new: Any) -> None:
 
 @keras.saving.register_keras_serializable("keras_lipattn", "Converted")
 class Converted:
-    """Mixin that saves and loads a layer or model whose attention was exchanged.
+    """Mixin that saves and loads a layer or model in which layers were exchanged.
 
-    A layer that creates its attention itself, such as `keras_hub.layers.TransformerEncoder`, would
-    create dot-product attention again when it is loaded. The configuration of a converted layer
-    contains the original configuration and the new attention layers with their positions.
+    A layer that creates its layers itself, such as `keras_hub.layers.TransformerEncoder`, would
+    create the old ones again when it is loaded. The configuration of a converted layer contains the
+    original configuration, and the new layers with their places and the classes of the old ones.
     """
 
-    _slots: tuple[int, ...]
+    _exchanged_at: dict[Place, str]
 
     def get_config(self) -> dict[str, Any]:
-        """The configuration of the original, with positions and configurations of its attention."""
+        """The configuration of the original, with places and configurations of its new layers."""
         layer: Any = self
-        attention = list(attention_slots(layer).values())
         converted = type(self)
         layer.__class__ = converted.__mro__[2]
         try:
@@ -143,9 +206,9 @@ class Converted:
         original.pop("compile_config", None)
         return {
             "original": original,
-            "attention": [
-                [place, keras.saving.serialize_keras_object(attention[place])]
-                for place in self._slots
+            "exchanged": [
+                [list(place), old, keras.saving.serialize_keras_object(at(layer, place))]
+                for place, old in self._exchanged_at.items()
             ],
         }
 
@@ -154,27 +217,28 @@ class Converted:
         """The converted layer, with new weights."""
         layer: Any = keras.saving.deserialize_keras_object(config["original"])
         new = {
-            place: keras.saving.deserialize_keras_object(attention)
-            for place, attention in config["attention"]
+            tuple(place): (old, keras.saving.deserialize_keras_object(replacement))
+            for place, old, replacement in config["exchanged"]
         }
-        if len(attention_slots(layer)) <= max(new):
+        if any(at(layer, place) is None for place in new):
             _build_inside(layer)
-        old = list(attention_slots(layer).values())
-        if len(old) <= max(new):
+        olds = {place: at(layer, place) for place in new}
+        missing = [new[place][0] for place, old in olds.items() if old is None]
+        if missing:
             raise ValueError(
-                f"{type(layer).__name__} {layer.name!r} does not have the attention layers that "
-                f"were converted. Received: {len(old)} layers, converted positions {sorted(new)}"
+                f"{type(layer).__name__} {layer.name!r} does not have the layers that were "
+                f"converted. Received: a layer without {missing}"
             )
         # Layers inside that the configuration contains are converted already.
         exchange(
             layer,
             {
-                id(old[place]): new[place]
-                for place in new
-                if type(old[place]) is keras.layers.MultiHeadAttention
+                id(olds[place]): replacement
+                for place, (old, replacement) in new.items()
+                if type(olds[place]).__name__ == old
             },
         )
-        return as_converted(layer, tuple(new))
+        return as_converted(layer, {place: old for place, (old, _) in new.items()})
 
 
 def _build_inside(layer: Any) -> None:
@@ -186,21 +250,22 @@ def _build_inside(layer: Any) -> None:
         layer._build_by_run_for_single_pos_arg(shapes["input_shape"])
 
 
-def as_converted(layer: Any, slots: tuple[int, ...]) -> Any:
+def as_converted(layer: Any, exchanged: dict[Place, str]) -> Any:
     """Changes the class of `layer` to one that derives from it and from `Converted`.
 
     Args:
-        layer: A layer whose attention was exchanged.
-        slots: Positions of the exchanged layers among its attention layers.
+        layer: A layer in which others were exchanged.
+        exchanged: Maps their places to the names of the classes of the old layers.
 
     Returns:
         The same layer.
     """
     if isinstance(layer, Converted):
-        slots = tuple(sorted({*layer._slots, *slots}))
+        # What was exchanged twice is still the first layer in the original configuration.
+        exchanged = {**exchanged, **layer._exchanged_at}
     else:
         layer.__class__ = _class_of_converted(type(layer))
-    vars(layer)["_slots"] = slots
+    vars(layer)["_exchanged_at"] = exchanged
     return layer
 
 

@@ -29,7 +29,11 @@ def record():
     x, y = monitor_models.data(32)
     model = monitor_models.compiled(monitor_models.capped(), learning_rate=0.05)
     monitor = LipschitzMonitor(
-        penalty=lambda epoch: 0.1 * (epoch + 1), target=0.1, running_freq=1, lower_bound_data=x[:2]
+        penalty=lambda epoch: 0.1 * (epoch + 1),
+        target=0.1,
+        running_freq=1,
+        lower_bound_data=x[:2],
+        certified_accuracy_radii=(0.0, 0.05, 0.2),
     )
     history = model.fit(
         x,

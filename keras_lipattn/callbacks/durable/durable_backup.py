@@ -4,6 +4,7 @@ import os
 import pathlib
 import shutil
 import warnings
+import zipfile
 from typing import Any
 
 import keras
@@ -116,8 +117,11 @@ class DurableBackup(keras.callbacks.Callback):
     def _save(self, model: Any, path: pathlib.Path) -> None:
         # Not as `.weights.h5`: HDF5 fails with a segmentation fault when the disk is full.
         arrays = {name: ops.convert_to_numpy(value) for name, value in _state(model).items()}
-        with open(path, "wb") as file:
-            np.savez(file, **arrays)
+        # Not by `np.savez`: numpy 2.0 leaves the archive open when the disk is full.
+        with open(path, "wb") as file, zipfile.ZipFile(file, "w") as archive:
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, array, allow_pickle=False)
 
     def _restore(self, model: Any, path: pathlib.Path) -> None:
         state = _state(model)
