@@ -6,7 +6,10 @@
 import collections
 import itertools
 import json
+import os
 import pathlib
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -176,11 +179,13 @@ def test_missing_data_says_where_it_is_read_from(monkeypatch):
         sentences.load_sst2()
 
 
-def test_program_without_its_data_ends_with_a_message(monkeypatch):
-    monkeypatch.delenv("LIPATTN_DATA", raising=False)
-    synonyms.flags.FLAGS(["synonyms"])
-    with pytest.raises(SystemExit, match="that LIPATTN_DATA names"):
-        synonyms.main([])
+def test_program_without_its_data_ends_with_a_message():
+    environment = {name: value for name, value in os.environ.items() if name != "LIPATTN_DATA"}
+    command = [sys.executable, synonyms.__file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "that LIPATTN_DATA names" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_kept_results_are_those_of_the_page():

@@ -36,17 +36,6 @@ from sentences import LOADERS, MOST_CANDIDATES, Part, glove, initial_tables
 from substitutions import ALLOWANCE, attack_greedily, attack_randomly, in_batches
 
 _MODELS = ("attention", "no_attention", "bag_of_words")
-_DATA = flags.DEFINE_enum("data", "sst2", list(LOADERS), "movie reviews or questions")
-_MODEL = flags.DEFINE_enum("model", "attention", _MODELS, "what learns")
-_SEED = flags.DEFINE_integer("seed", 0, "seed of the weights and of the order of sentences")
-_CONTEXT = flags.DEFINE_float("context", 0.3, "weight of contexts next to words", 0.0)
-_EPOCHS = flags.DEFINE_integer("epochs", 8, "number of epochs", lower_bound=1)
-_ROBUST = flags.DEFINE_float("robust", 0.65, "share of the certified margins in the loss", 0.0, 1.0)
-_RATE = flags.DEFINE_float("learning_rate", 2e-3, "largest learning rate", lower_bound=0.0)
-_THREADS = flags.DEFINE_integer("threads", 1, "threads of TensorFlow", lower_bound=1)
-_RECORD = flags.DEFINE_string("record", "build/results/synonyms.jsonl", "file of the results")
-_PART = flags.DEFINE_enum("part", "test", ["dev", "test"], "sentences to evaluate")
-_TABLE = flags.DEFINE_bool("table", False, "print the table of the record and train nothing")
 
 _TEMPERATURE = 20.0
 _BATCH = 128
@@ -233,34 +222,53 @@ def table(record: pathlib.Path) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def define_flags() -> None:
+    flags.DEFINE_enum("data", "sst2", list(LOADERS), "movie reviews or questions")
+    flags.DEFINE_enum("model", "attention", _MODELS, "what learns")
+    flags.DEFINE_integer("seed", 0, "seed of the weights and of the order of sentences")
+    flags.DEFINE_float("context", 0.3, "weight of contexts next to words", 0.0)
+    flags.DEFINE_integer("epochs", 8, "number of epochs", lower_bound=1)
+    flags.DEFINE_float("robust", 0.65, "share of the certified margins in the loss", 0.0, 1.0)
+    flags.DEFINE_float("learning_rate", 2e-3, "largest learning rate", lower_bound=0.0)
+    flags.DEFINE_integer("threads", 1, "threads of TensorFlow", lower_bound=1)
+    flags.DEFINE_string("record", "build/results/synonyms.jsonl", "file of the results")
+    flags.DEFINE_enum("part", "test", ["dev", "test"], "sentences to evaluate")
+    flags.DEFINE_bool("table", False, "print the table of the record and train nothing")
+
+
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Only flags are understood. Received: {argv[1:]}")
+    given = flags.FLAGS
     logging.set_verbosity(logging.WARNING)
-    record = pathlib.Path(_RECORD.value)
-    if _TABLE.value:
+    record = pathlib.Path(given.record)
+    if given.table:
         print(table(record))
         return
     started = time.monotonic()
     try:
-        corpus = LOADERS[_DATA.value]()
+        corpus = LOADERS[given.data]()
         tables = initial_tables(corpus, glove(corpus.words), CONTEXT_WIDTH)
     except (FileNotFoundError, ModuleNotFoundError) as error:
         raise SystemExit(str(error)) from None
-    tf.config.threading.set_intra_op_parallelism_threads(_THREADS.value)
-    tf.config.threading.set_inter_op_parallelism_threads(_THREADS.value)
-    keras.utils.set_random_seed(_SEED.value)
-    model = build(_MODEL.value, *tables, corpus.classes, _CONTEXT.value)
-    setting = {"data": _DATA.value, "model": _MODEL.value, "seed": _SEED.value}
-    budget = {"epochs": _EPOCHS.value, "robust": _ROBUST.value, "rate": _RATE.value}
-    if _MODEL.value != "bag_of_words":
-        setting["context"] = _CONTEXT.value
+    tf.config.threading.set_intra_op_parallelism_threads(given.threads)
+    tf.config.threading.set_inter_op_parallelism_threads(given.threads)
+    keras.utils.set_random_seed(given.seed)
+    model = build(given.model, *tables, corpus.classes, given.context)
+    setting = {"data": given.data, "model": given.model, "seed": given.seed}
+    budget = {
+        "epochs": given.epochs,
+        "robust": given.robust,
+        "rate": given.learning_rate,
+    }
+    if given.model != "bag_of_words":
+        setting["context"] = given.context
     setting |= budget
     folder = record.parent / "backups" / "-".join(map(str, setting.values()))
-    train(model, corpus.parts["train"], folder, seed=_SEED.value, **budget)
-    results = setting | {"weights": model.count_params(), "part": _PART.value}
-    results |= evaluate(model, corpus.parts[_PART.value])
-    results |= {"seconds": round(time.monotonic() - started), "threads": _THREADS.value}
+    train(model, corpus.parts["train"], folder, seed=given.seed, **budget)
+    results = setting | {"weights": model.count_params(), "part": given.part}
+    results |= evaluate(model, corpus.parts[given.part])
+    results |= {"seconds": round(time.monotonic() - started), "threads": given.threads}
     record.parent.mkdir(parents=True, exist_ok=True)
     with open(record, "a") as file:
         file.write(json.dumps(results) + os.linesep)
@@ -269,4 +277,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main)
