@@ -419,9 +419,12 @@ class _Builder:
         suffix = f"_{len(self.notes)}"
         symbols = {name: keras.Input(x.shape[1:], name=name + suffix) for name in names}
         first, second = (symbols[name] for name in names)
+        before, self.grown = self.grown, False
         first = self.pick([self.block_own, self.block_plain])(first)
+        # Where the length is not known, the shapes do not show that a token was added.
+        longer, self.grown = self.grown, self.grown or before
         second = layers.Dense(first.shape[-1], activation="tanh")(second)
-        if first.shape[1] != second.shape[1]:
+        if longer or first.shape[1] != second.shape[1]:
             first = layers.GlobalAveragePooling1D(keepdims=True)(first)
         by_key = self.chance(0.5)
         self.note(f"dict {names}, by key {by_key}")
