@@ -38,7 +38,17 @@ from char_training import (
 COLORS = dict(
     zip(
         VARIANTS,
-        ("0.55", "black", "tab:green", "tab:cyan", "tab:blue", "tab:orange", "tab:red"),
+        (
+            "0.55",
+            "black",
+            "tab:green",
+            "tab:cyan",
+            "tab:blue",
+            "tab:orange",
+            "tab:red",
+            "tab:purple",
+            "tab:brown",
+        ),
         strict=True,
     )
 )
