@@ -35,13 +35,14 @@ VARIANTS = (
     "l2, relative",
     "contractive, published bound",
     "contractive, our bound",
+    "bounded tokens",
     "contractive, bounded tokens",
     "contractive, certified",
 )
-# Those with L2MultiHeadAttention in them.
-TIED = VARIANTS[3:7]
+# Those with L2MultiHeadAttention in them, and those with BoundedMultiHeadAttention.
+TIED, BOUNDED = VARIANTS[3:7], VARIANTS[7:]
 # Without normalization, every layer with a constant close to 1.
-CERTIFIED = VARIANTS[8]
+CERTIFIED = VARIANTS[9]
 COEFFICIENT = 0.95
 # Distance from which on relative positions are not told apart.
 REACH = 16
@@ -239,9 +240,12 @@ def _attend(variant, size, index, x):
             kernel_initializer="orthogonal",
             name=f"branch_{index}",
         )
-    layer = InvertibleResidual(branch, COEFFICIENT, norm, use_causal_mask=True, name=name)
-    x = layer(x)
-    if variant not in TIED:
+    if variant.startswith("contractive"):
+        layer = InvertibleResidual(branch, COEFFICIENT, norm, use_causal_mask=True, name=name)
+        x = layer(x)
+    else:
+        x = x + branch(x, use_causal_mask=True)
+    if variant in BOUNDED:
         _look_at_one_distance_each(branch)
     return x
 
