@@ -283,8 +283,15 @@ def _waves(shape, dtype=None):
 
 
 def trainable_weights(model: keras.Model) -> int:
-    """Number of weights that are learned; vectors which follow norms are not."""
-    return sum(math.prod(weight.shape) for weight in model.trainable_variables)
+    """Number of weights that are learned; vectors which follow norms are not.
+
+    Biases of later characters, which the causal mask hides, do not count.
+    """
+    count = sum(math.prod(weight.shape) for weight in model.trainable_variables)
+    for layer in model.layers:
+        table = getattr(getattr(layer, "branch", layer), "relative_bias", None)
+        count -= 0 if table is None else math.prod(table.shape) // 2
+    return count
 
 
 def generate(model, prompt, length, *, temperature=1.0, seed=0):
