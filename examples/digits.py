@@ -7,6 +7,7 @@ those of attention above their target. The results are in --out_dir:
 
     saved_model/1/    for TensorFlow Serving, with the certificate in assets.extra/; the next
                       run writes saved_model/2/
+    model.keras       the model, for `keras.saving.load_model` after `import keras_lipattn`
     certificate.json  the certificate
     history.csv       losses and certified bounds, an epoch a line
     bounds.png        the bounds over the epochs
@@ -109,6 +110,7 @@ def main(argv: list[str]) -> None:
     certificate, saved_model = keras_lipattn.export_saved_model(
         model, out_dir / "saved_model", example_batch=requests
     )
+    model.save(out_dir / "model.keras")
     (out_dir / "certificate.json").write_text(certificate.to_json())
     # After what matters: a plot that cannot be written is an error.
     monitor.plot(out_dir / "bounds.png")
