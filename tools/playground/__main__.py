@@ -8,14 +8,12 @@ writes expected.json there, the answers of Keras for `npm test`.
 """
 
 import base64
-import dataclasses
 import gzip
 import json
 import pathlib
 import shutil
 from typing import Any
 
-import keras
 import numpy as np
 import onnx
 import tensorflow as tf
@@ -23,38 +21,32 @@ import tf2onnx
 from absl import app, flags, logging
 
 import keras_lipattn as kl
-from examples.image_data import ImageData, load_images
 
 _DEMO = flags.DEFINE_string("demo", "build/playground_demo", "folder of examples/digits.py")
 _OUT_DIR = flags.DEFINE_string("out_dir", "build/playground", "folder of the page")
-_DATA_DIR = flags.DEFINE_string("data_dir", "build/data", "folder of prepared data sets")
 
 _HERE = pathlib.Path(__file__).parent
 _RUNTIME = _HERE / "node_modules" / "onnxruntime-web" / "dist"
 _SCRIPT = "ort.wasm.min.js"
-_CLASSES = 10
-_SAMPLES_OF_EACH_CLASS = 2
 _OPSET = 17
-
-
-@dataclasses.dataclass(frozen=True)
-class Demo:
-    """The results of `examples/digits.py`: the Keras model, and its newest export."""
-
-    model: keras.Model
-    export: pathlib.Path
-    certificate: kl.Certificate
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Only flags are understood. Received: {argv[1:]}")
     logging.set_verbosity(logging.ERROR)
+    demo, out_dir = pathlib.Path(_DEMO.value), pathlib.Path(_OUT_DIR.value)
     if not _RUNTIME.is_dir():
         raise SystemExit(f"onnxruntime-web is missing: run `npm ci` in {_HERE}")
-    demo = read_demo(pathlib.Path(_DEMO.value))
-    data = load_images("digits", _DATA_DIR.value)
-    out_dir = pathlib.Path(_OUT_DIR.value)
+    versions = [path for path in (demo / "saved_model").glob("*") if path.name.isdigit()]
+    if not versions:
+        raise SystemExit(f"Run `python examples/digits.py --out_dir={demo}` first.")
+    export = max(versions, key=lambda path: int(path.name))
+    certificate = kl.Certificate.from_json(
+        (export / "assets.extra" / "certificate.json").read_text()
+    )
+    with np.load(demo / "requests.npz") as requests:
+        images, labels, logits = requests["image"], requests["label"], requests["logits"]
     out_dir.mkdir(parents=True, exist_ok=True)
     for path in [*(_HERE / "page").iterdir(), _RUNTIME / _SCRIPT]:
         shutil.copy(path, out_dir)
@@ -63,51 +55,26 @@ def main(argv: list[str]) -> None:
         for suffix in ("mjs", "wasm")
     }
     _write_script(out_dir / "runtime.js", "RUNTIME", runtime)
-    images, labels = samples(data)
     content = {
         "side": images.shape[1],
-        "total": demo.certificate.total,
-        "certified": _packed(certified_onnx(demo.export)),
-        "gradient": _packed(gradient_onnx(demo.export)),
+        "classes": logits.shape[-1],
+        "total": certificate.total,
+        "certified": _packed(certified_onnx(export)),
+        "gradient": _packed(gradient_onnx(export)),
         "samples": [
             {"label": int(label), "pixels": image.ravel().tolist()}
             for image, label in zip(images, labels, strict=True)
         ],
     }
     _write_script(out_dir / "data.js", "DATA", content)
-    (out_dir / "expected.json").write_text(json.dumps(expected(demo, images)))
+    # By Keras, without the allowance for rounding.
+    expected = [
+        {"class": int(row.argmax()), "radius": float(radius)}
+        for row, radius in zip(logits, certificate.certified_radius(logits), strict=True)
+    ]
+    (out_dir / "expected.json").write_text(json.dumps(expected))
     size = sum(path.stat().st_size for path in out_dir.iterdir())
     print(f"wrote {out_dir / 'index.html'}, {size / 2**20:.1f} MiB in all")
-
-
-def read_demo(folder: pathlib.Path) -> Demo:
-    """Read the results of `examples/digits.py` from their folder."""
-    versions = [path for path in (folder / "saved_model").glob("*") if path.name.isdigit()]
-    if not versions or not (folder / "model.keras").exists():
-        raise SystemExit(f"Run `python examples/digits.py --out_dir={folder}` first.")
-    certificate = kl.Certificate.from_json((folder / "certificate.json").read_text())
-    model = keras.saving.load_model(folder / "model.keras")
-    if not certificate.matches(model):
-        raise SystemExit(f"The certificate in {folder} is not that of the model there.")
-    return Demo(model, max(versions, key=lambda path: int(path.name)), certificate)
-
-
-def samples(data: ImageData) -> tuple[np.ndarray, np.ndarray]:
-    """The first test images of each class, in the order of the classes."""
-    images, labels = data.test
-    rows = [np.flatnonzero(labels == label)[:_SAMPLES_OF_EACH_CLASS] for label in range(_CLASSES)]
-    chosen = np.concatenate(rows)
-    return images[chosen], labels[chosen]
-
-
-def expected(demo: Demo, images: np.ndarray) -> list[dict[str, Any]]:
-    """Classes by Keras, and radii by the certificate without the allowance for rounding."""
-    logits = demo.model.predict(images, verbose=0)
-    radii = demo.certificate.certified_radius(logits)
-    return [
-        {"class": int(row.argmax()), "radius": float(radius)}
-        for row, radius in zip(logits, radii, strict=True)
-    ]
 
 
 def certified_onnx(export: pathlib.Path) -> bytes:
@@ -125,6 +92,7 @@ def gradient_onnx(export: pathlib.Path) -> bytes:
     """
     certified = tf.saved_model.load(str(export)).signatures["certified"]
     image = certified.structured_input_signature[1]["image"]
+    logits = certified.structured_outputs["logits"]
 
     @tf.function
     def differentiate(image, direction):
@@ -137,7 +105,7 @@ def gradient_onnx(export: pathlib.Path) -> bytes:
     return _converted(
         differentiate,
         tf.TensorSpec(image.shape, image.dtype, "image"),
-        tf.TensorSpec((None, _CLASSES), image.dtype, "direction"),
+        tf.TensorSpec(logits.shape, logits.dtype, "direction"),
     )
 
 

@@ -108,7 +108,7 @@ test("samples have the class of Keras and its radius, less the allowance", { ski
     assert.ok(answer.radius <= expected[index].radius, "the radius is above that of Keras");
     assert.ok(Math.abs(answer.radius - expected[index].radius) < 1e-4);
   });
-  assert.ok(answers.filter((answer) => answer.radius > 0.1).length > 10);
+  assert.ok(answers.filter((answer) => answer.radius > 0.1).length > 5);
   await buttons.nth(7).click();
   await page.waitForFunction(`document.getElementById("class").textContent === "${expected[7].class}"`);
   await settled(page);
@@ -122,8 +122,10 @@ test("twenty attacks at 0.99 of the radius fail", { skip }, async () => {
     for (const sample of DATA.samples) {
       const picture = Float32Array.from(sample.pixels);
       const [answer] = await Model.serve(picture);
-      const result = await attack(picture, answer.class, 0.99 * answer.radius);
-      results.push({ ...result, radius: answer.radius });
+      for (const seed of [0, 1]) {
+        const result = await attack(picture, answer.class, 0.99 * answer.radius, seed);
+        results.push({ ...result, radius: answer.radius });
+      }
     }
     return results;
   });

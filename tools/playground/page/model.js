@@ -3,7 +3,7 @@
 // as scripts, so that the page also works from a file without a server.
 
 const PIXELS = DATA.side * DATA.side;
-const CLASSES = 10;
+const CLASSES = DATA.classes;
 
 const Model = (() => {
   let certified = null;
