@@ -1,0 +1,495 @@
+"""Pictures of bounds over epochs, of certificates and of accuracies, without a display."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from keras_lipattn._text import number, shorten
+from keras_lipattn._whole_file import whole_file
+
+# Of Okabe and Ito, "Color universal design", 2008, without yellow, which is faint on white. The
+# color-blind can tell them apart.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+BLACK, GRAY = "#222222", "#8A8A8A"
+MOST_BARS = 30
+_DPI = 100
+_WIDEST_NAME = 40
+_FONT = 9.0
+# Distance of two lines of text in pixels.
+_LINE = 15.0
+# Lines closer than this share of the height of the axes count as equal.
+_EQUAL = 0.006
+
+Bounds = Sequence[float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bar:
+    """A row of a certificate.
+
+    Attributes:
+        name: Path of the call.
+        kind: Class of its layer.
+        constant: Its own constant, `inf` without a bound.
+        cost: Its part of the natural logarithm of the total.
+    """
+
+    name: str
+    kind: str
+    constant: float
+    cost: float
+
+
+def save(figure: Any, path: str | os.PathLike) -> None:
+    """Write a figure. An old file stays if the new one cannot be written."""
+    with whole_file(path) as file:
+        figure.savefig(file)
+
+
+def spread(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """The closest positions, in least squares, that keep a gap and the order.
+
+    Args:
+        positions: Wanted positions.
+        gap: Smallest distance of two positions.
+        low: Lower limit; it wins where there is too little room.
+        high: Upper limit.
+
+    Returns:
+        A list in the order of `positions`.
+    """
+    order = sorted(range(len(positions)), key=lambda index: positions[index])
+    # With the gaps taken out this is isotonic regression: pool neighbors that are out of order.
+    pools: list[list[float]] = []
+    for place, index in enumerate(order):
+        pools.append([positions[index] - place * gap, 1.0])
+        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+            (mean, count), (other, more) = pools.pop(), pools.pop()
+            pools.append([(mean * count + other * more) / (count + more), count + more])
+    means = [mean for mean, count in pools for _ in range(int(count))]
+    highest = high - (len(order) - 1) * gap
+    found = [0.0] * len(order)
+    for place, (index, mean) in enumerate(zip(order, means, strict=True)):
+        found[index] = max(low, min(mean, highest)) + place * gap
+    return found
+
+
+# Bounds over epochs -------------------------------------------------------------------------------
+
+
+def bounds_figure(
+    *,
+    title: str,
+    epochs: Sequence[int],
+    total: Bounds,
+    layers: Mapping[str, Bounds],
+    running: Mapping[str, Bounds],
+    lower: Mapping[str, Bounds],
+    targets: Mapping[str, float],
+    lower_total: Bounds | None = None,
+) -> Any:
+    """Bounds over epochs on logarithmic axes, 1200 by 750 pixels.
+
+    The model has axes of its own: its bound is the product of many. Layers whose lines would hide
+    each other share a line. As many groups of layers as there are colors are named, the largest
+    at the end first; all others are gray.
+
+    Args:
+        title: Title of the picture.
+        epochs: Numbers of the epochs.
+        total: Certified bound of the model in each epoch.
+        layers: From names to certified bounds in each epoch; so are `running` and `lower`, where
+            names may be missing.
+        running: Running bounds.
+        lower: Measured lower bounds.
+        targets: From names to targets.
+        lower_total: Measured lower bounds of the model.
+    """
+    figure = _figure(12.0, 7.5)
+    ratios = (1.0, 1.8) if layers else (1.0,)
+    panels = figure.subplots(len(ratios), 1, sharex=True, height_ratios=ratios, squeeze=False)
+    drawings = [_Lines(axes, epochs) for axes in panels[:, 0]]
+    model = drawings[0]
+    model.line("total", total, BLACK)
+    if lower_total is not None:
+        model.line("lower", lower_total, BLACK, _LOWER)
+    model.axes.set_ylabel("model")
+    if layers:
+        _draw_layers(drawings[1], layers, running, lower, targets)
+        drawings[1].axes.set_ylabel("layers")
+    for drawing in drawings:
+        drawing.finish()
+    drawings[-1].axes.set_xlabel("epoch")
+    figure.text(0.01, 0.985, title, fontsize=13, va="top")
+    styles = {label: style for drawing in drawings for label, style in drawing.styles.items()}
+    handles = [_handle(label, style) for label, style in styles.items()]
+    figure.legend(
+        handles=handles,
+        loc="upper right",
+        bbox_to_anchor=(0.995, 0.995),
+        ncols=len(handles),
+        frameon=False,
+        fontsize=_FONT,
+    )
+    _fit(figure, panels[:, 0], top=0.93)
+    for drawing in drawings:
+        drawing.label_ends()
+    _fit(figure, panels[:, 0], top=0.93)
+    return figure
+
+
+_CERTIFIED = {"label": "certified", "linewidth": 2.0, "marker": "o", "markersize": 3.5}
+_RUNNING = {"label": "running", "linewidth": 1.3, "linestyle": ":", "marker": "x", "markersize": 5}
+_LOWER = {"label": "lower, measured", "linewidth": 1.0, "marker": "v", "markersize": 5}
+_TARGET = {"label": "target", "linewidth": 1.3, "linestyle": "--"}
+_INFINITE = {"label": "inf: no finite bound", "linestyle": "none", "marker": "^"}
+_ZERO = {"label": "0", "linestyle": "none", "marker": "v"}
+
+
+def _draw_layers(drawing, layers, running, lower, targets) -> None:
+    positive = [
+        value
+        for values in [*layers.values(), *running.values(), *lower.values(), targets.values()]
+        for value in values
+        if 0.0 < value < math.inf
+    ]
+    span = math.log(max(positive) / min(positive)) if positive else 0.0
+    groups: list[list[str]] = []
+    for name in layers:
+        mine = [*layers[name], *running.get(name, ()), *lower.get(name, ())]
+        for group in groups:
+            first = group[0]
+            theirs = [*layers[first], *running.get(first, ()), *lower.get(first, ())]
+            if targets.get(name) == targets.get(first) and _close(mine, theirs, _EQUAL * span):
+                group.append(name)
+                break
+        else:
+            groups.append([name])
+    by_end = sorted(groups, key=lambda group: -layers[group[0]][-1])
+    # A gray line has no name, so a single one gets a color too.
+    named = by_end[: len(PALETTE)]
+    colors = {group[0]: PALETTE[place] for place, group in enumerate(named)}
+    others = [group for group in groups if group[0] not in colors]
+    for group in [*others, *named]:
+        first = group[0]
+        color = colors.get(first, GRAY)
+        name = shorten(first, _WIDEST_NAME) + (
+            f" and {len(group) - 1} equal" if len(group) > 1 else ""
+        )
+        drawing.line(name if first in colors else None, layers[first], color)
+        for values, style in ((running, _RUNNING), (lower, _LOWER)):
+            if first in values:
+                drawing.line(None, values[first], color, style)
+    if others:
+        ends = sorted(layers[group[0]][-1] for group in others)
+        count = sum(map(len, others))
+        text = f"{count} more, {number(ends[0])} to {number(ends[-1])}"
+        drawing.label(text, ends[len(ends) // 2], GRAY)
+    values = sorted(set(targets.values()))
+    for value in values:
+        owners = {group[0] for group in groups for name in group if targets.get(name) == value}
+        color = colors.get(*owners, GRAY) if len(owners) == 1 else GRAY
+        drawing.target(value, f"target {value:g}" if len(values) <= 4 else None, color)
+    if len(values) > 4:
+        drawing.label(f"targets {values[0]:g} to {values[-1]:g}", values[len(values) // 2], GRAY)
+
+
+def _close(mine: Bounds, theirs: Bounds, tolerance: float) -> bool:
+    """Whether two lines look the same on a logarithmic axis."""
+    if len(mine) != len(theirs):
+        return False
+    return all(
+        one == other
+        or (0.0 < min(one, other) and abs(math.log(one) - math.log(other)) <= tolerance)
+        for one, other in zip(mine, theirs, strict=True)
+    )
+
+
+class _Lines:
+    """Lines over epochs on one pair of axes, and the labels at their ends."""
+
+    def __init__(self, axes, epochs: Sequence[int]) -> None:
+        self.axes = axes
+        self.styles: dict[str, dict] = {}
+        self._epochs = list(epochs)
+        self._finite: list[float] = []
+        self._ends: list[tuple[str, float, str]] = []
+
+    def line(self, name: str | None, values: Bounds, color: str, style: Mapping = _CERTIFIED):
+        style = dict(style)
+        self.styles.setdefault(style["label"], style)
+        faint = color == GRAY
+        shown = [value if 0.0 < value < math.inf else math.nan for value in values]
+        self._finite += [value for value in shown if not math.isnan(value)]
+        style |= {
+            "linewidth": style["linewidth"] * (0.5 if faint else 1.0),
+            "label": "_" + style["label"],
+        }
+        # With markers, since a single point makes no line; not so many that they hide the line.
+        every = max(1, len(self._epochs) // 25)
+        self.axes.plot(self._epochs, shown, color=color, markevery=every, **style)
+        for edge, place, extreme in ((math.inf, 1.0, _INFINITE), (0.0, 0.0, _ZERO)):
+            at = [epoch for epoch, v in zip(self._epochs, values, strict=True) if v == edge]
+            if at:
+                self.styles[extreme["label"]] = extreme
+                # Sized by line width, so that those of several lines stay visible.
+                self.axes.plot(
+                    at,
+                    [place] * len(at),
+                    transform=self.axes.get_xaxis_transform(),
+                    color=color,
+                    markersize=4.0 + 2.0 * style["linewidth"],
+                    clip_on=False,
+                    **extreme | {"label": "_edge"},
+                )
+        if name is not None:
+            self.label(f"{name}  {number(values[-1])}", values[-1], color)
+
+    def label(self, text: str, value: float, color: str) -> None:
+        self._ends.append((text, value, color))
+
+    def target(self, value: float, text: str | None, color: str) -> None:
+        self.styles["target"] = _TARGET
+        self._finite.append(value)
+        self.axes.axhline(value, color=color, **_TARGET | {"label": "_target"})
+        if text is not None:
+            self.label(text, value, color)
+
+    def finish(self) -> None:
+        """Set the scale, once all lines are drawn."""
+        from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+
+        positive = [value for value in self._finite if value > 0.0] or [1.0]
+        middle = math.sqrt(min(positive)) * math.sqrt(max(positive))
+        # At least a factor of 2, so that rounding errors do not look like changes.
+        half = max(1.1 * max(positive) / middle, math.sqrt(2.0))
+        self.axes.set_yscale("log")
+        self.axes.set_ylim(middle / half, middle * half)
+        if half < 4.0:
+            # Decades are too far apart for ticks.
+            self.axes.yaxis.set_major_locator(MaxNLocator(6))
+            self.axes.yaxis.set_minor_locator(NullLocator())
+        self.axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+        self.axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+        self.axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        self.axes.margins(x=0.01)
+        self.axes.grid(alpha=0.25)
+        self.axes.spines[["top", "right"]].set_visible(False)
+
+    def label_ends(self) -> None:
+        low, high = map(math.log, self.axes.get_ylim())
+        ends = [
+            min(max((math.log(value) - low) / (high - low), 0.0), 1.0) if value > 0.0 else 0.0
+            for _, value, _ in self._ends
+        ]
+        _label_ends(self.axes, ends, [(text, color) for text, _, color in self._ends])
+
+
+def _label_ends(axes, ends: Sequence[float], labels: Iterable[tuple[str, str]]) -> None:
+    """Write labels to the right of axes without overlap, joined to heights between 0 and 1."""
+    gap = _LINE / (axes.get_window_extent().height)
+    for end, place, (text, color) in zip(ends, spread(ends, gap, 0.0, 1.0), labels, strict=True):
+        axes.annotate(
+            text,
+            xy=(1.0, end),
+            xytext=(1.03, place),
+            xycoords="axes fraction",
+            textcoords="axes fraction",
+            color=color,
+            fontsize=_FONT,
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.7, "alpha": 0.6},
+        )
+
+
+# Certificates -------------------------------------------------------------------------------------
+
+
+def costs_figure(*, title: str, bars: Sequence[Bar]) -> Any:
+    """The factor of each kind of layer and of each call in the total, the largest first.
+
+    Args:
+        title: Title of the picture.
+        bars: Rows of a certificate.
+    """
+    kinds: dict[str, list[Bar]] = {}
+    for bar in bars:
+        kinds.setdefault(bar.kind, []).append(bar)
+    sums = {kind: math.fsum(bar.cost for bar in members) for kind, members in kinds.items()}
+    unbounded = {bar.kind for bar in bars if math.isinf(bar.constant)}
+    ranked = sorted(kinds, key=lambda kind: (kind not in unbounded, -sums[kind], kind))
+    # Colors for what changes the total the most.
+    colored = sorted(kinds, key=lambda kind: (kind not in unbounded, -abs(sums[kind]), kind))
+    colors = dict(zip(colored, PALETTE, strict=False))
+    growth = math.fsum(cost for cost in sums.values() if cost > 0.0)
+
+    def text_of_kind(kind: str) -> str:
+        calls = f"{len(kinds[kind])} call{'s' if len(kinds[kind]) > 1 else ''}"
+        if kind in unbounded:
+            return f"no bound   {calls}"
+        share = f", {100.0 * sums[kind] / growth:.0f} %" if sums[kind] > 0.005 * growth > 0 else ""
+        return f"{_factor(sums[kind])}{share}   {calls}"
+
+    top = [(kind, sums[kind], colors.get(kind, GRAY), text_of_kind(kind)) for kind in ranked]
+    order = sorted(bars, key=lambda bar: (math.isfinite(bar.constant), -bar.cost))
+    largest = sorted(order, key=lambda bar: (math.isfinite(bar.constant), -abs(bar.cost)))
+    shown = {id(bar) for bar in largest[:MOST_BARS]}
+    rest = [bar for bar in order if id(bar) not in shown]
+    bottom = [
+        (shorten(bar.name, _WIDEST_NAME), bar.cost, colors.get(bar.kind, GRAY), _text_of_row(bar))
+        for bar in order
+        if id(bar) in shown
+    ]
+    if rest:
+        cost = math.fsum(bar.cost for bar in rest)
+        bottom.append((f"{len(rest)} more calls", cost, GRAY, _factor(cost)))
+    top = _with_rest(top)
+    lines = [len(top) + 1.5, len(bottom) + 1.5]
+    figure = _figure(11.0, 1.2 + 0.24 * sum(lines))
+    panels = figure.subplots(2, 1, sharex=True, height_ratios=lines)
+    for axes, entries, heading in zip(
+        panels,
+        (top, bottom),
+        ("kinds of layers: factor in the total, share", "calls: factor in the total, own constant"),
+        strict=True,
+    ):
+        _draw_bars(axes, entries, heading)
+    figure.text(0.01, 1.0 - 0.12 / figure.get_figheight(), title, fontsize=12, va="top")
+    _fit(figure, panels, top=1.0 - 0.75 / figure.get_figheight())
+    return figure
+
+
+def _with_rest(entries: list[tuple[str, float, str, str]]) -> list[tuple[str, float, str, str]]:
+    """The kinds that have a color, and all others in one entry."""
+    rest = [entry for entry in entries if entry[2] == GRAY]
+    if len(rest) < 2:
+        return entries
+    cost = math.fsum(entry[1] for entry in rest)
+    other = (f"{len(rest)} other kinds", cost, GRAY, _factor(cost))
+    return [*(entry for entry in entries if entry[2] != GRAY), other]
+
+
+def _text_of_row(bar: Bar) -> str:
+    if math.isinf(bar.constant):
+        return "no bound"
+    return f"{_factor(bar.cost)}   {number(bar.constant)}"
+
+
+def _factor(cost: float) -> str:
+    digits = cost / math.log(10.0)
+    return f"x{number(10.0**digits)}" if abs(digits) < 300.0 else f"x10^{digits:.0f}"
+
+
+def _draw_bars(axes, entries: Sequence[tuple[str, float, str, str]], heading: str) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    places = range(len(entries))
+    costs = [cost / math.log(10.0) for _, cost, _, _ in entries]
+    axes.barh(places, costs, color=[color for *_, color, _ in entries], height=0.72)
+    axes.set_yticks(places, [name for name, *_ in entries], fontsize=_FONT)
+    axes.set_ylim(len(entries) - 0.4, -0.6)
+    axes.axvline(0.0, color=BLACK, linewidth=0.8)
+    for place, (*_, text) in zip(places, entries, strict=True):
+        axes.text(
+            1.01, place, text, va="center", fontsize=_FONT, transform=axes.get_yaxis_transform()
+        )
+    axes.xaxis.set_major_locator(MaxNLocator(7))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _factor(value * math.log(10.0))))
+    axes.set_title(heading, loc="left", fontsize=_FONT + 1.0)
+    axes.grid(axis="x", alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+# Accuracies ---------------------------------------------------------------------------------------
+
+
+def accuracy_figure(
+    *,
+    norm: str,
+    end: float,
+    certified: Callable[[float], float],
+    clean: float,
+    radii: Sequence[float],
+    attacked: Sequence[float] | None,
+) -> Any:
+    """Certified accuracy over the radius, and the accuracy under attack.
+
+    Args:
+        norm: Name of the norm of the radii.
+        end: Largest radius.
+        certified: Function from a radius to the certified accuracy.
+        clean: Accuracy without perturbation.
+        radii: Radii of the table, in ascending order.
+        attacked: Accuracy under attack at each of them, `None` without an attack.
+    """
+    figure = _figure(8.5, 4.8)
+    axes = figure.subplots()
+    grid = [end * step / 400 for step in range(401)]
+    curve = [certified(radius) for radius in grid]
+    blue, orange = PALETTE[:2]
+    axes.axhline(clean, color=GRAY, linewidth=1.2, linestyle="--")
+    axes.fill_between(grid, 0.0, curve, color=blue, alpha=0.12, linewidth=0.0)
+    axes.plot(grid, curve, color=blue, linewidth=2.0)
+    axes.plot(radii, [certified(radius) for radius in radii], "o", color=blue, markersize=5)
+    ends = [clean, curve[-1]]
+    labels = [(f"clean  {clean:.3f}", GRAY), (f"certified  {curve[-1]:.3f}", blue)]
+    if attacked is not None:
+        xs, ys = [0.0, *radii], [clean, *attacked]
+        axes.plot(xs, ys, "s--", color=orange, linewidth=1.6, markersize=5)
+        ends.append(ys[-1])
+        labels.append((f"under attack  {ys[-1]:.3f}", orange))
+    axes.set_xlim(0.0, end)
+    axes.set_ylim(0.0, 1.0)
+    axes.set_xlabel(f"radius ({norm})")
+    axes.set_ylabel("accuracy")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    _fit(figure, [axes], top=0.96)
+    _label_ends(axes, ends, labels)
+    _fit(figure, [axes], top=0.96)
+    return figure
+
+
+# Figures ------------------------------------------------------------------------------------------
+
+
+def _figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            f"Plots need matplotlib: pip install 'keras-lipattn[examples]'. Received: {error}"
+        ) from error
+    figure = Figure(figsize=(width, height), dpi=_DPI)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _fit(figure, panels, *, top: float) -> None:
+    """Make room for the texts to the left and to the right of axes, and below the last one."""
+    renderer = figure.canvas.get_renderer()
+    width, height = figure.canvas.get_width_height()
+    left, right, bottom = 0.0, 0.0, 0.0
+    for axes in panels:
+        box, tight = axes.get_window_extent(renderer), axes.get_tightbbox(renderer)
+        left = max(left, box.x0 - tight.x0)
+        right = max(right, tight.x1 - box.x1)
+        bottom = box.y0 - tight.y0
+    figure.subplots_adjust(
+        left=(left + 12.0) / width,
+        # Axes keep a third of the width, whatever the names are.
+        right=max(1.0 - (right + 12.0) / width, (left + 12.0) / width + 1.0 / 3.0),
+        bottom=(bottom + 10.0) / height,
+        top=top,
+        hspace=0.22 if len(panels) > 1 else None,
+    )
+
+
+def _handle(label: str, style: Mapping) -> Any:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color=GRAY, **{**style, "label": label})
