@@ -2,23 +2,14 @@
 
 import dataclasses
 import math
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from keras_lipattn._figures import BLACK, FONT, GRAY, PALETTE, fit, label_ends, new_figure
 from keras_lipattn._text import number, shorten
-from keras_lipattn._whole_file import whole_file
 
-# Of Okabe and Ito, "Color universal design", 2008, without yellow, which is faint on white. The
-# color-blind can tell them apart.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-BLACK, GRAY = "#222222", "#8A8A8A"
 MOST_BARS = 30
-_DPI = 100
 _WIDEST_NAME = 40
-_FONT = 9.0
-# Distance of two lines of text in pixels.
-_LINE = 15.0
 # Lines closer than this share of the height of the axes count as equal.
 _EQUAL = 0.006
 
@@ -40,40 +31,6 @@ class Bar:
     kind: str
     constant: float
     cost: float
-
-
-def save(figure: Any, path: str | os.PathLike) -> None:
-    """Write a figure. An old file stays if the new one cannot be written."""
-    with whole_file(path) as file:
-        figure.savefig(file)
-
-
-def spread(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """The closest positions, in least squares, that keep a gap and the order.
-
-    Args:
-        positions: Wanted positions.
-        gap: Smallest distance of two positions.
-        low: Lower limit; it wins where there is too little room.
-        high: Upper limit.
-
-    Returns:
-        A list in the order of `positions`.
-    """
-    order = sorted(range(len(positions)), key=lambda index: positions[index])
-    # With the gaps taken out this is isotonic regression: pool neighbors that are out of order.
-    pools: list[list[float]] = []
-    for place, index in enumerate(order):
-        pools.append([positions[index] - place * gap, 1.0])
-        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
-            (mean, count), (other, more) = pools.pop(), pools.pop()
-            pools.append([(mean * count + other * more) / (count + more), count + more])
-    means = [mean for mean, count in pools for _ in range(int(count))]
-    highest = high - (len(order) - 1) * gap
-    found = [0.0] * len(order)
-    for place, (index, mean) in enumerate(zip(order, means, strict=True)):
-        found[index] = max(low, min(mean, highest)) + place * gap
-    return found
 
 
 # Bounds over epochs -------------------------------------------------------------------------------
@@ -107,7 +64,7 @@ def bounds_figure(
         targets: From names to targets.
         lower_total: Measured lower bounds of the model.
     """
-    figure = _figure(12.0, 7.5)
+    figure = new_figure(12.0, 7.5)
     ratios = (1.0, 1.8) if layers else (1.0,)
     panels = figure.subplots(len(ratios), 1, sharex=True, height_ratios=ratios, squeeze=False)
     drawings = [_Lines(axes, epochs) for axes in panels[:, 0]]
@@ -131,12 +88,12 @@ def bounds_figure(
         bbox_to_anchor=(0.995, 0.995),
         ncols=len(handles),
         frameon=False,
-        fontsize=_FONT,
+        fontsize=FONT,
     )
-    _fit(figure, panels[:, 0], top=0.93)
+    fit(figure, panels[:, 0], top=0.93)
     for drawing in drawings:
         drawing.label_ends()
-    _fit(figure, panels[:, 0], top=0.93)
+    fit(figure, panels[:, 0], top=0.93)
     return figure
 
 
@@ -146,6 +103,12 @@ _LOWER = {"label": "lower, measured", "linewidth": 1.0, "marker": "v", "markersi
 _TARGET = {"label": "target", "linewidth": 1.3, "linestyle": "--"}
 _INFINITE = {"label": "inf: no finite bound", "linestyle": "none", "marker": "^"}
 _ZERO = {"label": "0", "linestyle": "none", "marker": "v"}
+
+
+def _handle(label: str, style: Mapping) -> Any:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color=GRAY, **{**style, "label": label})
 
 
 def _draw_layers(drawing, layers, running, lower, targets) -> None:
@@ -284,25 +247,7 @@ class _Lines:
             min(max((math.log(value) - low) / (high - low), 0.0), 1.0) if value > 0.0 else 0.0
             for _, value, _ in self._ends
         ]
-        _label_ends(self.axes, ends, [(text, color) for text, _, color in self._ends])
-
-
-def _label_ends(axes, ends: Sequence[float], labels: Iterable[tuple[str, str]]) -> None:
-    """Write labels to the right of axes without overlap, joined to heights between 0 and 1."""
-    gap = _LINE / (axes.get_window_extent().height)
-    for end, place, (text, color) in zip(ends, spread(ends, gap, 0.0, 1.0), labels, strict=True):
-        axes.annotate(
-            text,
-            xy=(1.0, end),
-            xytext=(1.03, place),
-            xycoords="axes fraction",
-            textcoords="axes fraction",
-            color=color,
-            fontsize=_FONT,
-            va="center",
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.7, "alpha": 0.6},
-        )
+        label_ends(self.axes, ends, [(text, color) for text, _, color in self._ends])
 
 
 # Certificates -------------------------------------------------------------------------------------
@@ -348,7 +293,7 @@ def costs_figure(*, title: str, bars: Sequence[Bar]) -> Any:
         bottom.append((f"{len(rest)} more calls", cost, GRAY, _factor(cost)))
     top = _with_rest(top)
     lines = [len(top) + 1.5, len(bottom) + 1.5]
-    figure = _figure(11.0, 1.2 + 0.24 * sum(lines))
+    figure = new_figure(11.0, 1.2 + 0.24 * sum(lines))
     panels = figure.subplots(2, 1, sharex=True, height_ratios=lines)
     for axes, entries, heading in zip(
         panels,
@@ -358,7 +303,7 @@ def costs_figure(*, title: str, bars: Sequence[Bar]) -> Any:
     ):
         _draw_bars(axes, entries, heading)
     figure.text(0.01, 1.0 - 0.12 / figure.get_figheight(), title, fontsize=12, va="top")
-    _fit(figure, panels, top=1.0 - 0.75 / figure.get_figheight())
+    fit(figure, panels, top=1.0 - 0.75 / figure.get_figheight())
     return figure
 
 
@@ -389,16 +334,16 @@ def _draw_bars(axes, entries: Sequence[tuple[str, float, str, str]], heading: st
     places = range(len(entries))
     costs = [cost / math.log(10.0) for _, cost, _, _ in entries]
     axes.barh(places, costs, color=[color for *_, color, _ in entries], height=0.72)
-    axes.set_yticks(places, [name for name, *_ in entries], fontsize=_FONT)
+    axes.set_yticks(places, [name for name, *_ in entries], fontsize=FONT)
     axes.set_ylim(len(entries) - 0.4, -0.6)
     axes.axvline(0.0, color=BLACK, linewidth=0.8)
     for place, (*_, text) in zip(places, entries, strict=True):
         axes.text(
-            1.01, place, text, va="center", fontsize=_FONT, transform=axes.get_yaxis_transform()
+            1.01, place, text, va="center", fontsize=FONT, transform=axes.get_yaxis_transform()
         )
     axes.xaxis.set_major_locator(MaxNLocator(7))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _factor(value * math.log(10.0))))
-    axes.set_title(heading, loc="left", fontsize=_FONT + 1.0)
+    axes.set_title(heading, loc="left", fontsize=FONT + 1.0)
     axes.grid(axis="x", alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -425,7 +370,7 @@ def accuracy_figure(
         radii: Radii of the table, in ascending order.
         attacked: Accuracy under attack at each of them, `None` without an attack.
     """
-    figure = _figure(8.5, 4.8)
+    figure = new_figure(8.5, 4.8)
     axes = figure.subplots()
     grid = [end * step / 400 for step in range(401)]
     curve = [certified(radius) for radius in grid]
@@ -447,49 +392,7 @@ def accuracy_figure(
     axes.set_ylabel("accuracy")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    _fit(figure, [axes], top=0.96)
-    _label_ends(axes, ends, labels)
-    _fit(figure, [axes], top=0.96)
+    fit(figure, [axes], top=0.96)
+    label_ends(axes, ends, labels)
+    fit(figure, [axes], top=0.96)
     return figure
-
-
-# Figures ------------------------------------------------------------------------------------------
-
-
-def _figure(width: float, height: float) -> Any:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            f"Plots need matplotlib: pip install 'keras-lipattn[examples]'. Received: {error}"
-        ) from error
-    figure = Figure(figsize=(width, height), dpi=_DPI)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _fit(figure, panels, *, top: float) -> None:
-    """Make room for the texts to the left and to the right of axes, and below the last one."""
-    renderer = figure.canvas.get_renderer()
-    width, height = figure.canvas.get_width_height()
-    left, right, bottom = 0.0, 0.0, 0.0
-    for axes in panels:
-        box, tight = axes.get_window_extent(renderer), axes.get_tightbbox(renderer)
-        left = max(left, box.x0 - tight.x0)
-        right = max(right, tight.x1 - box.x1)
-        bottom = box.y0 - tight.y0
-    figure.subplots_adjust(
-        left=(left + 12.0) / width,
-        # Axes keep a third of the width, whatever the names are.
-        right=max(1.0 - (right + 12.0) / width, (left + 12.0) / width + 1.0 / 3.0),
-        bottom=(bottom + 10.0) / height,
-        top=top,
-        hspace=0.22 if len(panels) > 1 else None,
-    )
-
-
-def _handle(label: str, style: Mapping) -> Any:
-    from matplotlib.lines import Line2D
-
-    return Line2D([], [], color=GRAY, **{**style, "label": label})

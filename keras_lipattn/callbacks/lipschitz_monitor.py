@@ -8,7 +8,8 @@ from typing import Any, cast
 import keras
 
 from keras_lipattn._arguments import require_positive_integer
-from keras_lipattn._plots import bounds_figure, save
+from keras_lipattn._figures import save
+from keras_lipattn._plots import bounds_figure
 from keras_lipattn._seen_calls import remembered_call
 from keras_lipattn.bounds.lipschitz_bound import NORMS
 from keras_lipattn.callbacks._certified_validation import CertifiedValidation, check_radii

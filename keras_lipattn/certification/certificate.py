@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_lipattn._plots import save
+from keras_lipattn._figures import save
 from keras_lipattn.certification.certificate_content import (
     check_values,
     decode,

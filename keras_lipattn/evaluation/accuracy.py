@@ -10,7 +10,8 @@ import keras
 import numpy as np
 
 from keras_lipattn._arguments import require_nonnegative
-from keras_lipattn._plots import accuracy_figure, save
+from keras_lipattn._figures import save
+from keras_lipattn._plots import accuracy_figure
 from keras_lipattn.certification import Certificate, certified_radius, certify
 
 _TEXTS = {"l2": "2-norm", "token": "token norm", "linf": "max norm"}
