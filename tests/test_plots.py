@@ -178,7 +178,7 @@ def test_the_largest_layers_are_named_in_the_color_of_their_line():
 
 
 def test_infinite_bounds_and_zeros_are_marks_at_the_edges():
-    nothing = dict.fromkeys(("layers", "running", "lower", "targets"), {})
+    nothing = {key: {} for key in ("layers", "running", "lower", "targets")}
     figure = bounds_figure(title="", epochs=[1, 2, 3], total=[math.inf, 2.0, 0.0], **nothing)
     (axes,) = figure.axes
     edges = {line.get_marker(): line for line in axes.get_lines() if line.get_label() == "_edge"}
