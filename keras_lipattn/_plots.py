@@ -280,7 +280,9 @@ def costs_figure(*, title: str, bars: Sequence[Bar]) -> Any:
 
     top = [(kind, sums[kind], colors.get(kind, GRAY), text_of_kind(kind)) for kind in ranked]
     order = sorted(bars, key=lambda bar: (math.isfinite(bar.constant), -bar.cost))
-    largest = sorted(order, key=lambda bar: (math.isfinite(bar.constant), -abs(bar.cost)))
+    # Calls with the factor 1 say little, unless there are no others.
+    telling = [bar for bar in order if bar.cost or math.isinf(bar.constant)] or order
+    largest = sorted(telling, key=lambda bar: (math.isfinite(bar.constant), -abs(bar.cost)))
     shown = {id(bar) for bar in largest[:MOST_BARS]}
     rest = [bar for bar in order if id(bar) not in shown]
     bottom = [

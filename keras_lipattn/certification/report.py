@@ -70,7 +70,10 @@ def _factor(cost: float) -> str:
 
 def figure(certificate: "Certificate") -> Any:
     """The certificate as a bar chart."""
-    bars = [Bar(row.path, row.layer, row.constant, row.cost) for row in certificate.rows]
+    bars = [
+        Bar(row.path, row.layer, row.constant, row.cost if row.is_finite else 0.0)
+        for row in certificate.rows
+    ]
     total = f"<= {number(certificate.total)}" if certificate.is_finite else "no bound"
     title = f"{certificate.model}: Lipschitz constant {total} ({NORMS[certificate.norm]})"
     return costs_figure(title=title, bars=bars)
