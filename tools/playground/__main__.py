@@ -19,6 +19,7 @@ import onnx
 import tensorflow as tf
 import tf2onnx
 from absl import app, flags, logging
+from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
 import keras_lipattn as kl
 
@@ -29,6 +30,8 @@ _HERE = pathlib.Path(__file__).parent
 _RUNTIME = _HERE / "node_modules" / "onnxruntime-web" / "dist"
 _SCRIPT = "ort.wasm.min.js"
 _OPSET = 17
+# Of an attack, toward each other class.
+_STARTS = 2
 
 
 def main(argv: list[str]) -> None:
@@ -60,7 +63,8 @@ def main(argv: list[str]) -> None:
         "classes": logits.shape[-1],
         "total": certificate.total,
         "certified": _packed(certified_onnx(export)),
-        "gradient": _packed(gradient_onnx(export)),
+        "gradient": _packed(gradient_onnx(export, _STARTS * (logits.shape[-1] - 1))),
+        "starts": _STARTS,
         "samples": [
             {"label": int(label), "pixels": image.ravel().tolist()}
             for image, label in zip(images, labels, strict=True)
@@ -79,33 +83,40 @@ def main(argv: list[str]) -> None:
 
 def certified_onnx(export: pathlib.Path) -> bytes:
     """The signature `certified` of an export as ONNX."""
-    certified = tf.saved_model.load(str(export)).signatures["certified"]
+    # Kept, since its functions do not keep their variables.
+    loaded = tf.saved_model.load(str(export))
+    certified = loaded.signatures["certified"]
     image = certified.structured_input_signature[1]["image"]
     function = tf.function(lambda image: certified(image=image))
     return _converted(function, tf.TensorSpec(image.shape, image.dtype, "image"))
 
 
-def gradient_onnx(export: pathlib.Path) -> bytes:
+def gradient_onnx(export: pathlib.Path, batch: int) -> bytes:
     """The logits of an export and the gradient of their product with a direction, as ONNX.
 
-    onnxruntime-web has no gradients, so the backward pass is part of the graph.
+    onnxruntime-web has no gradients, so the backward pass is part of the graph. It takes batches of
+    one size: tf2onnx does not convert gradients of sums over unknown shapes.
     """
-    certified = tf.saved_model.load(str(export)).signatures["certified"]
-    image = certified.structured_input_signature[1]["image"]
-    logits = certified.structured_outputs["logits"]
+    loaded = tf.saved_model.load(str(export))
+    certified = loaded.signatures["certified"]
+    frozen = convert_variables_to_constants_v2(certified)
+    graph = frozen.graph.as_graph_def()
+    (served,) = frozen.inputs
+    outputs = dict(zip(sorted(certified.structured_outputs), frozen.outputs, strict=True))
+    logits = outputs["logits"]
 
     @tf.function
     def differentiate(image, direction):
-        with tf.GradientTape() as tape:
-            tape.watch(image)
-            logits = certified(image=image)["logits"]
-            product = tf.reduce_sum(logits * direction)
-        return {"logits": logits, "gradient": tape.gradient(product, image)}
+        (result,) = tf.graph_util.import_graph_def(
+            graph, input_map={served.name: image}, return_elements=[logits.name]
+        )
+        (gradient,) = tf.gradients(tf.reduce_sum(result * direction), image)
+        return {"logits": result, "gradient": gradient}
 
     return _converted(
         differentiate,
-        tf.TensorSpec(image.shape, image.dtype, "image"),
-        tf.TensorSpec(logits.shape, logits.dtype, "direction"),
+        tf.TensorSpec((batch, *served.shape[1:]), served.dtype, "image"),
+        tf.TensorSpec((batch, *logits.shape[1:]), served.dtype, "direction"),
     )
 
 

@@ -2,7 +2,6 @@
 // Projected gradient descent in the 2-norm, toward every other class at once.
 
 const STEPS = 40;
-const STARTS = 2;
 
 // Numbers in [0, 1) from a seed: an attack gives the same result again.
 function randomNumbers(seed) {
@@ -48,7 +47,7 @@ async function attack(picture, winner, strength, seed = 0) {
   const targets = [];
   const rows = [];
   for (let target = 0; target < CLASSES; target += 1) {
-    for (let start = 0; target !== winner && start < STARTS; start += 1) {
+    for (let start = 0; target !== winner && start < DATA.starts; start += 1) {
       targets.push(target);
       const change = normalNumbers(random, PIXELS).map((value) => (start ? value : 0));
       rows.push(project(picture, change, strength));
