@@ -35,6 +35,12 @@ function paintPad() {
   const pad = element("pad");
   const context = pad.getContext("2d");
   context.clearRect(0, 0, pad.width, pad.height);
+  if (!strokes.length) {
+    context.fillStyle = style("--muted");
+    context.font = "18px system-ui, sans-serif";
+    context.textAlign = "center";
+    context.fillText("Draw here", pad.width / 2, pad.height / 2);
+  }
   context.strokeStyle = `rgb(${style("--ink")})`;
   drawStrokes(context, strokes, 0.09 * pad.width, (p) => [p.x * pad.width, p.y * pad.height]);
 }
