@@ -9,7 +9,7 @@ from keras_lipattn._whole_file import whole_file
 # Of Okabe and Ito, "Color universal design", 2008, without yellow, which is faint on white. The
 # color-blind can tell them apart.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-BLACK, GRAY = "#222222", "#8A8A8A"
+BLACK, GRAY = "#222222", "#6C6C6C"
 FONT = 9.0
 _DPI = 100
 # Distance of two lines of text in pixels.
@@ -17,6 +17,7 @@ _LINE = 15.0
 
 
 def new_figure(width: float, height: float) -> Any:
+    """A figure of some inches; 100 pixels are an inch."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -29,8 +30,15 @@ def new_figure(width: float, height: float) -> Any:
     return figure
 
 
-def fit(figure, panels, *, top: float) -> None:
-    """Make room for the texts to the left and to the right of axes, and below the last one."""
+def fit(figure, panels, *, top: float, gap: float = 0.0) -> None:
+    """Make room for the texts to the left and to the right of axes, and below the last one.
+
+    Args:
+        figure: A figure.
+        panels: Its axes, in one column.
+        top: Height of their upper edge, as a share of that of the figure.
+        gap: Distance of two panels in pixels.
+    """
     renderer = figure.canvas.get_renderer()
     width, height = figure.canvas.get_width_height()
     left, right, bottom = 0.0, 0.0, 0.0
@@ -39,13 +47,15 @@ def fit(figure, panels, *, top: float) -> None:
         left = max(left, box.x0 - tight.x0)
         right = max(right, tight.x1 - box.x1)
         bottom = box.y0 - tight.y0
+    count = len(panels)
+    mean = (top * height - bottom - 10.0 - (count - 1) * gap) / count
     figure.subplots_adjust(
         left=(left + 12.0) / width,
         # Axes keep a third of the width, whatever the names are.
         right=max(1.0 - (right + 12.0) / width, (left + 12.0) / width + 1.0 / 3.0),
         bottom=(bottom + 10.0) / height,
         top=top,
-        hspace=0.22 if len(panels) > 1 else None,
+        hspace=gap / mean,
     )
 
 

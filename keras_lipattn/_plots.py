@@ -9,7 +9,8 @@ from keras_lipattn._figures import BLACK, FONT, GRAY, PALETTE, fit, label_ends, 
 from keras_lipattn._text import number, shorten
 
 MOST_BARS = 30
-_WIDEST_NAME = 40
+_NO_BOUND = "no bound"
+_WIDEST_NAME = 64
 # Lines closer than this share of the height of the axes count as equal.
 _EQUAL = 0.006
 
@@ -90,10 +91,10 @@ def bounds_figure(
         frameon=False,
         fontsize=FONT,
     )
-    fit(figure, panels[:, 0], top=0.93)
+    fit(figure, panels[:, 0], top=0.93, gap=28.0)
     for drawing in drawings:
         drawing.label_ends()
-    fit(figure, panels[:, 0], top=0.93)
+    fit(figure, panels[:, 0], top=0.93, gap=28.0)
     return figure
 
 
@@ -125,7 +126,7 @@ def _draw_layers(drawing, layers, running, lower, targets) -> None:
         for group in groups:
             first = group[0]
             theirs = [*layers[first], *running.get(first, ()), *lower.get(first, ())]
-            if targets.get(name) == targets.get(first) and _close(mine, theirs, _EQUAL * span):
+            if _close(mine, theirs, _EQUAL * span):
                 group.append(name)
                 break
         else:
@@ -138,9 +139,10 @@ def _draw_layers(drawing, layers, running, lower, targets) -> None:
     for group in [*others, *named]:
         first = group[0]
         color = colors.get(first, GRAY)
-        name = shorten(first, _WIDEST_NAME) + (
-            f" and {len(group) - 1} equal" if len(group) > 1 else ""
-        )
+        name = ", ".join(group)
+        if len(name) > _WIDEST_NAME:
+            equal = f" and {len(group) - 1} equal" if len(group) > 1 else ""
+            name = shorten(first, _WIDEST_NAME) + equal
         drawing.line(name if first in colors else None, layers[first], color)
         for values, style in ((running, _RUNNING), (lower, _LOWER)):
             if first in values:
@@ -177,15 +179,16 @@ class _Lines:
         self.axes = axes
         self.styles: dict[str, dict] = {}
         self._epochs = list(epochs)
-        self._finite: list[float] = []
+        # Decimal logarithms, since axes of matplotlib with a logarithmic scale overflow.
+        self._heights: list[float] = []
         self._ends: list[tuple[str, float, str]] = []
 
     def line(self, name: str | None, values: Bounds, color: str, style: Mapping = _CERTIFIED):
         style = dict(style)
         self.styles.setdefault(style["label"], style)
         faint = color == GRAY
-        shown = [value if 0.0 < value < math.inf else math.nan for value in values]
-        self._finite += [value for value in shown if not math.isnan(value)]
+        shown = [math.log10(value) if 0.0 < value < math.inf else math.nan for value in values]
+        self._heights += [height for height in shown if not math.isnan(height)]
         style |= {
             "linewidth": style["linewidth"] * (0.5 if faint else 1.0),
             "label": "_" + style["label"],
@@ -215,38 +218,31 @@ class _Lines:
 
     def target(self, value: float, text: str | None, color: str) -> None:
         self.styles["target"] = _TARGET
-        self._finite.append(value)
-        self.axes.axhline(value, color=color, **_TARGET | {"label": "_target"})
+        self._heights.append(math.log10(value))
+        self.axes.axhline(math.log10(value), color=color, **_TARGET | {"label": "_target"})
         if text is not None:
             self.label(text, value, color)
 
     def finish(self) -> None:
         """Set the scale, once all lines are drawn."""
-        from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+        from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
-        positive = [value for value in self._finite if value > 0.0] or [1.0]
-        middle = math.sqrt(min(positive)) * math.sqrt(max(positive))
+        low, high = min(self._heights, default=0.0), max(self._heights, default=0.0)
         # At least a factor of 2, so that rounding errors do not look like changes.
-        half = max(1.1 * max(positive) / middle, math.sqrt(2.0))
-        self.axes.set_yscale("log")
-        self.axes.set_ylim(middle / half, middle * half)
-        if half < 4.0:
-            # Decades are too far apart for ticks.
-            self.axes.yaxis.set_major_locator(MaxNLocator(6))
-            self.axes.yaxis.set_minor_locator(NullLocator())
-        self.axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
-        self.axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+        margin = max(0.05 * (high - low), 0.5 * (math.log10(2.0) - (high - low)))
+        low, high = low - margin, high + margin
+        self.axes.set_ylim(low, high)
+        self.axes.yaxis.set_major_locator(FixedLocator(_ticks(low, high)))
+        self.axes.yaxis.set_major_formatter(FuncFormatter(lambda height, _: _power(height)))
         self.axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         self.axes.margins(x=0.01)
         self.axes.grid(alpha=0.25)
         self.axes.spines[["top", "right"]].set_visible(False)
 
     def label_ends(self) -> None:
-        low, high = map(math.log, self.axes.get_ylim())
-        ends = [
-            min(max((math.log(value) - low) / (high - low), 0.0), 1.0) if value > 0.0 else 0.0
-            for _, value, _ in self._ends
-        ]
+        low, high = self.axes.get_ylim()
+        heights = [math.log10(value) if value > 0.0 else low for _, value, _ in self._ends]
+        ends = [min(max((height - low) / (high - low), 0.0), 1.0) for height in heights]
         label_ends(self.axes, ends, [(text, color) for text, _, color in self._ends])
 
 
@@ -268,21 +264,22 @@ def costs_figure(*, title: str, bars: Sequence[Bar]) -> Any:
     ranked = sorted(kinds, key=lambda kind: (kind not in unbounded, -sums[kind], kind))
     # Colors for what changes the total the most.
     colored = sorted(kinds, key=lambda kind: (kind not in unbounded, -abs(sums[kind]), kind))
-    colors = dict(zip(colored, PALETTE, strict=False))
+    telling = [kind for kind in colored if _tells(sums[kind]) or kind in unbounded] or colored
+    colors = dict(zip(telling, PALETTE, strict=False))
     growth = math.fsum(cost for cost in sums.values() if cost > 0.0)
 
     def text_of_kind(kind: str) -> str:
         calls = f"{len(kinds[kind])} call{'s' if len(kinds[kind]) > 1 else ''}"
         if kind in unbounded:
-            return f"no bound   {calls}"
+            return f"{_NO_BOUND}   {calls}"
         share = f", {100.0 * sums[kind] / growth:.0f} %" if sums[kind] > 0.005 * growth > 0 else ""
         return f"{_factor(sums[kind])}{share}   {calls}"
 
     top = [(kind, sums[kind], colors.get(kind, GRAY), text_of_kind(kind)) for kind in ranked]
     order = sorted(bars, key=lambda bar: (math.isfinite(bar.constant), -bar.cost))
     # Calls with the factor 1 say little, unless there are no others.
-    telling = [bar for bar in order if bar.cost or math.isinf(bar.constant)] or order
-    largest = sorted(telling, key=lambda bar: (math.isfinite(bar.constant), -abs(bar.cost)))
+    calls = [bar for bar in order if _tells(bar.cost) or math.isinf(bar.constant)] or order
+    largest = sorted(calls, key=lambda bar: (math.isfinite(bar.constant), -abs(bar.cost)))
     shown = {id(bar) for bar in largest[:MOST_BARS]}
     rest = [bar for bar in order if id(bar) not in shown]
     bottom = [
@@ -305,7 +302,7 @@ def costs_figure(*, title: str, bars: Sequence[Bar]) -> Any:
     ):
         _draw_bars(axes, entries, heading)
     figure.text(0.01, 1.0 - 0.12 / figure.get_figheight(), title, fontsize=12, va="top")
-    fit(figure, panels, top=1.0 - 0.75 / figure.get_figheight())
+    fit(figure, panels, top=1.0 - 0.75 / figure.get_figheight(), gap=46.0)
     return figure
 
 
@@ -321,17 +318,26 @@ def _with_rest(entries: list[tuple[str, float, str, str]]) -> list[tuple[str, fl
 
 def _text_of_row(bar: Bar) -> str:
     if math.isinf(bar.constant):
-        return "no bound"
+        return _NO_BOUND
     return f"{_factor(bar.cost)}   {number(bar.constant)}"
 
 
+def _tells(cost: float) -> bool:
+    """Whether a factor is not 1 as it is printed."""
+    return _factor(cost) != "x1"
+
+
 def _factor(cost: float) -> str:
-    digits = cost / math.log(10.0)
-    return f"x{number(10.0**digits)}" if abs(digits) < 300.0 else f"x10^{digits:.0f}"
+    return f"x{_power(cost / math.log(10.0))}"
+
+
+def _power(digits: float) -> str:
+    """A power of ten, which a float64 may not hold."""
+    return number(10.0**digits) if abs(digits) < 300.0 else f"10^{digits:.0f}"
 
 
 def _draw_bars(axes, entries: Sequence[tuple[str, float, str, str]], heading: str) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import FixedLocator, FuncFormatter
 
     places = range(len(entries))
     costs = [cost / math.log(10.0) for _, cost, _, _ in entries]
@@ -339,15 +345,37 @@ def _draw_bars(axes, entries: Sequence[tuple[str, float, str, str]], heading: st
     axes.set_yticks(places, [name for name, *_ in entries], fontsize=FONT)
     axes.set_ylim(len(entries) - 0.4, -0.6)
     axes.axvline(0.0, color=BLACK, linewidth=0.8)
-    for place, (*_, text) in zip(places, entries, strict=True):
-        axes.text(
-            1.01, place, text, va="center", fontsize=FONT, transform=axes.get_yaxis_transform()
-        )
-    axes.xaxis.set_major_locator(MaxNLocator(7))
+    for place, (_, _, color, text) in zip(places, entries, strict=True):
+        across = axes.get_yaxis_transform()
+        axes.text(1.01, place, text, va="center", fontsize=FONT, transform=across)
+        if text.startswith(_NO_BOUND):
+            # Across the whole width: no length would be long enough.
+            edges = ([0.0, 1.0], [place - 0.36] * 2, [place + 0.36] * 2)
+            style = {"facecolor": "none", "edgecolor": color, "hatch": "////", "linewidth": 0.0}
+            axes.fill_between(*edges, transform=across, **style)
+    low, high = axes.get_xlim()
+    low, high = min(low, 0.0), max(high, 0.0, low + math.log10(2.0))
+    axes.set_xlim(low, high)
+    axes.xaxis.set_major_locator(FixedLocator(_ticks(low, high)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _factor(value * math.log(10.0))))
     axes.set_title(heading, loc="left", fontsize=FONT + 1.0)
     axes.grid(axis="x", alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Decimal logarithms of round factors between two of them."""
+    from matplotlib.ticker import MaxNLocator
+
+    if high - low > 3.0:
+        ticks = MaxNLocator(7, integer=True).tick_values(low, high)
+    elif high - low > 1.0:
+        decades = range(math.floor(low), math.ceil(high) + 1)
+        ticks = [decade + math.log10(step) for decade in decades for step in (1, 2, 5)]
+    else:
+        factors = MaxNLocator(7, steps=[1, 2, 5, 10]).tick_values(10.0**low, 10.0**high)
+        ticks = [math.log10(factor) for factor in factors if factor > 0.0]
+    return [float(tick) for tick in ticks if low <= tick <= high]
 
 
 # Accuracies ---------------------------------------------------------------------------------------
@@ -380,12 +408,14 @@ def accuracy_figure(
     axes.axhline(clean, color=GRAY, linewidth=1.2, linestyle="--")
     axes.fill_between(grid, 0.0, curve, color=blue, alpha=0.12, linewidth=0.0)
     axes.plot(grid, curve, color=blue, linewidth=2.0)
-    axes.plot(radii, [certified(radius) for radius in radii], "o", color=blue, markersize=5)
+    axes.plot(
+        radii, [certified(radius) for radius in radii], "o", color=blue, markersize=5, clip_on=False
+    )
     ends = [clean, curve[-1]]
     labels = [(f"clean  {clean:.3f}", GRAY), (f"certified  {curve[-1]:.3f}", blue)]
     if attacked is not None:
         xs, ys = [0.0, *radii], [clean, *attacked]
-        axes.plot(xs, ys, "s--", color=orange, linewidth=1.6, markersize=5)
+        axes.plot(xs, ys, "s--", color=orange, linewidth=1.6, markersize=5, clip_on=False)
         ends.append(ys[-1])
         labels.append((f"under attack  {ys[-1]:.3f}", orange))
     axes.set_xlim(0.0, end)

@@ -74,6 +74,7 @@ def figure(certificate: "Certificate") -> Any:
         Bar(row.path, row.layer, row.constant, row.cost if row.is_finite else 0.0)
         for row in certificate.rows
     ]
-    total = f"<= {number(certificate.total)}" if certificate.is_finite else "no bound"
-    title = f"{certificate.model}: Lipschitz constant {total} ({NORMS[certificate.norm]})"
+    total = number(certificate.total)
+    bound = f"Lipschitz constant <= {total}" if certificate.is_finite else "no Lipschitz bound"
+    title = f"{certificate.model}: {bound} ({NORMS[certificate.norm]})"
     return costs_figure(title=title, bars=bars)
