@@ -107,5 +107,12 @@ def label_ends(axes, ends: Sequence[float], labels: Iterable[tuple[str, str]]) -
             fontsize=FONT,
             va="center",
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.7, "alpha": 0.6},
+            # From the middle of the left edge of the text.
+            arrowprops={
+                "arrowstyle": "-",
+                "color": color,
+                "linewidth": 0.7,
+                "alpha": 0.6,
+                "relpos": (0.0, 0.5),
+            },
         )

@@ -119,7 +119,10 @@ def _draw_layers(drawing, layers, running, lower, targets) -> None:
         for value in values
         if 0.0 < value < math.inf
     ]
-    span = math.log(max(positive) / min(positive)) if positive else 0.0
+    # Axes show at least a factor of 2.
+    span = max(
+        math.log(max(positive)) - math.log(min(positive)) if positive else 0.0, math.log(2.0)
+    )
     groups: list[list[str]] = []
     for name in layers:
         mine = [*layers[name], *running.get(name, ()), *lower.get(name, ())]
@@ -333,7 +336,8 @@ def _factor(cost: float) -> str:
 
 def _power(digits: float) -> str:
     """A power of ten, which a float64 may not hold."""
-    return number(10.0**digits) if abs(digits) < 300.0 else f"10^{digits:.0f}"
+    is_round = abs(digits) >= 4.5 and abs(digits - round(digits)) < 1e-9
+    return f"10^{digits:.0f}" if is_round or abs(digits) > 300.0 else number(10.0**digits)
 
 
 def _draw_bars(axes, entries: Sequence[tuple[str, float, str, str]], heading: str) -> None:
