@@ -81,15 +81,17 @@ memory: .venv/installed  ## train, certify and export many times in one process
 	$(BIN)/python -m tools.memory
 
 playground: .venv/installed build/playground_demo/model.keras  ## a page that runs the digits classifier in a browser, in build/playground
-	npm ci --prefix tools/playground --no-audit --no-fund --loglevel=error
+	mkdir -p build/playground_npm
+	cp tools/playground/package.json tools/playground/package-lock.json tools/playground/test.mjs build/playground_npm
+	npm ci --prefix build/playground_npm --no-audit --no-fund --loglevel=error
 	$(BIN)/python -m tools.playground
-	npm test --prefix tools/playground
+	npm test --prefix build/playground_npm
 
 build/playground_demo/model.keras:
 	$(BIN)/python examples/digits.py --out_dir=build/playground_demo
 
 clean:  ## remove everything made here, .venv too
-	rm -rf .venv .venv-jax .venv-torch .venv-oldest .venv-peers tools/playground/node_modules build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-jax .venv-torch .venv-oldest .venv-peers build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv: .venv/installed  ## install the package and its tested dependencies

@@ -1,10 +1,10 @@
 """Builds a page that runs the classifier of `make demo` in a browser and attacks it there.
 
-    python -m tools.playground
+    make playground
 
-It needs the results of `examples/digits.py` in --demo and `npm ci` in this folder. The page is
---out_dir/index.html. It loads nothing from the network, and works from a file too. The program also
-writes expected.json there, the answers of Keras for `npm test`.
+It needs the results of `examples/digits.py` in --demo and the packages of package.json in
+--node_modules. The page is --out_dir/index.html. It loads nothing from the network, and works from a
+file too. The program also writes expected.json there, the answers of Keras for test.mjs.
 """
 
 import base64
@@ -25,9 +25,11 @@ import keras_lipattn as kl
 
 _DEMO = flags.DEFINE_string("demo", "build/playground_demo", "folder of examples/digits.py")
 _OUT_DIR = flags.DEFINE_string("out_dir", "build/playground", "folder of the page")
+_NODE_MODULES = flags.DEFINE_string(
+    "node_modules", "build/playground_npm/node_modules", "folder with onnxruntime-web"
+)
 
-_HERE = pathlib.Path(__file__).parent
-_RUNTIME = _HERE / "node_modules" / "onnxruntime-web" / "dist"
+_PAGE = pathlib.Path(__file__).parent / "page"
 _SCRIPT = "ort.wasm.min.js"
 _OPSET = 17
 # Of an attack, toward each other class.
@@ -39,8 +41,9 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"Only flags are understood. Received: {argv[1:]}")
     logging.set_verbosity(logging.ERROR)
     demo, out_dir = pathlib.Path(_DEMO.value), pathlib.Path(_OUT_DIR.value)
-    if not _RUNTIME.is_dir():
-        raise SystemExit(f"onnxruntime-web is missing: run `npm ci` in {_HERE}")
+    runtime_dir = pathlib.Path(_NODE_MODULES.value) / "onnxruntime-web" / "dist"
+    if not runtime_dir.is_dir():
+        raise SystemExit("onnxruntime-web is missing: run `make playground`, which installs it.")
     versions = [path for path in (demo / "saved_model").glob("*") if path.name.isdigit()]
     if not versions:
         raise SystemExit(f"Run `python examples/digits.py --out_dir={demo}` first.")
@@ -51,10 +54,10 @@ def main(argv: list[str]) -> None:
     with np.load(demo / "requests.npz") as requests:
         images, labels, logits = requests["image"], requests["label"], requests["logits"]
     out_dir.mkdir(parents=True, exist_ok=True)
-    for path in [*(_HERE / "page").iterdir(), _RUNTIME / _SCRIPT]:
+    for path in [*_PAGE.iterdir(), runtime_dir / _SCRIPT]:
         shutil.copy(path, out_dir)
     runtime = {
-        suffix: _packed((_RUNTIME / f"ort-wasm-simd-threaded.{suffix}").read_bytes())
+        suffix: _packed((runtime_dir / f"ort-wasm-simd-threaded.{suffix}").read_bytes())
         for suffix in ("mjs", "wasm")
     }
     _write_script(out_dir / "runtime.js", "RUNTIME", runtime)

@@ -1,5 +1,5 @@
-// Tests of build/playground in Chromium: `npm test` here, after `python -m tools.playground`.
-// PLAYGROUND is the folder of the page, CHROMIUM the browser, SCREENSHOTS a folder for pictures.
+// Tests of build/playground in Chromium. `make playground` copies this file to where its packages are,
+// and runs it. PLAYGROUND is the folder of the page, CHROMIUM the browser, SCREENSHOTS a folder for pictures.
 
 import assert from "node:assert/strict";
 import { existsSync, mkdirSync, readFileSync } from "node:fs";
@@ -10,7 +10,7 @@ import { fileURLToPath, pathToFileURL } from "node:url";
 import { chromium } from "playwright-core";
 
 const here = path.dirname(fileURLToPath(import.meta.url));
-const folder = path.resolve(process.env.PLAYGROUND ?? path.join(here, "../../build/playground"));
+const folder = path.resolve(process.env.PLAYGROUND ?? path.join(here, "../playground"));
 const browsers = [process.env.CHROMIUM, "/usr/bin/chromium", "/usr/bin/google-chrome"];
 const executablePath = browsers.find((candidate) => candidate && existsSync(candidate));
 const skip = executablePath ? false : "needs Chromium: name it in CHROMIUM";
