@@ -158,7 +158,7 @@ def _draw_layers(drawing, layers, running, lower, targets) -> None:
     values = sorted(set(targets.values()))
     for value in values:
         owners = {group[0] for group in groups for name in group if targets.get(name) == value}
-        color = colors.get(*owners, GRAY) if len(owners) == 1 else GRAY
+        color = colors.get(min(owners), GRAY) if len(owners) == 1 else GRAY
         drawing.target(value, f"target {value:g}" if len(values) <= 4 else None, color)
     if len(values) > 4:
         drawing.label(f"targets {values[0]:g} to {values[-1]:g}", values[len(values) // 2], GRAY)

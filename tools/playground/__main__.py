@@ -3,8 +3,8 @@
     make playground
 
 It needs the results of `examples/digits.py` in --demo and the packages of package.json in
---node_modules. The page is --out_dir/index.html. It loads nothing from the network, and works from a
-file too. The program also writes expected.json there, the answers of Keras for test.mjs.
+--node_modules. The page is --out_dir/index.html. It loads nothing from the network, and works from
+a file too. The program also writes expected.json there, the answers of Keras for test.mjs.
 """
 
 import base64
