@@ -15,6 +15,8 @@ _WIDEST_NAME = 64
 _EQUAL = 0.006
 
 Bounds = Sequence[float]
+# Name, part of the natural logarithm of the total, color, and text of a bar.
+_Entry = tuple[str, float, str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,12 +273,16 @@ def costs_figure(*, title: str, bars: Sequence[Bar]) -> Any:
     colors = dict(zip(telling, PALETTE, strict=False))
     growth = math.fsum(cost for cost in sums.values() if cost > 0.0)
 
+    # Without a bound of the total, the factors of the other rows in it are not known.
+    is_known = not unbounded or any(bar.cost for bar in bars)
+    factor = _factor if is_known else lambda cost: ""
+
     def text_of_kind(kind: str) -> str:
         calls = f"{len(kinds[kind])} call{'s' if len(kinds[kind]) > 1 else ''}"
         if kind in unbounded:
             return f"{_NO_BOUND}   {calls}"
         share = f", {100.0 * sums[kind] / growth:.0f} %" if sums[kind] > 0.005 * growth > 0 else ""
-        return f"{_factor(sums[kind])}{share}   {calls}"
+        return f"{factor(sums[kind])}{share}   {calls}"
 
     top = [(kind, sums[kind], colors.get(kind, GRAY), text_of_kind(kind)) for kind in ranked]
     order = sorted(bars, key=lambda bar: (math.isfinite(bar.constant), -bar.cost))
@@ -286,14 +292,19 @@ def costs_figure(*, title: str, bars: Sequence[Bar]) -> Any:
     shown = {id(bar) for bar in largest[:MOST_BARS]}
     rest = [bar for bar in order if id(bar) not in shown]
     bottom = [
-        (shorten(bar.name, _WIDEST_NAME), bar.cost, colors.get(bar.kind, GRAY), _text_of_row(bar))
+        (
+            shorten(bar.name, _WIDEST_NAME),
+            bar.cost,
+            colors.get(bar.kind, GRAY),
+            _text_of_row(bar, factor),
+        )
         for bar in order
         if id(bar) in shown
     ]
     if rest:
         cost = math.fsum(bar.cost for bar in rest)
-        bottom.append((f"{len(rest)} more calls", cost, GRAY, _factor(cost)))
-    top = _with_rest(top)
+        bottom.append((f"{len(rest)} more calls", cost, GRAY, factor(cost)))
+    top = _with_rest(top, factor)
     lines = [len(top) + 1.5, len(bottom) + 1.5]
     figure = new_figure(11.0, 1.2 + 0.24 * sum(lines))
     panels = figure.subplots(2, 1, sharex=True, height_ratios=lines)
@@ -309,20 +320,20 @@ def costs_figure(*, title: str, bars: Sequence[Bar]) -> Any:
     return figure
 
 
-def _with_rest(entries: list[tuple[str, float, str, str]]) -> list[tuple[str, float, str, str]]:
+def _with_rest(entries: list[_Entry], factor: Callable[[float], str]) -> list[_Entry]:
     """The kinds that have a color, and all others in one entry."""
     rest = [entry for entry in entries if entry[2] == GRAY]
     if len(rest) < 2:
         return entries
     cost = math.fsum(entry[1] for entry in rest)
-    other = (f"{len(rest)} other kinds", cost, GRAY, _factor(cost))
+    other = (f"{len(rest)} other kinds", cost, GRAY, factor(cost))
     return [*(entry for entry in entries if entry[2] != GRAY), other]
 
 
-def _text_of_row(bar: Bar) -> str:
+def _text_of_row(bar: Bar, factor: Callable[[float], str]) -> str:
     if math.isinf(bar.constant):
         return _NO_BOUND
-    return f"{_factor(bar.cost)}   {number(bar.constant)}"
+    return f"{factor(bar.cost)}   {number(bar.constant)}"
 
 
 def _tells(cost: float) -> bool:
@@ -340,7 +351,7 @@ def _power(digits: float) -> str:
     return f"10^{digits:.0f}" if is_round or abs(digits) > 300.0 else number(10.0**digits)
 
 
-def _draw_bars(axes, entries: Sequence[tuple[str, float, str, str]], heading: str) -> None:
+def _draw_bars(axes, entries: Sequence[_Entry], heading: str) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter
 
     places = range(len(entries))
@@ -416,12 +427,12 @@ def accuracy_figure(
         radii, [certified(radius) for radius in radii], "o", color=blue, markersize=5, clip_on=False
     )
     ends = [clean, curve[-1]]
-    labels = [(f"clean  {clean:.3f}", GRAY), (f"certified  {curve[-1]:.3f}", blue)]
+    labels = [(f"clean  {clean:.3f}", GRAY), ("certified", blue)]
     if attacked is not None:
         xs, ys = [0.0, *radii], [clean, *attacked]
         axes.plot(xs, ys, "s--", color=orange, linewidth=1.6, markersize=5, clip_on=False)
         ends.append(ys[-1])
-        labels.append((f"under attack  {ys[-1]:.3f}", orange))
+        labels.append((f"under attack  {ys[-1]:.3f} at {xs[-1]:g}", orange))
     axes.set_xlim(0.0, end)
     axes.set_ylim(0.0, 1.0)
     axes.set_xlabel(f"radius ({norm})")

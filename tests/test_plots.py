@@ -283,6 +283,13 @@ def test_shares_of_the_kinds_are_those_of_the_growth():
     assert "%" not in texts["Residual"] + texts["Flatten"]
 
 
+def test_without_a_bound_no_other_factor_is_stated():
+    rows = [Bar("a", "Attention", math.inf, 0.0), Bar("b", "Dense", 2.0, 0.0)]
+    for axes in costs_figure(title="", bars=rows).axes:
+        texts = [text for *_, text in drawn(axes)]
+        assert texts[0].startswith("no bound") and not any("x1" in text for text in texts)
+
+
 def test_a_call_has_the_color_of_its_kind():
     kinds, calls = costs_figure(title="", bars=bars(18)).axes
     colors = {name: color for _, color, name, _ in drawn(kinds)}
