@@ -43,9 +43,9 @@ myst_links_external_new_tab = False
 # A notebook runs again when its code changes, or any code of the package.
 _sources = sorted((ROOT / "keras_lipattn").rglob("*.py"))
 _version = hashlib.sha256(b"".join(path.read_bytes() for path in _sources)).hexdigest()[:16]
-nb_execution_mode = "cache"
+nb_execution_mode = os.environ.get("NB_MODE", "cache")
 nb_execution_cache_path = str(ROOT / "build" / "docs_cache" / _version)
-nb_execution_raise_on_error = True
+nb_execution_raise_on_error = "NB_ALL" not in os.environ
 nb_execution_timeout = 240
 nb_merge_streams = True
 
@@ -85,8 +85,13 @@ def _anchor(number: str) -> str:
     return "theorem-" + number.lower().replace(".", "-")
 
 
+# A link to a file of the repository that is no page, as in `docs/gallery.md`.
+_OUTSIDE = re.compile(r"\[([^\]]+)\]\((?:\.\./)+(?:examples|tests|tools|SECURITY\.md)[^)]*\)")
+
+
 def complete_pages(app, docname, source):
-    """Gives every theorem of the theory page an anchor, and the layer table its rows."""
+    """Gives theorems their anchors and the layer table its rows; names files without a link."""
+    source[0] = _OUTSIDE.sub(r"`\1`", source[0])
     if docname == "theory":
         source[0] = _STATEMENT.sub(lambda m: f"({_anchor(m[1])})=\n{m[0]}", source[0])
     if docname == "layer_table":
@@ -142,6 +147,8 @@ def from_markdown(app, what, name, obj, options, lines):
 def _restructured(lines: list[str], name: str) -> list[str]:
     # reStructuredText has no code in bold text.
     text = re.sub(r"\*\*[^*]+\*\*", lambda m: m[0].replace("`", ""), "\n".join(lines))
+    # Nor may a letter follow code or a link.
+    text = re.sub(r"(`[^`]+`)(?=\w)", r"\1\\ ", text)
     parts = re.split(r"(`[^`]+`)", text)
     return "".join(_part(part, name) for part in parts).split("\n") if lines else []
 

@@ -46,7 +46,7 @@ def cells() -> dict[str, str]:
     """Maps each notebook to the Python of its cells, which `make docs` runs."""
     found = {}
     for path in sorted((ROOT / "docs").rglob("*.md")):
-        pattern = r"^```\{code-cell\} python\n((?::.*\n)*)(.*?)^```"
+        pattern = r"^```\{code-cell\} python\n((?::[^\n]*\n)*)(.*?)^```"
         blocks = re.findall(pattern, path.read_text(), re.DOTALL | re.MULTILINE)
         if blocks:
             found[str(path.relative_to(ROOT))] = "\n".join(block for _, block in blocks)
