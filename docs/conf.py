@@ -45,8 +45,8 @@ _sources = sorted((ROOT / "keras_lipattn").rglob("*.py"))
 _version = hashlib.sha256(b"".join(path.read_bytes() for path in _sources)).hexdigest()[:16]
 nb_execution_mode = os.environ.get("NB_MODE", "cache")
 nb_execution_cache_path = str(ROOT / "build" / "docs_cache" / _version)
-nb_execution_raise_on_error = "NB_ALL" not in os.environ
-nb_execution_timeout = 240
+nb_execution_raise_on_error = True
+nb_execution_timeout = 600
 nb_merge_streams = True
 
 # Appearance --------------------------------------------------------------------------------------

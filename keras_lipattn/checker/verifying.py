@@ -44,7 +44,7 @@ class Verification:
     >>> verification = verify_export(path)
     >>> bool(verification), verification.certified == certificate.total
     (True, True)
-    >>> (path / "added.txt").write_text("") and None
+    >>> size = (path / "added.txt").write_text("")
     >>> verify_export(path).verified
     False
     """

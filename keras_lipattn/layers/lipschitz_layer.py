@@ -84,7 +84,9 @@ class LipschitzLayer(keras.layers.Layer):
     ...         return 0.5 * inputs
     ...
     ...     def lipschitz(self, sequence_length=None, norm="l2", mask="full"):
-    ...         return keras_lipattn.LipschitzBound(0.5, norm, "certified", "a multiple")
+    ...         return keras_lipattn.LipschitzBound(
+    ...             value=0.5, norm=norm, kind="certified", theorem="a multiple"
+    ...         )
     >>> inputs = keras.Input((4,))
     >>> round(keras_lipattn.certify(keras.Model(inputs, Halved()(inputs))).total, 6)
     0.5
