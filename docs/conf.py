@@ -43,7 +43,7 @@ myst_links_external_new_tab = False
 # A notebook runs again when its code changes, or any code of the package.
 _sources = sorted((ROOT / "keras_lipattn").rglob("*.py"))
 _version = hashlib.sha256(b"".join(path.read_bytes() for path in _sources)).hexdigest()[:16]
-nb_execution_mode = os.environ.get("NB_MODE", "cache")
+nb_execution_mode = "cache"
 nb_execution_cache_path = str(ROOT / "build" / "docs_cache" / _version)
 nb_execution_raise_on_error = True
 nb_execution_timeout = 600
@@ -147,9 +147,10 @@ def from_markdown(app, what, name, obj, options, lines):
 def _restructured(lines: list[str], name: str) -> list[str]:
     # reStructuredText has no code in bold text.
     text = re.sub(r"\*\*[^*]+\*\*", lambda m: m[0].replace("`", ""), "\n".join(lines))
-    # Nor may a letter follow code or a link.
-    text = re.sub(r"(`[^`]+`)(?=\w)", r"\1\\ ", text)
     parts = re.split(r"(`[^`]+`)", text)
+    for i in range(2, len(parts), 2):
+        # Nor may a letter follow code, or a link.
+        parts[i] = re.sub(r"^(?=\w)", r"\\ ", parts[i])
     return "".join(_part(part, name) for part in parts).split("\n") if lines else []
 
 
