@@ -1,6 +1,7 @@
 """Configuration of the site, which `make docs` builds from the pages of this folder."""
 
 import hashlib
+import inspect
 import os
 import pathlib
 import re
@@ -171,7 +172,17 @@ def skip_fields(app, what, name, obj, skip, options):
     return True if type(obj).__name__ == "_tuplegetter" else None
 
 
+def initializer_signature(app, what, name, obj, options, signature, returns):
+    """The arguments of `__init__` for layers, whose `__new__` takes anything."""
+    if what != "class" or signature != "(*args, **kwargs)":
+        return None
+    parameters = list(inspect.signature(obj.__init__).parameters.values())[1:]
+    bare = [parameter.replace(annotation=parameter.empty) for parameter in parameters]
+    return str(inspect.Signature(bare)), None
+
+
 def setup(app):
     app.connect("source-read", complete_pages)
     app.connect("autodoc-process-docstring", from_markdown, priority=400)
+    app.connect("autodoc-process-signature", initializer_signature)
     app.connect("autodoc-skip-member", skip_fields)

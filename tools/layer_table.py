@@ -22,7 +22,7 @@ _NEEDS = {
     "bounded tokens": {"input_radius": 1.0},
     "bounded tokens, fixed mask": {"input_radius": 1.0, "assume_fixed_mask": True},
 }
-_HEADER = ("", *NORMS.values(), "", "needs", "rule")
+_HEADER = ("", *NORMS.values(), "needs", "rule")
 _SECTIONS = ("Layers of Keras", "Layers of this package", "Operations of `keras.ops`")
 
 
@@ -64,15 +64,8 @@ def _row(case: RuleCase, link: Callable[[str], str]) -> tuple[str, ...]:
     name = case.name.removeprefix("ops:")
     needs, found = _certificates([_model(case, seed) for seed in (0, 1)])
     numbers = [_number([one[norm] for one in found]) for norm in NORMS]
-    exact = [text for norm, text in NORMS.items() if _is_exact(found[0][norm])]
-    if not any(one.is_finite for one in found[0].values()):
-        kind = "none"
-    elif len(exact) == len(NORMS):
-        kind = "exact"
-    else:
-        kind = f"exact: {', '.join(exact)}" if exact else "bound"
     rules = dict.fromkeys(_rule(one) for one in found[0].values())
-    return (f"`{name}`", *numbers, kind, needs, link("; ".join(rules)).replace("|", r"\|"))
+    return (f"`{name}`", *numbers, needs, link("; ".join(rules)).replace("|", r"\|"))
 
 
 def _certificates(models) -> tuple[str, list[dict[str, Certificate]]]:
@@ -98,11 +91,8 @@ def _number(certificates: list[Certificate]) -> str:
     if math.isinf(totals[0]):
         return "none"
     same = math.isclose(*totals, rel_tol=1e-6)
-    return f"{totals[0]:.4g}" if same else "weights"
-
-
-def _is_exact(certificate: Certificate) -> bool:
-    return certificate.is_finite and all(row.exact for row in certificate.rows)
+    text = f"{totals[0]:.4g}" if same else "weights"
+    return f"= {text}" if all(row.exact for row in certificates[0].rows) else text
 
 
 def _rule(certificate: Certificate) -> str:
