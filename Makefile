@@ -2,7 +2,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-distributed test-backends test-jax test-torch lint bench papers peers gallery docs soundness chaos load fuzz memory clean .venv
+.PHONY: help demo test test-oldest test-distributed test-backends test-jax test-torch lint bench papers peers gallery docs soundness chaos load fuzz memory playground clean .venv
 
 # The first interpreter that runs and is new enough; a pyenv shim may exist and not run.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
@@ -83,6 +83,16 @@ fuzz: .venv/installed  ## change certificates, model files and flags at random, 
 
 memory: .venv/installed  ## train, certify and export many times in one process
 	$(BIN)/python -m tools.memory
+
+playground: .venv/installed build/playground_demo/model.keras  ## a page that runs the digits classifier in a browser, in build/playground
+	mkdir -p build/playground_npm
+	cp tools/playground/package.json tools/playground/package-lock.json tools/playground/test.mjs build/playground_npm
+	npm ci --prefix build/playground_npm --no-audit --no-fund --loglevel=error
+	$(BIN)/python -m tools.playground
+	npm test --prefix build/playground_npm
+
+build/playground_demo/model.keras:
+	$(BIN)/python examples/digits.py --out_dir=build/playground_demo
 
 clean:  ## remove everything made here, .venv too
 	rm -rf .venv .venv-jax .venv-torch .venv-oldest .venv-peers .venv-docs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

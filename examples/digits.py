@@ -10,7 +10,7 @@ those of attention above their target. The results are in --out_dir:
     certificate.json  the certificate
     history.csv       losses and certified bounds, an epoch a line
     bounds.png        the bounds over the epochs
-    requests.npz      a few test images, with the answers of Keras
+    requests.npz      a test image of each class, with the answers of Keras
 
 At last a second process, which has neither Keras nor this package, serves these requests.
 """
@@ -44,7 +44,6 @@ _TEMPERATURE = flags.DEFINE_float("temperature", None, "factor of the logits in 
 _LEARNING_RATE = flags.DEFINE_float("learning_rate", 0.01, "largest learning rate")
 
 _CLASSES = 10
-_REQUESTS = 8
 # The hinge of the penalty lets a bound settle within about a percent of where it starts, so it
 # starts a little below the target.
 _HINGE = 0.95
@@ -105,7 +104,7 @@ def main(argv: list[str]) -> None:
     keras.utils.set_random_seed(_SEED.value)
     model = patch_transformer(data.train[0].shape[1:], _CLASSES, recipe.architecture)
     monitor = _train(model, data, recipe, out_dir)
-    requests = data.test[0][:_REQUESTS]
+    requests, labels = _first_of_each_class(*data.test)
     certificate, saved_model = keras_lipattn.export_saved_model(
         model, out_dir / "saved_model", example_batch=requests
     )
@@ -116,12 +115,17 @@ def main(argv: list[str]) -> None:
     np.savez(
         out_dir / "requests.npz",
         image=requests,
-        label=data.test[1][:_REQUESTS],
+        label=labels,
         logits=model.predict(requests, verbose=0),
     )
     _serve(saved_model, out_dir / "requests.npz")
     print(f"\nIn {out_dir}: {', '.join(sorted(path.name for path in out_dir.iterdir()))}")
     print(f"{_DATASET.value}, seed {_SEED.value}: {time.monotonic() - started:.0f} s in all")
+
+
+def _first_of_each_class(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    _, rows = np.unique(labels, return_index=True)
+    return images[rows], labels[rows]
 
 
 def _with_flags(recipe: Recipe) -> Recipe:

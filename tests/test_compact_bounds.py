@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from helpers import bounds_cases as cases
 
+from keras_lipattn.bounds.column_sums import column_mass
 from keras_lipattn.bounds.compact import (
-    column_mass,
     combine_heads,
     dot_product_constants,
     dot_product_layer_constant,

@@ -10,7 +10,7 @@ from helpers import jacobians
 from helpers.layer_cases import FEATURES, LENGTH, Case, cases
 
 import keras_lipattn as kl
-from keras_lipattn.bounds.compact import column_mass
+from keras_lipattn.bounds.column_sums import column_mass
 from keras_lipattn.bounds.cosine import certified_cosine_bound, fold
 from keras_lipattn.linalg import SAFETY, operator_norm
 

@@ -18,8 +18,9 @@ from helpers import documents
 import keras_lipattn as kl
 from tools.check_site import public_names
 
-# For JAX: it runs in tests_backends/test_docs.py.
-PROGRAMS = {key: code for key, code in documents.programs().items() if "backends.md" not in key}
+# For JAX, in tests_backends/test_docs.py; and one story, in tests/test_serving_guide.py.
+ELSEWHERE = ("docs/backends.md", "docs/serving.md")
+PROGRAMS = {k: code for k, code in documents.programs().items() if k.split(":")[0] not in ELSEWHERE}
 # The names that an example may use without importing them.
 NAMES = {"keras": keras, "np": np, "keras_lipattn": kl, **{n: getattr(kl, n) for n in kl.__all__}}
 
@@ -53,9 +54,6 @@ def test_examples_in_docstrings_are_found():
 
 @pytest.mark.parametrize("block", PROGRAMS)
 def test_python_blocks_run(block, tmp_path):
-    for name in ("ai_edge_litert", "tf2onnx"):
-        if name in PROGRAMS[block]:
-            pytest.importorskip(name, reason="needs the extra `runtimes`")
     (tmp_path / "block.py").write_text(PROGRAMS[block])
     done = subprocess.run(
         [sys.executable, "block.py"],

@@ -117,11 +117,13 @@ def test_a_long_sequence_is_taken_in_blocks_by_itself(monkeypatch):
         "attend_blockwise",
         lambda y, mask: taken.append(y.shape[2]) or original(y, mask),
     )
-    layer = kl.L2MultiHeadAttention(1, 2)
-    for length in (64, _distance_attention.BLOCKWISE_MIN_LENGTH):
-        layer.compute_output_spec(keras.KerasTensor((1, length, 4)))
-        layer(np.zeros((1, length, 4), "float32"))
-    assert taken == [_distance_attention.BLOCKWISE_MIN_LENGTH]
+    least = _distance_attention.BLOCKWISE_MIN_LENGTH
+    for window, lengths in ((None, (64, least // 2, least)), (128, (512, least // 2))):
+        layer = kl.L2MultiHeadAttention(1, 2, sliding_window=window)
+        for length in lengths:
+            layer.compute_output_spec(keras.KerasTensor((1, length, 4)))
+            layer(np.zeros((1, length, 4), "float32"))
+    assert taken == [least, least // 2]
 
 
 def test_estimates_run_over_long_sequences(in_blocks):

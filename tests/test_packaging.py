@@ -68,6 +68,14 @@ def test_the_wheel_says_what_it_is(wheel):
         assert line in metadata.splitlines()
 
 
+def test_changelog_and_citation_are_about_this_version():
+    (newest, *_) = re.findall(r"^## (\S+) - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    citation = (ROOT / "CITATION.cff").read_text()
+    cited = re.findall(r"^(?:version|date-released): (\S+)$", citation, re.M)
+    assert newest[0] == cited[0] == kl.__version__
+    assert newest[1] in (cited[1], "unreleased")
+
+
 def test_the_wheel_works_in_an_environment_of_its_own(wheel, tmp_path):
     environment = tmp_path / "environment"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)

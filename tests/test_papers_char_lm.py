@@ -56,7 +56,8 @@ def test_earlier_characters_are_heard(variant):
     other = text.copy()
     other[:, 0] = (other[:, 0] + 1) % 7
     moved = np.abs(np.asarray(model(other)) - np.asarray(model(text)))[:, -1].max()
-    assert moved > (1e-6 if "contractive" in variant else 1e-3)
+    # Contractive branches are scaled down, and heads of bounded tokens start with near tokens.
+    assert moved > (1e-6 if "contractive" in variant or variant in char_model.BOUNDED else 1e-3)
 
 
 def test_variants_have_the_same_number_of_weights():

@@ -21,6 +21,7 @@ from keras_lipattn.bounds.key_weights import (
     KeyWeights,
     biases_by_lag,
     log_lambert,
+    seen_by_lag,
     weighted_constants,
     weighted_unit_bound,
     weights_by_lag,
@@ -29,7 +30,6 @@ from keras_lipattn.bounds.key_weights import (
 from keras_lipattn.bounds.mild_weights import mild_constants
 from keras_lipattn.bounds.unit_head import unit_head_bound, weighted_bound
 from keras_lipattn.layers._masks import mask_class
-from keras_lipattn.layers._relative_bias import by_distance
 
 NORMS = ("l2", "token", "linf")
 MASKS = ("full", "causal")
@@ -91,14 +91,14 @@ def brute_force(table, tokens, mask, window):
 def test_sums_are_those_of_the_definition(seed, tokens, reach, window, mask, size):
     table = size * np.random.default_rng(seed).normal(size=(2, 2 * reach))
     expected = brute_force(table, tokens, mask, window)
-    seen = by_distance(table, tokens, mask == "causal", window, np)
+    seen = seen_by_lag(table, tokens, mask == "causal", window, np)
     np.testing.assert_allclose(weights_by_lag(*seen, tokens, np), expected, rtol=1e-9, atol=1e-9)
-    in_graph = by_distance(ops.convert_to_tensor(table), tokens, mask == "causal", window, ops)
+    in_graph = seen_by_lag(ops.convert_to_tensor(table), tokens, mask == "causal", window, ops)
     in_graph = weights_by_lag(*in_graph, tokens, ops)
     np.testing.assert_allclose(in_graph, expected, rtol=1e-9, atol=1e-9)
     # Without a length there may be any number of tokens, within the window.
     if window:
-        seen = by_distance(table, None, mask == "causal", window, np)
+        seen = seen_by_lag(table, None, mask == "causal", window, np)
         endless = np.array(weights_by_lag(*seen, None, np))
         assert (endless >= expected - 1e-9).all()
         long = brute_force(table, 2 * window + 1, mask, window)
@@ -110,7 +110,7 @@ def test_sums_are_those_of_the_definition(seed, tokens, reach, window, mask, siz
 
 def test_degrees_of_a_mask_lower_the_sums():
     table = np.random.default_rng(0).normal(size=(3, 8))
-    seen = by_distance(table, 9, False, None, np)
+    seen = seen_by_lag(table, 9, False, None, np)
     all_of_them = weights_by_lag(*seen, 9, np)
     few = weights_by_lag(*seen, 9, np, n_keys=2, n_queries=1)
     peak = table.max(axis=1)
@@ -158,7 +158,7 @@ def test_a_head_can_hear_the_token_before_louder_than_itself():
 @pytest.mark.parametrize("mask", MASKS)
 def test_the_constant_of_no_biases_is_that_of_equal_weights(norm, mask):
     zero, tokens = np.zeros((2, 4)), 9
-    seen = by_distance(zero, tokens, mask == "causal", None, np)
+    seen = seen_by_lag(zero, tokens, mask == "causal", None, np)
     unit = weighted_unit_bound(weights_by_lag(*seen, tokens, np), norm, np)
     plain = unit_head_bound(tokens, "any", norm)
     if norm == "l2":
@@ -176,7 +176,7 @@ def test_the_constant_of_no_biases_is_that_of_equal_weights(norm, mask):
 def mild(table, mask, tokens=None, window=None):
     """Theorems 3.E and 3.F for one head."""
     known = mask_class(mask, sliding_window=window)
-    seen = by_distance(table, tokens, known.causal, window, np)
+    seen = seen_by_lag(table, tokens, known.causal, window, np)
     degrees = dict(n_keys=known.n_keys, n_queries=known.n_queries)
     weights = weights_by_lag(*seen, tokens, np, **degrees)
     totals = np.exp(weights.log_keys)
@@ -301,9 +301,9 @@ def test_sums_of_long_sequences_are_from_above_in_float32(tokens):
     # Small weights in float32: each sum loses them one by one unless it is careful.
     for bias in (-1.0, -10.0, -16.5):
         table = np.full((1, 6), bias)
-        exact = weights_by_lag(*by_distance(table, tokens, False, None, np), tokens, np)
+        exact = weights_by_lag(*seen_by_lag(table, tokens, False, None, np), tokens, np)
         single = ops.convert_to_tensor(table.astype("float32"))
-        seen = by_distance(single, tokens, False, None, ops)
+        seen = seen_by_lag(single, tokens, False, None, ops)
         found = weights_by_lag(*seen, tokens, ops, epsilon=2.0**-23)
         for name, low, high in zip(exact._fields, exact, found, strict=True):
             size = max(1e-3, float(np.abs(low).max()))

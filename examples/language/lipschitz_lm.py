@@ -14,13 +14,18 @@ characters to a perceptron with orthogonal kernels, side by side. Changing all o
 moves that vector by `sqrt(heads)` of the change of one, where an average would lose a factor of
 `heads`. Attention looks at positions alone: the scores of contents cost more of the constant than
 they give. `--attention=full` learns them too, and `--attention=none` leaves attention out, so that
-only the current character is seen.
+only the current character is seen. `--attention=blocks` is the usual architecture, that of Newhouse
+et al. ("Training Transformers with enforced Lipschitz constants", 2025) with a constant that is
+proven: three blocks of attention by contents and positions and a perceptron of four times the width
+with a scaled GELU, each in a convex residual connection of weight 1/6, Lipschitz by orthogonal
+kernels and a cap on attention.
 
 Reported are the accuracy on the whole validation text in disjoint windows (`honest`), that on the
 first 20 batches of 512 windows which start at every character (`first windows`), and certified
 accuracies: the share of characters predicted correctly however all embeddings of the context
-change, each by an RMS of at most the radius. A run adds a line to --record, and `--table` prints a
-table of it. An interrupted run continues where it stopped.
+change, each by an RMS of at most the radius. An attack by gradients then tries to change the
+predictions of some windows within their radii, and at three times their radii. A run adds a line to
+--record, and `--table` prints a table of it. An interrupted run continues where it stopped.
 """
 
 import collections
@@ -37,9 +42,15 @@ from absl import app, flags, logging
 from keras import ops
 
 import keras_lipattn
-from keras_lipattn import BoundedMultiHeadAttention, MaxMin, OrthogonalDense, TokenProjection
+from keras_lipattn import (
+    BoundedMultiHeadAttention,
+    MaxMin,
+    OrthogonalDense,
+    Residual,
+    TokenProjection,
+)
 
-_KINDS = ("positions", "full", "none")
+_KINDS = ("positions", "full", "none", "blocks")
 _LIPSCHITZ = flags.DEFINE_float("lipschitz", 2.0, "constant to keep; 0 for none", lower_bound=0.0)
 _ATTENTION = flags.DEFINE_enum("attention", "positions", _KINDS, "what attention looks at")
 _SEED = flags.DEFINE_integer("seed", 0, "seed of weights and windows")
@@ -52,12 +63,17 @@ _LAYERS = flags.DEFINE_integer("layers", 3, "layers of the perceptron", lower_bo
 _STEPS = flags.DEFINE_integer("steps", 1500, "training steps", lower_bound=20)
 _RATE = flags.DEFINE_float("learning_rate", 0.01, "largest learning rate", lower_bound=0.0)
 _THREADS = flags.DEFINE_integer("threads", 1, "threads of TensorFlow", lower_bound=1)
+_ATTACKED = flags.DEFINE_integer("attacked", 64, "windows to attack", lower_bound=0)
 _RECORD = flags.DEFINE_string("record", "build/results/lipschitz_lm.jsonl", "file of the results")
 _TABLE = flags.DEFINE_bool("table", False, "print the table of the record and train nothing")
 
 _HEAD_SIZE = 64
+_BLOCKS = 3
+# Largest slope of GELU.
+_GELU = 1.128905
 _EPOCHS = 10
 _RADII = (0.01, 0.03, 0.1, 0.3)
+_ATTACK_STEPS, _RESTARTS = 25, 3
 
 
 def load() -> tuple[str, np.ndarray, np.ndarray]:
@@ -94,7 +110,13 @@ def build(symbols: int, capped: bool, scale: float) -> keras.Model:
     dense = OrthogonalDense if capped else keras.layers.Dense
     cap = {"lipschitz_bound": 1.0, "lipschitz_norm": "token"} if capped else {}
     embeddings = keras.Input((_CONTEXT.value, _WIDTH.value), name="embeddings")
-    x = embeddings
+    middle = blocks if _ATTENTION.value == "blocks" else last_characters
+    x = dense(symbols, name="logits")(middle(embeddings, dense, cap))
+    return keras.Model(embeddings, keras.layers.Rescaling(scale, name="scale")(x), name="certified")
+
+
+def last_characters(x, dense, cap):
+    """One layer of attention that hands the last tokens to a perceptron, unless left out."""
     if _ATTENTION.value != "none":
         attention = BoundedMultiHeadAttention(
             _HEADS.value,
@@ -111,8 +133,27 @@ def build(symbols: int, capped: bool, scale: float) -> keras.Model:
         start(attention)
     for layer in range(1, _LAYERS.value + 1):
         x = MaxMin(name=f"sort{layer}")(dense(_UNITS.value, name=f"dense{layer}")(x))
-    x = dense(symbols, name="logits")(x)
-    return keras.Model(embeddings, keras.layers.Rescaling(scale, name="scale")(x), name="certified")
+    return x
+
+
+def blocks(x, dense, cap):
+    """Blocks of attention and a perceptron, each in a convex residual connection."""
+    alpha, width = 1.0 / (2 * _BLOCKS), _WIDTH.value
+    for block in range(1, _BLOCKS + 1):
+        attention = BoundedMultiHeadAttention(
+            _HEADS.value,
+            key_dim=width // _HEADS.value,
+            token_radius=math.sqrt(width),
+            max_relative_position=16,
+            kernel_initializer="orthogonal",
+            name=f"attention{block}",
+            **cap,
+        )
+        x = Residual(alpha)([x, attention(x, use_causal_mask=True)])
+        y = keras.layers.Activation("gelu")(dense(4 * width, name=f"up{block}")(x))
+        y = dense(width, name=f"down{block}")(keras.layers.Rescaling(1.0 / _GELU)(y))
+        x = Residual(alpha)([x, y])
+    return x
 
 
 def start(attention: BoundedMultiHeadAttention) -> None:
@@ -199,6 +240,9 @@ def evaluate(model: keras.Model, certified: keras.Model, text: np.ndarray) -> di
     found = keras_lipattn.estimate_lipschitz(
         certified, ops.convert_to_numpy(embeddings), "token", steps=20, restarts=2
     )
+    windows = min(_ATTACKED.value, len(characters))
+    embeddings = model.get_layer("ball")(model.layers[1](characters[:windows]))
+    attacked = attack(certified, embeddings, logits[:windows], radius[:windows]) if windows else {}
     to_rms = math.sqrt(_WIDTH.value / logits.shape[-1])
     return {
         "honest": float(correct.mean()),
@@ -208,6 +252,60 @@ def evaluate(model: keras.Model, certified: keras.Model, text: np.ndarray) -> di
         "found": found.value * to_rms,
         "certified": {f"{each:g}": float((correct & (radius > each)).mean()) for each in _RADII},
         "median radius": float(np.median(radius)),
+        "attack": attacked,
+    }
+
+
+def attack(certified: keras.Model, embeddings, logits: np.ndarray, radius: np.ndarray) -> dict:
+    """Predictions that an attack changes, of three characters of every window.
+
+    Args:
+        certified: The map from embeddings to logits.
+        embeddings: Shape `(windows, context, width)`.
+        logits: What the map makes of them.
+        radius: Certified radii in RMS, shape `(windows, context)`.
+
+    Returns:
+        Dictionary with the number of `predictions` that were attacked, `changed inside` and
+        `changed at 3 times` their radii.
+    """
+    symbols = logits.shape[-1]
+
+    def gradient(change, place, best):
+        with tf.GradientTape() as tape:
+            tape.watch(change)
+            found = certified(embeddings + change)[:, place]
+            own = tf.gather(found, best, batch_dims=1)
+            others = tf.reduce_max(found - 1e9 * tf.one_hot(best, symbols), axis=-1)
+            gain = tf.reduce_sum(others - own)
+        return tape.gradient(gain, change)
+
+    gradient = tf.function(gradient, autograph=False)
+    places = [_CONTEXT.value // 8, _CONTEXT.value // 2, _CONTEXT.value - 1]
+    changed = dict.fromkeys((0.999, 3.0), 0)
+    for place in places:
+        best = tf.constant(logits[:, place].argmax(axis=-1))
+        for share in changed:
+            size = share * radius[:, place, None, None] * math.sqrt(_WIDTH.value)
+
+            def onto_spheres(x, size=size):
+                norms = tf.maximum(tf.norm(x, axis=-1, keepdims=True), 1e-12)
+                return tf.cast(size, x.dtype) * x / norms
+
+            fooled = np.zeros(len(logits), bool)
+            for restart in range(_RESTARTS):
+                start = np.random.default_rng(restart).normal(size=embeddings.shape)
+                change = onto_spheres(tf.constant(start, "float32"))
+                for _ in range(_ATTACK_STEPS):
+                    slope = gradient(change, tf.constant(place), best)
+                    change = onto_spheres(change + 0.5 * onto_spheres(slope))
+                found = certified(embeddings + change)[:, place]
+                fooled |= ops.convert_to_numpy(found).argmax(axis=-1) != best.numpy()
+            changed[share] += int(fooled.sum())
+    return {
+        "predictions": len(places) * len(logits),
+        "changed inside": changed[0.999],
+        "changed at 3 times": changed[3.0],
     }
 
 

@@ -2,8 +2,10 @@
 
 Transformers of the same width, depth and number of weights learn the same characters in the same
 order: with `keras.layers.MultiHeadAttention`, with L2 attention of untied and of tied keys, both
-kinds with biases by relative position too, and with invertible attention `x + c f(x) / bound`,
-where the bound is the published one or ours.
+kinds with biases by relative position too, and with invertible attention `x + c f(x) / bound`:
+L2 attention with the published bound or ours, and dot products of bounded tokens with biases by
+relative position, where each head starts at one distance. The last variant has no normalization
+and contractive perceptrons as well, so that the constant of the whole model is small.
 The learning rate of each is chosen by short runs on the validation text. A second experiment
 trains deeper and deeper models at fixed learning rates, without warm-up.
 
@@ -25,7 +27,7 @@ import char_model
 import corpora
 import numpy as np
 import report
-from char_model import TIED, VARIANTS, Size
+from char_model import BOUNDED, CERTIFIED, TIED, VARIANTS, Size
 from char_training import (
     Kept,
     Plan,
@@ -38,7 +40,18 @@ from char_training import (
 COLORS = dict(
     zip(
         VARIANTS,
-        ("0.55", "black", "tab:green", "tab:cyan", "tab:blue", "tab:orange", "tab:red"),
+        (
+            "0.55",
+            "black",
+            "tab:green",
+            "tab:cyan",
+            "tab:blue",
+            "tab:orange",
+            "tab:red",
+            "tab:olive",
+            "tab:purple",
+            "tab:brown",
+        ),
         strict=True,
     )
 )
@@ -288,6 +301,9 @@ def _models_table(results):
         ]
         logs = [run["certificates"]["log10"] for run in runs]
         certified = "none" if None in logs else f"10^{max(logs):.1f}"
+        tokens = [run["certificates"].get("token") for run in runs]
+        if None not in tokens:
+            certified += f"; {max(tokens):.0f} in the token norm"
         rows.append(
             [
                 variant,
@@ -315,6 +331,11 @@ def _differences_table(results):
         ("l2, relative", "dot_product, relative"),
         ("contractive, our bound", "l2"),
         ("contractive, our bound", "contractive, published bound"),
+        ("contractive, bounded tokens", "contractive, our bound"),
+        ("contractive, bounded tokens", "bounded tokens"),
+        ("contractive, bounded tokens", "dot_product"),
+        ("contractive, bounded tokens", "dot_product, relative"),
+        ("contractive, certified", "contractive, bounded tokens"),
     )
     rows = []
     for one, other in pairs:
@@ -333,7 +354,8 @@ def _differences_table(results):
 
 def _bounds_table(results):
     rows = []
-    for variant in TIED:
+    for variant in (*TIED, *BOUNDED):
+        name = variant + (", token norm" if variant == CERTIFIED else "")
         for index, layer in enumerate(_runs(results, variant)[0]["certificates"]["attention"]):
             ours, published = layer["ours"], layer["published"]
             others = ["none", "none"]
@@ -344,7 +366,7 @@ def _bounds_table(results):
                 ]
             rows.append(
                 [
-                    f"{variant}, layer {index}",
+                    f"{name}, layer {index}",
                     f"{ours:.4g}",
                     *others,
                     f"{layer['scale']:.2e}" if "scale" in layer else "1",

@@ -15,10 +15,14 @@ import tensorflow as tf
 from keras import ops
 
 from keras_lipattn import (
+    BoundedMultiHeadAttention,
     InvertibleResidual,
     L2MultiHeadAttention,
     LipschitzBound,
+    MaxMin,
+    OrthogonalDense,
     PositionEmbedding,
+    TokenProjection,
 )
 from keras_lipattn.bounds import published_head_bound
 from keras_lipattn.linalg.gram import gram_upper_bound
@@ -31,12 +35,19 @@ VARIANTS = (
     "l2, relative",
     "contractive, published bound",
     "contractive, our bound",
+    "bounded tokens",
+    "contractive, bounded tokens",
+    "contractive, certified",
 )
-# Those with L2MultiHeadAttention in them.
-TIED = VARIANTS[3:]
+# Those with L2MultiHeadAttention in them, and those with BoundedMultiHeadAttention.
+TIED, BOUNDED = VARIANTS[3:7], VARIANTS[7:]
+# Without normalization, every layer with a constant close to 1.
+CERTIFIED = VARIANTS[9]
 COEFFICIENT = 0.95
 # Distance from which on relative positions are not told apart.
 REACH = 16
+# Bias of the distance that a head of bounded tokens starts with, and scale of its query kernel.
+START, QUERY_SCALE = 3.0, 0.02
 
 
 class Size(typing.NamedTuple):
@@ -187,8 +198,13 @@ def build(variant: str, size: Size, symbols: int) -> keras.Model:
     x = keras.layers.Embedding(symbols, size.width, name="embedding")(tokens)
     waves: Any = _waves
     x = PositionEmbedding(size.context, initializer=waves, name="position")(x)
+    if variant == CERTIFIED:
+        x = TokenProjection(math.sqrt(size.width), name="ball")(x)
     for index in range(size.layers):
         x = _attend(variant, size, index, x)
+        if variant == CERTIFIED:
+            x = _contractive_perceptron(size, index)(x)
+            continue
         x = keras.layers.LayerNormalization(name=f"attention_norm_{index}")(x)
         y = keras.layers.Dense(4 * size.width, "relu", name=f"up_{index}")(x)
         y = keras.layers.Dense(size.width, name=f"down_{index}")(y)
@@ -211,9 +227,51 @@ def _attend(variant, size, index, x):
         reach = REACH if "relative" in variant else None
         attention = L2MultiHeadAttention(size.heads, tied, max_relative_position=reach, name=name)
         return x + attention(x, use_causal_mask=True)
-    kind = PublishedBoundAttention if "published" in variant else L2MultiHeadAttention
-    branch = kind(size.heads, tied, name=f"branch_{index}")
-    return InvertibleResidual(branch, COEFFICIENT, use_causal_mask=True, name=name)(x)
+    norm = "token" if variant == CERTIFIED else "l2"
+    if variant in TIED:
+        kind = PublishedBoundAttention if "published" in variant else L2MultiHeadAttention
+        branch = kind(size.heads, tied, name=f"branch_{index}")
+    else:
+        branch = BoundedMultiHeadAttention(
+            size.heads,
+            untied,
+            token_radius=math.sqrt(size.width),
+            max_relative_position=REACH,
+            kernel_initializer="orthogonal",
+            name=f"branch_{index}",
+        )
+    if variant.startswith("contractive"):
+        layer = InvertibleResidual(branch, COEFFICIENT, norm, use_causal_mask=True, name=name)
+        x = layer(x)
+    else:
+        x = x + branch(x, use_causal_mask=True)
+    if variant in BOUNDED:
+        _look_at_one_distance_each(branch)
+    return x
+
+
+def _look_at_one_distance_each(attention):
+    """Lets head `h` start with the token `h + 1` places to the left, and few scores of contents.
+
+    The bound of such heads is small, and hence their part of a contractive residual is large.
+    """
+    heads, reach = attention.relative_bias.shape[0], attention.max_relative_position
+    table = np.full(attention.relative_bias.shape, -START)
+    for head in range(heads):
+        table[head, reach + min(head, reach - 1)] = START
+    attention.relative_bias.assign(table)
+    attention.query_kernel.assign(QUERY_SCALE * attention.query_kernel)
+
+
+def _contractive_perceptron(size, index):
+    branch = keras.Sequential(
+        [
+            OrthogonalDense(4 * size.width, name=f"up_{index}"),
+            MaxMin(name=f"sort_{index}"),
+            OrthogonalDense(size.width, name=f"down_{index}"),
+        ]
+    )
+    return InvertibleResidual(branch, COEFFICIENT, "token", name=f"perceptron_{index}")
 
 
 def _waves(shape, dtype=None):
@@ -225,8 +283,15 @@ def _waves(shape, dtype=None):
 
 
 def trainable_weights(model: keras.Model) -> int:
-    """Number of weights that are learned; vectors which follow norms are not."""
-    return sum(math.prod(weight.shape) for weight in model.trainable_variables)
+    """Number of weights that are learned; vectors which follow norms are not.
+
+    Biases of later characters, which the causal mask hides, do not count.
+    """
+    count = sum(math.prod(weight.shape) for weight in model.trainable_variables)
+    for layer in model.layers:
+        table = getattr(getattr(layer, "branch", layer), "relative_bias", None)
+        count -= 0 if table is None else math.prod(table.shape) // 2
+    return count
 
 
 def generate(model, prompt, length, *, temperature=1.0, seed=0):

@@ -11,7 +11,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_lipattn import InvertibleResidual, L2MultiHeadAttention, certify
+from keras_lipattn import (
+    BoundedMultiHeadAttention,
+    InvertibleResidual,
+    L2MultiHeadAttention,
+    certify,
+)
 from keras_lipattn.bounds import published_layer_bound
 
 # Points of a learning curve, each a mean over as many steps.
@@ -102,25 +107,31 @@ def nats_per_character(model, text, batch=64):
 
 
 def certificates(model):
-    """What is certified of a model, in the 2-norm, from embeddings to logits, for its context."""
-    found = certify(model, sequence_length=model.input_shape[1])
+    """What is certified of a model from embeddings to logits, for its context.
+
+    `log10` is about the 2-norm, `token` about the token norm, for a model without normalization.
+    """
+    length = model.input_shape[1]
+    found = certify(model, sequence_length=length)
     result = {
         "log10": found.log10 if found.is_finite else None,
         "reason": "; ".join(dict.fromkeys(found.reasons)),
         "attention": [],
     }
+    if not any(isinstance(layer, keras.layers.LayerNormalization) for layer in model.layers):
+        result["token"] = certify(model, norm="token", sequence_length=length).total
     for layer in model.layers:
         branch = getattr(layer, "branch", layer)
-        if not isinstance(branch, L2MultiHeadAttention):
+        if not isinstance(branch, (BoundedMultiHeadAttention, L2MultiHeadAttention)):
             continue
-        length = model.input_shape[1]
-        bound = branch.lipschitz(sequence_length=length, mask="causal")
-        kernels = [np.asarray(branch.query_kernel), np.asarray(branch.value_kernel)]
-        kernels = [np.swapaxes(kernel, 0, 1) for kernel in kernels]
-        kernels.append(np.asarray(branch.output_kernel))
-        # It knows of no biases.
+        norm = getattr(layer, "norm", "l2")
+        bound = branch.lipschitz(sequence_length=length, mask="causal", norm=norm)
+        # It is about L2 attention and knows of no biases.
         published = None
         if branch.relative_bias is None:
+            kernels = [np.asarray(branch.query_kernel), np.asarray(branch.value_kernel)]
+            kernels = [np.swapaxes(kernel, 0, 1) for kernel in kernels]
+            kernels.append(np.asarray(branch.output_kernel))
             published = {
                 norm: published_layer_bound(*kernels, norm=norm, tokens=length)
                 for norm in ("l2", "linf")
@@ -129,7 +140,7 @@ def certificates(model):
         if isinstance(layer, InvertibleResidual):
             row["scale"] = float(
                 layer.coefficient
-                / branch.graph_bound(norm="l2", sequence_length=length, mask="causal")
+                / branch.graph_bound(norm=norm, sequence_length=length, mask="causal")
             )
             row["contraction"] = layer.lipschitz().value - 1.0
         result["attention"].append(row)

@@ -30,7 +30,7 @@ from scipy.optimize import linear_sum_assignment, linprog, minimize
 
 from keras_lipattn import L2MultiHeadAttention
 from keras_lipattn.bounds import s_star
-from keras_lipattn.bounds.bounded_tokens import log_measure_mass
+from keras_lipattn.bounds.column_sums import log_measure_mass
 
 FEATURES = 2
 RADII = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)

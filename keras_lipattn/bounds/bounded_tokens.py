@@ -13,13 +13,9 @@ import math
 import typing
 
 import numpy as np
-import numpy.typing as npt
 
-from keras_lipattn.bounds.compact import (
-    column_mass,
-    combine_heads,
-    dot_product_layer_constant,
-)
+from keras_lipattn.bounds.column_sums import column_masses, log_measure_mass
+from keras_lipattn.bounds.compact import combine_heads, dot_product_layer_constant
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
 from keras_lipattn.bounds.multihead import (
     PRODUCT_ROUNDING,
@@ -34,8 +30,6 @@ from keras_lipattn.linalg.power import MatrixProduct
 BALL = "Theorem 4.2"
 # Where `2 rho s + sqrt(1 + 4 s^2 (4 rho^2 - 1))` is largest at `s = rho`: from this `rho^2` on.
 _EDGE = (7.0 - math.sqrt(13.0)) / 24.0
-# Longest sum in a graph.
-_MOST_TERMS = 64
 
 
 class BallTerms(typing.NamedTuple):
@@ -159,70 +153,6 @@ def in_entries(terms: BallTerms, widths: tuple[int, int, int], xp: typing.Any) -
     )
 
 
-def column_masses(
-    spread: typing.Any,
-    tokens: int | None,
-    mask: str,
-    xp: typing.Any,
-    *,
-    n_queries: int | None = None,
-    exact: bool = False,
-) -> typing.Any:
-    """`column_mass` of several heads, in a graph too.
-
-    Args:
-        spread: largest differences of two logits in a row, shape `(H,)`.
-        tokens: largest number of tokens, `None` if unknown.
-        mask: `"full"`, `"causal"` or `"any"`.
-        xp: array namespace.
-        n_queries: for `mask="any"`, the largest number of queries that see a key.
-        exact: whether nothing is added for the rounding of a graph in float32.
-
-    Returns:
-        Shape `(H,)`, `inf` where the length is not known and matters.
-    """
-    if mask == "any" or (tokens is None and mask == "causal"):
-        return column_mass(0.0, tokens, mask, n_queries=n_queries) * xp.ones_like(spread)
-    if tokens is None:
-        return xp.exp(spread)
-    least = xp.exp(-spread) * (1.0 if exact else 1.0 - 2e-5)
-    if mask == "full":
-        return tokens / (1.0 + (tokens - 1) * least)
-    if not exact and tokens > _MOST_TERMS:
-        # The integral is above the sum, and no long sum is rounded.
-        least = xp.maximum(least, 1e-30)
-        return xp.minimum(1.0 + xp.log1p((tokens - 1) * least) / least, float(tokens))
-    steps = np.arange(tokens, dtype=np.float64)
-    steps = steps if xp is np else xp.convert_to_tensor(steps, dtype=spread.dtype)
-    return xp.sum(1.0 / (1.0 + steps[None] * least[:, None]), axis=1)
-
-
-def log_measure_mass(product: typing.Any, xp: typing.Any) -> typing.Any:
-    """Logarithm of the largest column sum for one measure of queries and keys in a ball.
-
-    Theorem 4.3: weights are proportional to `exp(x . y)` or `exp(-|x - y|^2)`, and no number of
-    tokens is needed.
-
-    Args:
-        product: the largest product of two tokens, `rho^2`; twice that for `exp(-|x - y|^2)`.
-        xp: array namespace.
-    """
-    return 0.5 * (product + xp.maximum(product - 2.0, 0.0))
-
-
-def bias_spread(relative_bias: typing.Any, xp: typing.Any) -> typing.Any:
-    """Largest difference of two biases in a row of the scores, `(H,)`; the own bias is 0.
-
-    Args:
-        relative_bias: shape `(H, 2 R)`, or `None`.
-        xp: array namespace.
-    """
-    if relative_bias is None:
-        return 0.0
-    top = xp.maximum(xp.max(relative_bias, axis=1), 0.0)
-    return top - xp.minimum(xp.min(relative_bias, axis=1), 0.0)
-
-
 # Attention by distance ------------------------------------------------------------------------
 
 
@@ -234,7 +164,8 @@ def distance_constants(
     tokens: int | None,
     mask: str,
     n_queries: int | None = None,
-    spread: typing.Any = None,
+    relative_bias: typing.Any = None,
+    causal: bool = False,
     tensors: int = 1,
     exact: bool = False,
 ) -> tuple[typing.Any, typing.Any]:
@@ -247,7 +178,8 @@ def distance_constants(
         tokens: largest number of queries, `None` if unknown.
         mask: `"full"`, `"causal"` or `"any"`.
         n_queries: for `mask="any"`, the largest number of queries that see a key.
-        spread: see `bias_spread`; `None` without biases.
+        relative_bias: see `column_masses`.
+        causal: see `column_masses`.
         tensors: see the module.
         exact: see `column_masses`.
     """
@@ -255,9 +187,18 @@ def distance_constants(
     if norm != "l2":
         return combined(terms, "token", xp, tensors=tensors), terms.scores
     square = xp.square(radius)
-    differences = 4.0 * square + (0.0 if spread is None else spread)
-    mass = column_masses(differences, tokens, mask, xp, n_queries=n_queries, exact=exact)
-    if mask == "full" and tensors == 1 and spread is None:
+    mass = column_masses(
+        4.0 * square,
+        tokens,
+        mask,
+        xp,
+        relative_bias=relative_bias,
+        causal=causal,
+        tensors=tensors,
+        n_queries=n_queries,
+        exact=exact,
+    )
+    if mask == "full" and tensors == 1 and relative_bias is None:
         # Tokens of equal weight are their own keys.
         mass = xp.minimum(mass, xp.exp(log_measure_mass(2.0 * square, xp)))
     return combined(terms, "l2", xp, mass=mass, tensors=tensors), terms.scores
@@ -303,13 +244,15 @@ def distance_layer_bound(
 
 
 def product_matrices(
-    query, key, value, output, *, norm: str, scaling: typing.Any, xp: typing.Any
+    query, key, value, output, *, norm: str, scaling: typing.Any, apart: bool, xp: typing.Any
 ) -> dict[str, typing.Any]:
     """The matrices whose operator norms `product_layer_bound` needs.
 
     - `"head_score"`: all `W_Q W_K^T / sqrt(k)`, shape `(H, D, E)`;
     - `"stacked_product"`: `stack(W_V W_O / s_h)`, shape `(H*F, O)`;
-    - `"head_value"`: for `"linf"`, all `W_V`, shape `(H, F, v)`.
+    - `"head_value"`: for `"linf"`, all `W_V`, shape `(H, F, v)`;
+    - `"concatenated_value"` and `"stacked_output"`: with `apart`, `[W_V]`, shape `(F, H*v)`, and
+      `stack(W_O)`, shape `(H*v, O)`.
 
     Args:
         query: shape `(H, D, k)`.
@@ -318,6 +261,7 @@ def product_matrices(
         output: shape `(H, v, O)`.
         norm: `"l2"`, `"token"` or `"linf"`.
         scaling: shape `(H,)`, positive.
+        apart: whether `product_layer_bound` gets the terms of the heads for the 2-norm.
         xp: array namespace.
     """
     scale = query.shape[-1] ** -0.5
@@ -325,7 +269,12 @@ def product_matrices(
     if norm == "linf":
         return {**scores, "head_value": value}
     scaled = output / xp.reshape(scaling, (-1, 1, 1))
-    return {**scores, "stacked_product": MatrixProduct(value, scaled, stacked=True)}
+    matrices = {**scores, "stacked_product": MatrixProduct(value, scaled, stacked=True)}
+    if not apart:
+        return matrices
+    flat = xp.reshape(xp.transpose(value, (1, 0, 2)), (value.shape[1], -1))
+    stack = xp.reshape(output, (-1, output.shape[-1]))
+    return {**matrices, "concatenated_value": flat, "stacked_output": stack}
 
 
 def product_scaling(query, key, value, output, *, radius: float, xp: typing.Any) -> typing.Any:
@@ -357,9 +306,17 @@ def query_pull(key, query_bias, xp: typing.Any, *, epsilon: float = 0.0) -> typi
 
 
 def product_layer_bound(
-    output, constants, *, norm: str, scaling, norms: Norms, xp: typing.Any
+    output,
+    constants,
+    *,
+    norm: str,
+    scaling,
+    norms: Norms,
+    xp: typing.Any,
+    terms: BallTerms | None = None,
+    mass: typing.Any = 1.0,
 ) -> typing.Any:
-    """Theorems 7.1 and 7.7 for all heads, for use in a graph.
+    """Theorems 7.1 and 7.7 for all heads, for use in a graph; with `terms` also Theorem 7.4.
 
     Args:
         output: shape `(H, v, O)`.
@@ -368,6 +325,9 @@ def product_layer_bound(
         scaling: the one of `product_matrices`.
         norms: those of `product_matrices`.
         xp: array namespace.
+        terms: of the heads, in self-attention for `"l2"`. Averages and scores are then also
+            bounded apart: the averages of heads that read different features do not add up.
+        mass: see `combined`.
 
     Returns:
         A scalar of the namespace.
@@ -377,7 +337,14 @@ def product_layer_bound(
         heads = xp.expand_dims(constants * norms["head_value"], 1)
         return xp.max(xp.sum(heads * columns, axis=0))
     sizes = safe_sqrt(xp.sum(xp.square(scaling * constants)), xp)
-    return norms["stacked_product"] * sizes
+    together = norms["stacked_product"] * sizes
+    if terms is None:
+        return together
+    roots = xp.sqrt(mass)
+    parts = (terms.query, roots * terms.key)
+    scores = sum(safe_sqrt(xp.sum(xp.square(part)), xp) for part in parts)
+    apart = norms["concatenated_value"] * norms["stacked_output"] * (xp.max(roots) + scores)
+    return xp.minimum(together, apart)
 
 
 class ProductLayer(typing.NamedTuple):
@@ -391,7 +358,7 @@ class ProductLayer(typing.NamedTuple):
         radius: of the ball that holds every token.
         query_bias: shape `(H, k)`, or `None`. The center of the ball of the queries, times the
             kernel, counts as a part of it.
-        spread: see `bias_spread`.
+        relative_bias: shape `(H, 2 R)`, added to the scores, or `None`.
     """
 
     query: np.ndarray
@@ -400,7 +367,7 @@ class ProductLayer(typing.NamedTuple):
     output: np.ndarray
     radius: float
     query_bias: np.ndarray | None = None
-    spread: npt.ArrayLike = 0.0
+    relative_bias: np.ndarray | None = None
 
     def is_finite(self) -> bool:
         arrays = [array for array in self if array is not None]
@@ -457,6 +424,7 @@ def certified_product_bound(
     norm: str,
     tokens: int | None,
     mask: str = "full",
+    causal: bool = False,
     n_queries: int | None = None,
     tensors: int = 1,
 ) -> LipschitzBound:
@@ -467,6 +435,7 @@ def certified_product_bound(
         norm: `"l2"`, `"token"` or `"linf"`.
         tokens: largest number of tokens, `None` if unknown.
         mask: `"full"` (padding included), `"causal"` or `"any"`.
+        causal: whether later tokens are known to be hidden.
         n_queries: for `mask="any"`, the largest number of queries that see a key.
         tensors: see the module; the bound is with respect to all of them side by side.
 
@@ -478,8 +447,17 @@ def certified_product_bound(
     terms = layer.terms(norm)
     mass = np.ones(len(layer.query))
     if norm == "l2":
-        spread = 2.0 * terms.key + layer.spread
-        mass = column_masses(spread, tokens, mask, np, n_queries=n_queries, exact=True)
+        mass = column_masses(
+            2.0 * terms.key,
+            tokens,
+            mask,
+            np,
+            relative_bias=layer.relative_bias,
+            causal=causal,
+            tensors=tensors,
+            n_queries=n_queries,
+            exact=True,
+        )
         if not np.isfinite(mass).all():
             return _unbounded(norm, "the number of tokens is not known")
     kind = "l2" if norm == "l2" else "token"
@@ -488,7 +466,7 @@ def certified_product_bound(
         layer.combine(constants, norm),
         "Theorem 7.1" if tensors == 1 else "Theorem 7.7",
     )
-    together = math.inf if tensors > 1 else _together(layer, norm, tokens, mask, n_queries)
+    together = math.inf if tensors > 1 else _together(layer, norm, tokens, mask, causal, n_queries)
     if together < value:
         value, theorem = together, "Theorem 7.4"
     if not math.isfinite(value):
@@ -496,7 +474,7 @@ def certified_product_bound(
     return LipschitzBound(value=value, norm=norm, kind="certified", theorem=theorem)
 
 
-def _together(layer: ProductLayer, norm, tokens, mask, n_queries) -> float:
+def _together(layer: ProductLayer, norm, tokens, mask, causal, n_queries) -> float:
     """Theorem 7.4."""
     width = layer.query.shape[1]
     together = dot_product_layer_constant(
@@ -507,8 +485,9 @@ def _together(layer: ProductLayer, norm, tokens, mask, n_queries) -> float:
         norm="l2" if norm == "l2" else "token",
         axes=layer.radius * np.eye(width),
         tokens=tokens,
-        # Biases change what keys weigh. A key never weighs more than all queries that see it.
-        mask="any" if np.any(layer.spread) else mask,
+        mask=mask,
+        relative_bias=layer.relative_bias,
+        causal=causal,
         query_bias=layer.query_bias,
         n_queries=n_queries,
     )

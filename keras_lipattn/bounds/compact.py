@@ -11,8 +11,8 @@ import typing
 import numpy as np
 import numpy.typing as npt
 
+from keras_lipattn.bounds.column_sums import column_mass, column_masses
 from keras_lipattn.bounds.multihead import certified_layer_bound
-from keras_lipattn.bounds.unit_head import MASKS
 from keras_lipattn.linalg import SAFETY, operator_norm
 from keras_lipattn.linalg.precision import SMALLEST_NORMAL
 
@@ -44,40 +44,6 @@ class CrossConstants(typing.NamedTuple):
     shared: typing.Any
 
 
-def column_mass(
-    spread: float, tokens: int | None, mask: str, *, n_queries: int | None = None
-) -> float:
-    """`chi`, an upper bound of the column sums of the attention matrix (section 7).
-
-    Args:
-        spread: largest difference of two logits in a row, `>= 0`.
-        tokens: number of tokens `N`, or `None` when unknown. For `mask="full"` all of them are
-            valid as queries and as keys: padded tokens do not count.
-        mask: `"full"`, `"causal"` or `"any"`.
-        n_queries: for `mask="any"`, the largest number of queries that see a key; `N` by
-            default.
-
-    Returns:
-        A float, `inf` when the length is unknown and matters.
-
-    Raises:
-        ValueError: if `mask` is unknown.
-    """
-    if mask not in MASKS:
-        raise ValueError(f"`mask` must be one of {list(MASKS)}. Received: mask={mask!r}")
-    least = math.exp(-spread)
-    if mask == "full":
-        if tokens is None:
-            return 1.0 / least if least > 0.0 else math.inf
-        return tokens / (1.0 + (tokens - 1) * least)
-    if tokens is None:
-        return math.inf if mask == "causal" or n_queries is None else float(n_queries)
-    if mask == "causal":
-        return float(np.sum(1.0 / (1.0 + np.arange(tokens) * least)))
-    return float(tokens if n_queries is None else min(n_queries, tokens))
-
-
-@np.errstate(over="ignore", invalid="ignore")
 def dot_product_constants(
     query_kernel: npt.ArrayLike,
     key_kernel: npt.ArrayLike,
@@ -146,6 +112,8 @@ def dot_product_layer_constant(
     scale: float | None = None,
     center: npt.ArrayLike | None = None,
     query_bias: npt.ArrayLike | None = None,
+    relative_bias: np.ndarray | None = None,
+    causal: bool = False,
     n_queries: int | None = None,
 ) -> float:
     """Theorem 7.4: `X -> sum_h softmax(scale q_i . k_j) X W_V W_O` for tokens in an ellipsoid.
@@ -166,6 +134,8 @@ def dot_product_layer_constant(
         scale: factor of the logits, `1 / sqrt(k)` by default.
         center: shape `(D,)`, the origin by default.
         query_bias: shape `(H, k)`.
+        relative_bias: shape `(H, 2 R)`, see `column_masses`.
+        causal: see `column_masses`.
         n_queries: see `column_mass`.
 
     Returns:
@@ -199,7 +169,16 @@ def dot_product_layer_constant(
     if norm == "l2":
         spreads = [_reached(*parts) for parts in zip(inner_key, inner_query, offset, strict=True)]
         spreads = 2.0 * SAFETY * operator_norm(np.stack(spreads))
-        mass = np.array([column_mass(s, tokens, mask, n_queries=n_queries) for s in spreads])
+        mass = column_masses(
+            spreads,
+            tokens,
+            mask,
+            np,
+            relative_bias=relative_bias,
+            causal=causal,
+            n_queries=n_queries,
+            exact=True,
+        )
     if not np.isfinite(mass).all():
         return math.inf
     both = np.concatenate([value, slopes[:, None, None] * inner_value], axis=1)

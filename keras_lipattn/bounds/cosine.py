@@ -15,7 +15,7 @@ import typing
 import numpy as np
 import numpy.typing as npt
 
-from keras_lipattn.bounds.compact import column_mass
+from keras_lipattn.bounds.column_sums import column_mass
 from keras_lipattn.bounds.head_scaling import (
     balancing_powers,
     frobenius_scaling,

@@ -215,6 +215,31 @@ def weights_by_lag(
     return KeyWeights(keys, queries, columns, entropies)
 
 
+def seen_by_lag(
+    table: typing.Any,
+    tokens: int | None,
+    use_causal_mask: bool,
+    sliding_window: int | None,
+    xp: typing.Any,
+) -> tuple[SeenByLag, SeenByLag]:
+    """What queries see before them and after them, a pair of `SeenByLag`.
+
+    Args:
+        table: Logarithms of weights, shape `(H, 2 * R)`, see `biases_by_lag`.
+        tokens: Largest number of tokens; `None` if a window is all there is.
+        use_causal_mask: Whether later tokens are hidden.
+        sliding_window: `None`, or the distance from which on tokens are hidden.
+        xp: Array namespace, `numpy` or `keras.ops`.
+    """
+    reach = table.shape[1] // 2
+    count = min(limit - 1 for limit in (tokens, sliding_window) if limit is not None)
+    near = min(count, reach)
+    before = SeenByLag(table[:, reach : reach + near], count)
+    if use_causal_mask:
+        return before, SeenByLag(table[:, :0], 0)
+    return before, SeenByLag(xp.flip(table[:, reach - near : reach], axis=1), count)
+
+
 def weights_of_tokens(
     token_weights: npt.ArrayLike, relative_bias: npt.ArrayLike | None = None
 ) -> tuple[KeyWeights | None, str]:

@@ -8,6 +8,8 @@ from typing import Any, cast
 import keras
 
 from keras_lipattn._arguments import require_positive_integer
+from keras_lipattn._figures import save
+from keras_lipattn._plots import bounds_figure
 from keras_lipattn._seen_calls import remembered_call
 from keras_lipattn.bounds.lipschitz_bound import NORMS
 from keras_lipattn.callbacks._certified_validation import CertifiedValidation, check_radii
@@ -32,7 +34,6 @@ from keras_lipattn.callbacks._penalty import (
     sees_inputs_first,
     targets_of,
 )
-from keras_lipattn.callbacks._plot import plot_bounds
 from keras_lipattn.certification import Certificate, fingerprint_of
 from keras_lipattn.layers._backend import require_created_in_scope
 from keras_lipattn.layers.lipschitz_layer import LipschitzLayer, Tracking
@@ -414,8 +415,10 @@ class LipschitzMonitor(keras.callbacks.Callback):
     def plot(self, path: str | os.PathLike) -> None:
         """Plots the bounds of the last `fit` over its epochs: 1200 by 750 pixels as a PNG.
 
-        The total is black, targets are dashed, running bounds are dotted, and `inf` is a triangle
-        at the upper edge. The scale is logarithmic if values span more than a factor of 30.
+        The model and its layers have axes of their own, both logarithmic. Targets are dashed,
+        running bounds are dotted, lower bounds have triangles that point down, and `inf` is a
+        triangle at the upper edge. Layers with equal bounds share a line. The names of the layers
+        with the largest bounds are at the ends of their lines; all others are gray.
 
         Args:
             path: Path of the image. Its suffix determines the format.
@@ -432,16 +435,19 @@ class LipschitzMonitor(keras.callbacks.Callback):
                 f"Received: path={str(path)!r}"
             )
         names = {entry.key: entry.path for entry in self._watched}
-        plot_bounds(
-            path,
+
+        def series(prefix: str) -> dict[str, list[float]]:
+            keys = {key: f"{prefix}_{key}" for key in names if f"{prefix}_{key}" in self.history}
+            return {names[key]: self.history[logged] for key, logged in keys.items()}
+
+        figure = bounds_figure(
             title=f"Certified Lipschitz bounds, {NORMS[self.norm]}",
             epochs=[epoch + 1 for epoch in self.epochs],
             total=self.history["lipschitz_total"],
-            layers={name: self.history[f"lipschitz_{key}"] for key, name in names.items()},
-            running={
-                name: self.history[f"running_{key}"]
-                for key, name in names.items()
-                if f"running_{key}" in self.history
-            },
+            lower_total=self.history.get("lower_total"),
+            layers=series("lipschitz"),
+            running=series("running"),
+            lower=series("lower"),
             targets={names[key]: value for key, value in self._targets.items()},
         )
+        save(figure, path)

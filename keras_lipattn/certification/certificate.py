@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_lipattn._figures import save
 from keras_lipattn.certification.certificate_content import (
     check_values,
     decode,
@@ -336,7 +337,7 @@ class Certificate:
         return table(self)
 
     def plot(self, path: str | os.PathLike) -> None:
-        """Saves a chart of the cost of each row.
+        """Saves a bar chart: factors of the kinds of layers and of each call, the largest first.
 
         Args:
             path: file to write; its ending determines the format.
@@ -345,9 +346,9 @@ class Certificate:
             ImportError: if matplotlib is not installed.
             OSError: if the file cannot be written; an existing file is kept.
         """
-        from keras_lipattn.certification.report import plot
+        from keras_lipattn.certification.report import figure
 
-        plot(self, path)
+        save(figure(self), path)
 
     def to_json(self) -> str:
         """The certificate as JSON. Infinite numbers are the string `"inf"`, or `"-inf"`."""

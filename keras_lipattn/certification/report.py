@@ -1,10 +1,10 @@
 """A certificate as a table and as a chart."""
 
 import math
-import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from keras_lipattn._whole_file import whole_file
+from keras_lipattn._plots import Bar, costs_figure
+from keras_lipattn._text import number, shorten
 from keras_lipattn.bounds.lipschitz_bound import NORMS
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def table(certificate: "Certificate") -> str:
     for row in certificate.rows:
         lines.append(
             (
-                _shorten(row.path),
+                shorten(row.path, _WIDEST_PATH),
                 row.layer,
                 ("" if not row.exact else "=") + number(row.constant),
                 number(row.published) if row.published != row.constant else "",
@@ -68,43 +68,13 @@ def _factor(cost: float) -> str:
     return f"x{number(math.exp(cost))}"
 
 
-def plot(certificate: "Certificate", path: str | os.PathLike) -> None:
-    """Saves a bar chart of the cost of each row."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "Plotting needs matplotlib: install it, for instance with "
-            f"`pip install keras-lipattn[examples]`. Received: {error}"
-        ) from error
-    rows = [row for row in certificate.rows if row.cost or not row.is_finite] or [*certificate.rows]
-    figure = Figure(figsize=(9.0, 1.6 + 0.28 * max(len(rows), 1)), layout="constrained")
-    axes = figure.subplots()
-    costs = [row.cost / math.log(10.0) if row.is_finite else 0.0 for row in rows]
-    colors = ["tab:blue" if row.is_finite else "tab:red" for row in rows]
-    axes.barh(range(len(rows)), costs, color=colors)
-    for position, row in enumerate(rows):
-        text = f" {number(row.constant)}" if row.is_finite else " no bound"
-        axes.text(max(costs[position], 0.0), position, text, va="center", fontsize=8)
-    axes.set_yticks(range(len(rows)), [_shorten(row.path) for row in rows], fontsize=8)
-    axes.invert_yaxis()
-    axes.axvline(0.0, color="black", linewidth=0.8)
-    axes.margins(x=0.15)
-    axes.set_xlabel("part of the layer in log10 of the total (label: its own constant)")
-    axes.set_title(
-        f"{certificate.model}: Lipschitz constant {number(certificate.total)} "
-        f"({NORMS[certificate.norm]})"
-    )
-    with whole_file(path) as file:
-        figure.savefig(file)
-
-
-def number(value: float) -> str:
-    """A number with four digits."""
-    if math.isinf(value):
-        return "inf"
-    return f"{value:.4g}" if 1e-3 <= value < 1e5 or value == 0.0 else f"{value:.2e}"
-
-
-def _shorten(path: str) -> str:
-    return path if len(path) <= _WIDEST_PATH else "..." + path[3 - _WIDEST_PATH :]
+def figure(certificate: "Certificate") -> Any:
+    """The certificate as a bar chart."""
+    bars = [
+        Bar(row.path, row.layer, row.constant, row.cost if row.is_finite else 0.0)
+        for row in certificate.rows
+    ]
+    total = number(certificate.total)
+    bound = f"Lipschitz constant <= {total}" if certificate.is_finite else "no Lipschitz bound"
+    title = f"{certificate.model}: {bound} ({NORMS[certificate.norm]})"
+    return costs_figure(title=title, bars=bars)

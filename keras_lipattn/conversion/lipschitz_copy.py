@@ -10,6 +10,7 @@ import keras
 from keras.src.ops.numpy import Add
 
 from keras_lipattn._arguments import require_norm, require_positive
+from keras_lipattn._text import number
 from keras_lipattn.certification import Certificate, certify
 from keras_lipattn.certification.keras_models import (
     call_specs,
@@ -17,7 +18,6 @@ from keras_lipattn.certification.keras_models import (
     names_kept,
     sibling_names,
 )
-from keras_lipattn.certification.report import number
 from keras_lipattn.certification.traced_model import TracedModel
 from keras_lipattn.conversion.calls import Calls
 from keras_lipattn.conversion.copying import (

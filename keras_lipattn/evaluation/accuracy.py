@@ -10,6 +10,8 @@ import keras
 import numpy as np
 
 from keras_lipattn._arguments import require_nonnegative
+from keras_lipattn._figures import save
+from keras_lipattn._plots import accuracy_figure
 from keras_lipattn.certification import Certificate, certified_radius, certify
 
 _TEXTS = {"l2": "2-norm", "token": "token norm", "linf": "max norm"}
@@ -109,39 +111,26 @@ class RobustAccuracy:
         return "\n".join(lines)
 
     def plot(self, path: str | os.PathLike) -> None:
-        """Save a chart of the certified accuracy over the radius.
+        """Save a chart of the certified accuracy over the radius, and of that under attack.
 
         Args:
             path: File to write; its ending determines the format.
 
         Raises:
             ImportError: If matplotlib is not installed.
-            OSError: If the file cannot be written.
+            OSError: If the file cannot be written; an existing file is kept.
         """
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(6.0, 4.0), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
         finite = self.certified_radii[np.isfinite(self.certified_radii)]
-        end = max([*self.radii, *finite.tolist(), 1e-12])
-        grid = np.linspace(0.0, end, 400)
-        axes.plot(grid, [self.certified(radius) for radius in grid], label="certified")
-        if self.broken_at is not None:
-            axes.plot(
-                [0.0, *self.radii],
-                [self.clean, *map(self.attacked, self.radii)],
-                "o--",
-                label="under attack",
-            )
-        axes.set_xlabel(f"radius ({_TEXTS[self.norm]})")
-        axes.set_ylabel("accuracy")
-        axes.set_ylim(0.0, 1.0)
-        axes.set_xlim(0.0, end)
-        axes.grid(alpha=0.3)
-        axes.legend()
-        figure.savefig(path, dpi=150)
+        attacked = None if self.broken_at is None else [*map(self.attacked, self.radii)]
+        figure = accuracy_figure(
+            norm=_TEXTS[self.norm],
+            end=max([*self.radii, *finite.tolist(), 1e-12]),
+            certified=self.certified,
+            clean=self.clean,
+            radii=self.radii,
+            attacked=attacked,
+        )
+        save(figure, path)
 
 
 def certified_accuracy(

@@ -13,8 +13,9 @@ from keras_lipattn.layers._fused_attention import (
 )
 from keras_lipattn.layers._masks import HIDDEN, masked_softmax
 
-# From this length on the full matrix of weights is not formed. Below it, blocks are slower.
-BLOCKWISE_MIN_LENGTH = 1024 if keras.backend.backend() == "tensorflow" else 4096
+# From this length on the full matrix of weights is not formed. Below it, blocks are slower where
+# TensorFlow has several threads. With narrow windows they are faster from half this length on.
+BLOCKWISE_MIN_LENGTH = 2048 if keras.backend.backend() == "tensorflow" else 4096
 
 
 def attend_by_distance(
@@ -62,7 +63,7 @@ def attend_by_distance(
         plain = not dropout and mask.relative_bias is None and mask.log_weights is None
         if plain and use_fused_kernel(y, dtype, flash_attention):
             return _join_heads(fused_attention(y, mask, dtype)), shift, None
-        if _use_blocks(tokens.shape[1], dropout):
+        if _use_blocks(tokens.shape[1], mask.sliding_window, dropout):
             if not dropout:
                 return _join_heads(ops.cast(attend_blockwise(y, mask), dtype)), shift, None
             values = ops.cast(values, norm_dtype)
@@ -78,9 +79,12 @@ def attend_by_distance(
     return _join_heads(ops.matmul(kept, values)), None, weights
 
 
-def _use_blocks(length, dropout):
+def _use_blocks(length, sliding_window, dropout):
     """Whether sequences of `length`, `None` if unknown, are attended to in blocks."""
-    if length is None or length < BLOCKWISE_MIN_LENGTH or not handwritten_gradient_suffices():
+    if length is None or not handwritten_gradient_suffices():
+        return False
+    is_narrow = sliding_window is not None and 8 * sliding_window <= length
+    if length < (BLOCKWISE_MIN_LENGTH // 2 if is_narrow else BLOCKWISE_MIN_LENGTH):
         return False
     # The backward pass draws the numbers of the forward pass again.
     return not dropout or keras.backend.backend() == "tensorflow"

@@ -2,8 +2,6 @@
 
 from keras import ops
 
-from keras_lipattn.bounds.key_weights import SeenByLag
-
 
 class RelativeBias:
     """Biases of one call; positions further apart than the largest lag share its bias.
@@ -35,22 +33,3 @@ class RelativeBias:
     def _indices(self, rows, columns):
         lag = ops.expand_dims(rows, 1) - ops.expand_dims(columns, 0)
         return ops.clip(lag, -self._reach, self._reach) + self._reach
-
-
-def by_distance(table, tokens, use_causal_mask, sliding_window, xp):
-    """What queries see before them and after them, a pair of `SeenByLag`.
-
-    Args:
-        table: As `RelativeBias` takes it.
-        tokens: Largest number of tokens; `None` if a window is all there is.
-        use_causal_mask: Whether later tokens are hidden.
-        sliding_window: `None`, or the distance from which on tokens are hidden.
-        xp: Array namespace, `numpy` or `keras.ops`.
-    """
-    reach = table.shape[1] // 2
-    count = min(limit - 1 for limit in (tokens, sliding_window) if limit is not None)
-    near = min(count, reach)
-    before = SeenByLag(table[:, reach : reach + near], count)
-    if use_causal_mask:
-        return before, SeenByLag(table[:, :0], 0)
-    return before, SeenByLag(xp.flip(table[:, reach - near : reach], axis=1), count)

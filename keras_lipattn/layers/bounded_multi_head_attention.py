@@ -11,10 +11,8 @@ from keras import ops
 from keras_lipattn._arguments import require_positive, require_positive_integer
 from keras_lipattn.bounds.bounded_tokens import (
     ProductLayer,
-    bias_spread,
     certified_cross_bounds,
     certified_product_bound,
-    column_masses,
     combined,
     in_entries,
     product_layer_bound,
@@ -23,6 +21,7 @@ from keras_lipattn.bounds.bounded_tokens import (
     product_terms,
     query_pull,
 )
+from keras_lipattn.bounds.column_sums import column_masses
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound
 from keras_lipattn.layers._masks import Mask, mask_class
 from keras_lipattn.layers._precision import cast_to_compute_dtype
@@ -256,7 +255,15 @@ class BoundedMultiHeadAttention(SelfAttention):
 
     def matrices(self, weights, norm, xp):
         _, *kernels = weights
-        return product_matrices(*kernels, norm=norm, scaling=self._scaling(weights, xp), xp=xp)
+        scaling, apart = self._scaling(weights, xp), self._bounds_apart(norm)
+        return product_matrices(*kernels, norm=norm, scaling=scaling, apart=apart, xp=xp)
+
+    def _bounds_apart(self, norm):
+        """Whether a second bound is worth two more norms.
+
+        By positions, heads can attend to single tokens, and then read different features.
+        """
+        return norm == "l2" and self.max_relative_position is not None
 
     def bound(self, weights, norms, norm, tokens, mask, xp):
         epsilon = float(np.finfo(self._norm_dtype).eps)
@@ -265,9 +272,16 @@ class BoundedMultiHeadAttention(SelfAttention):
         terms = product_terms(norms["head_score"], pull, self.token_radius, xp)
         mass = 1.0
         if norm == "l2":
-            spread = 2.0 * terms.key + bias_spread(self.score_biases(xp), xp)
-            seen = _number_of_queries(mask)
-            mass = column_masses(spread, tokens, mask.mask, xp, n_queries=seen)
+            mass = column_masses(
+                2.0 * terms.key,
+                tokens,
+                mask.mask,
+                xp,
+                relative_bias=self.score_biases(xp),
+                causal=mask.causal,
+                tensors=mask.tensors,
+                n_queries=_number_of_queries(mask),
+            )
         elif norm == "linf":
             widths = (self.features, self.key_features, self.value_features)
             terms = in_entries(terms, widths, xp)
@@ -279,6 +293,8 @@ class BoundedMultiHeadAttention(SelfAttention):
             scaling=self._scaling(weights, xp),
             norms=norms,
             xp=xp,
+            terms=terms if self._bounds_apart(norm) and mask.tensors == 1 else None,
+            mass=mass,
         )
 
     def _scaling(self, weights, xp):
@@ -327,6 +343,7 @@ class BoundedMultiHeadAttention(SelfAttention):
             norm=norm,
             tokens=tokens,
             mask=mask.mask,
+            causal=mask.causal,
             n_queries=_number_of_queries(mask),
             tensors=mask.tensors,
         )
@@ -364,8 +381,7 @@ class BoundedMultiHeadAttention(SelfAttention):
             center, radius = ball
             moved = np.einsum("d,hdk->hk", center, query)
             bias = moved if bias is None else bias + moved
-        spread = bias_spread(state.relative_bias, np)
-        return ProductLayer(query, key, value, output, radius, bias, spread)
+        return ProductLayer(query, key, value, output, radius, bias, state.relative_bias)
 
     # Calling ------------------------------------------------------------------------------------
 

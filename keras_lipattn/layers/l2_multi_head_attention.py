@@ -11,7 +11,6 @@ from keras import ops
 from keras_lipattn._arguments import require_positive, require_positive_integer
 from keras_lipattn.bounds.bounded_tokens import (
     BALL,
-    bias_spread,
     distance_constants,
     distance_layer_bound,
     distance_terms,
@@ -19,6 +18,7 @@ from keras_lipattn.bounds.bounded_tokens import (
 )
 from keras_lipattn.bounds.head_scaling import frobenius_scaling
 from keras_lipattn.bounds.key_weights import (
+    seen_by_lag,
     weighted_constants,
     weighted_layer_bound,
     weighted_unit_bound,
@@ -42,7 +42,7 @@ from keras_lipattn.layers._distance_attention import (
 from keras_lipattn.layers._masks import Mask, MaskClass, mask_class
 from keras_lipattn.layers._norms import ExactNorms, ignore_floating_point_errors
 from keras_lipattn.layers._precision import cast_to_compute_dtype
-from keras_lipattn.layers._relative_bias import RelativeBias, by_distance
+from keras_lipattn.layers._relative_bias import RelativeBias
 from keras_lipattn.layers.self_attention import SelfAttention
 from keras_lipattn.layers.token_projection import project_tokens
 from keras_lipattn.linalg import SAFETY, fast_operator_norm
@@ -305,8 +305,7 @@ class L2MultiHeadAttention(SelfAttention):
             return running_layer_bound(b, c, norm=norm, unit=unit, norms=norms, xp=xp)
         radius = self.token_radius * norms["head_query"]
         relative_bias = self.score_biases(xp)
-        spread = None if relative_bias is None else bias_spread(relative_bias, xp)
-        constants, scores = self._ball_constants(radius, norm, tokens, mask, spread, xp)
+        constants, scores = self._ball_constants(radius, norm, tokens, mask, relative_bias, xp)
         if mask.tensors == 1 and (relative_bias is None or self._has_reach(tokens)):
             unit = self._unit_bound(norm, tokens, mask, xp)
             constants = xp.minimum(constants, unit.value)
@@ -316,7 +315,7 @@ class L2MultiHeadAttention(SelfAttention):
             b, c, constants, scores, norm=norm, scale=scale, norms=norms, xp=xp
         )
 
-    def _ball_constants(self, radius, norm, tokens, mask, spread, xp, *, exact=False):
+    def _ball_constants(self, radius, norm, tokens, mask, relative_bias, xp, *, exact=False):
         """Constants and score parts of the heads by Theorem 4.2, or 7.7 for other tensors."""
         return distance_constants(
             radius,
@@ -325,7 +324,8 @@ class L2MultiHeadAttention(SelfAttention):
             tokens=tokens,
             mask=mask.mask,
             n_queries=None if mask.n_queries is None else mask.n_queries + 1,
-            spread=spread,
+            relative_bias=relative_bias,
+            causal=mask.causal,
             tensors=mask.tensors,
             exact=exact,
         )
@@ -356,7 +356,7 @@ class L2MultiHeadAttention(SelfAttention):
 
     def _key_weights(self, relative_bias, tokens, mask, xp, *, epsilon=0.0):
         """What other keys weigh by their relative positions."""
-        seen = by_distance(relative_bias, tokens, mask.causal, self.sliding_window, xp)
+        seen = seen_by_lag(relative_bias, tokens, mask.causal, self.sliding_window, xp)
         degrees = {"n_keys": mask.n_keys, "n_queries": mask.n_queries}
         return weights_by_lag(*seen, tokens, xp, **degrees, epsilon=epsilon)
 
@@ -424,7 +424,7 @@ class L2MultiHeadAttention(SelfAttention):
             of_keys = self._key_weights(relative_bias, tokens, mask, np)
             mild: Any = math.inf
             if norm == "l2" and of_keys is not None:
-                seen = by_distance(relative_bias, tokens, mask.causal, self.sliding_window, np)
+                seen = seen_by_lag(relative_bias, tokens, mask.causal, self.sliding_window, np)
                 totals = np.exp(np.minimum(of_keys.log_keys, 300.0))
                 mild = mild_constants(*seen, tokens, totals, mask.arguments(tokens))
             return weighted_layer_bound(b, c, norm=norm, weights=of_keys, mild=mild, **allowances)
@@ -442,7 +442,6 @@ class L2MultiHeadAttention(SelfAttention):
         """The certificate with `token_radius`: for each head the smaller one of two constants."""
         weights, relative_bias = state.weights(cap_mask), state.relative_bias
         allowances = self.rounding_allowances(state, cap_mask)
-        spread = None if relative_bias is None else bias_spread(relative_bias, np)
         unit, parts, unit_theorem = np.inf, np.inf, ""
         if token_weights is not None:
             token_weights = self._flat_token_weights(token_weights)
@@ -460,7 +459,9 @@ class L2MultiHeadAttention(SelfAttention):
             degrees = {"n_keys": mask.n_keys, "n_queries": mask.n_queries}
             unit, unit_theorem, parts, _ = unit_head_bound(tokens, mask.mask, norm, **degrees)
         radius = self._head_radii(weights, allowances)
-        constants, scores = self._ball_constants(radius, norm, tokens, mask, spread, np, exact=True)
+        constants, scores = self._ball_constants(
+            radius, norm, tokens, mask, relative_bias, np, exact=True
+        )
         ball = BALL if mask.tensors == 1 else "Theorem 7.7"
         return certified_layer_bound(
             weights.b,

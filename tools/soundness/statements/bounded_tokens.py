@@ -7,13 +7,13 @@ weights and directions climb together from random and structured starts.
 import numpy as np
 
 from keras_lipattn.bounds.bounded_tokens import (
-    column_masses,
     combined,
     distance_terms,
-    log_measure_mass,
     product_terms,
     projection_constant,
 )
+from keras_lipattn.bounds.column_sums import column_masses, log_measure_mass
+from keras_lipattn.bounds.key_weights import biases_by_lag
 from tools.soundness.statements import Statement, climb
 
 
@@ -282,12 +282,20 @@ def normalized_rows(rng, count):
 
 
 def column_sums(rng, count):
-    """Column sums of softmax without biases, with biases, full and causal."""
+    """Column sums of softmax without biases, with biases by position, full, causal and padded."""
     radius, (n, d) = _radii(rng, count), _sizes(rng)
     causal = bool(rng.random() < 0.5)
-    biases = rng.normal(size=(count, n, n)) * rng.choice([0.0, 1.0, 20.0], (count, 1, 1))
-    spread = biases.max(axis=2) - biases.min(axis=2)
-    spread = 4.0 * radius**2 + spread.max(axis=1)
+    table = rng.normal(size=(count, 2 * int(rng.integers(1, n + 2))))
+    table *= rng.choice([0.0, 1.0, 20.0], (count, 1))
+    # One distance that a head looks at.
+    table[::3] -= rng.choice([2.0, 8.0])
+    table[::3, int(rng.integers(table.shape[1]))] = 6.0
+    has_biases = rng.random() < 0.8
+    table *= has_biases
+    # Padded tokens are neither keys nor queries.
+    places = np.sort(rng.permutation(2 * n)[:n]) if rng.random() < 0.5 else np.arange(n)
+    biases = biases_by_lag(table, places[:, None] - places)
+    length = int(places[-1]) + 1
     hidden = np.triu(np.full((n, n), -np.inf), 1) if causal else 0.0
 
     def value(tokens):
@@ -295,7 +303,15 @@ def column_sums(rng, count):
         squares = np.square(tokens[:, None] - tokens[:, :, None]).sum(axis=-1)
         return _softmax(biases - squares + hidden).sum(axis=1).max(axis=1)
 
-    mass = column_masses(spread, n, "causal" if causal else "full", np)
+    mass = column_masses(
+        4.0 * radius**2,
+        length,
+        "causal" if causal else "full",
+        np,
+        relative_bias=table if has_biases else None,
+        causal=causal,
+        exact=True,
+    )
     return climb(rng, (_tokens(rng, radius, n, d),), value) / mass
 
 
