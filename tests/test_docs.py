@@ -1,7 +1,9 @@
 """Every example in a docstring prints what it says, and every Python block of a page runs."""
 
+import ast
 import doctest
 import importlib
+import inspect
 import os
 import re
 import subprocess
@@ -14,6 +16,7 @@ import pytest
 from helpers import documents
 
 import keras_lipattn as kl
+from tools.check_site import public_names
 
 # For JAX, in tests_backends/test_docs.py; and one story, in tests/test_serving_guide.py.
 ELSEWHERE = ("docs/backends.md", "docs/serving.md")
@@ -66,3 +69,31 @@ def test_links_between_pages_lead_to_files():
     for path in [documents.ROOT / "README.md", *(documents.ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\(([\w./-]+\.\w+)(?:#[^)]*)?\)", path.read_text()):
             assert (path.parent / target).exists(), f"{path}: {target}"
+
+
+def test_every_page_is_in_the_table_of_contents():
+    docs = documents.ROOT / "docs"
+    pages = {str(path.relative_to(docs).with_suffix("")) for path in docs.rglob("*.md")}
+    assert documents.toctree() == pages
+
+
+def test_every_public_name_is_on_a_page_of_the_api():
+    pages = [path.read_text() for path in (documents.ROOT / "docs" / "api").glob("*.md")]
+    text = "\n".join(pages)
+    whole = set(re.findall(r"automodule:: (\S+)\n   :members:", text))
+    single = set(re.findall(r"auto(?:class|function|exception):: (\S+)", text))
+    for name, places in public_names().items():
+        modules = {place.rpartition(".")[0] for place in places}
+        assert modules & whole or single & {*places}, name
+
+
+@pytest.mark.parametrize("name", public_names())
+def test_every_public_name_has_an_example_that_runs(name):
+    module, _, attribute = public_names()[name][0].rpartition(".")
+    assert ">>> " in (inspect.getdoc(getattr(importlib.import_module(module), attribute)) or "")
+
+
+@pytest.mark.parametrize("page", documents.cells())
+def test_cells_of_notebooks_are_python(page):
+    # `make docs` runs them.
+    ast.parse(documents.cells()[page])

@@ -126,13 +126,17 @@ class LipschitzMonitor(keras.callbacks.Callback):
 
     Example:
 
-    ```python
-    monitor = LipschitzMonitor(penalty=0.1, target={"encoder/attention": 2.0})
-    logger = keras.callbacks.CSVLogger("history.csv")
-    model.fit(x, y, epochs=10, callbacks=[monitor, logger])
-    print(monitor.certificate)
-    monitor.plot("bounds.png")
-    ```
+    >>> attention = L2MultiHeadAttention(2, 4, name="attention")
+    >>> model = keras.Sequential([keras.Input((6, 8)), attention, SpectralDense(3, name="logits")])
+    >>> model.compile("adam", "mse")
+    >>> x = np.random.default_rng(0).normal(size=(64, 6, 8)).astype("float32")
+    >>> monitor = LipschitzMonitor(penalty=0.1, target={"attention": 2.0})
+    >>> logger = keras.callbacks.CSVLogger("history.csv")
+    >>> history = model.fit(x, x[..., :3], epochs=2, callbacks=[monitor, logger], verbose=0)
+    >>> sorted(monitor.history)
+    ['lipschitz_attention', 'lipschitz_logits', 'lipschitz_total']
+    >>> monitor.certificate.total == monitor.history["lipschitz_total"][-1]
+    True
     """
 
     def __init__(

@@ -50,6 +50,14 @@ class CertificateRow:
         cost: the part of the call in the natural logarithm of the total; the costs of all rows sum
             to it. The costs of the branches of a sum are weighted by their shares in the sum.
         explained_by: for a row that is `inf` only because of another row, the path of that row.
+
+    Example:
+
+    >>> logits = keras_lipattn.SpectralDense(3, name="logits")
+    >>> model = keras.Sequential([keras.Input((4,)), logits])
+    >>> row = keras_lipattn.certify(model).row("logits")
+    >>> row.layer, row.constant <= 1.0, row.theorem
+    ('SpectralDense', True, 'spectral norm')
     """
 
     path: str

@@ -19,6 +19,13 @@ def fingerprint_of(model: keras.Model) -> str:
 
     Returns:
         64 hexadecimal digits.
+
+    Example:
+
+    >>> from keras_lipattn.certification import fingerprint_of
+    >>> model = keras.Sequential([keras.Input((4,)), keras_lipattn.SpectralDense(3)])
+    >>> keras_lipattn.certify(model).fingerprint == fingerprint_of(model)
+    True
     """
     digest = hashlib.sha256()
     skipped = {

@@ -33,6 +33,21 @@ class LayerCall:
         drop_activation: whether the map is needed without the last softmax or sigmoid.
         keras_masks: masks attached to tensors among the arguments, which `call` may read.
         ask: a function of a layer and the state of its input that returns the map of that layer.
+
+    Example:
+
+    >>> class Scaled(keras.layers.Layer):
+    ...     def call(self, x, scale=1.0):
+    ...         return scale * x
+    >>> @keras_lipattn.register_rule(Scaled)
+    ... def scaled(layer, call):
+    ...     print(call.norm, call.shape, call.training)
+    ...     return abs(call.argument("scale", 1.0))
+    >>> inputs = keras.Input((6, 8))
+    >>> model = keras.Model(inputs, Scaled()(inputs, scale=3.0))
+    >>> round(keras_lipattn.certify(model, norm="token").total, 6)
+    token (6, 8) False
+    3.0
     """
 
     norm: str

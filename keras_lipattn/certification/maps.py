@@ -27,6 +27,13 @@ class CenterValue:
         value: the output for one example, `None` if it is not known.
         rounding_error: upper bound of the 2-norm distance from `value` to the output of the model.
         reason: why it is not known.
+
+    Example:
+
+    >>> from keras_lipattn.certification import CenterValue
+    >>> center = CenterValue(value=np.zeros(3), rounding_error=1e-12)
+    >>> center.value.shape
+    (3,)
     """
 
     value: np.ndarray | None = None
@@ -64,6 +71,13 @@ class LipschitzMap:
 
     Raises:
         ValueError: if `constant` is `inf` and there is no `reason`.
+
+    Example:
+
+    >>> from keras_lipattn.certification import LipschitzMap, TokenRange
+    >>> saturating = LipschitzMap(constant=0.5, theorem="largest slope", range=TokenRange(1.0))
+    >>> saturating.constant, saturating.range.bounded
+    (0.5, True)
     """
 
     constant: float
@@ -168,6 +182,13 @@ class Affine(LipschitzMap):
     Args:
         matrix: shape `(d_in, d_out)`, a diagonal of shape `(d,)`, or `None` for the identity.
         bias: shape `(d_out,)`, `(tokens, d_out)`, or `None`.
+
+    Example:
+
+    >>> from keras_lipattn.certification import Affine
+    >>> doubled = Affine(constant=2.0, theorem="a multiple", matrix=2.0 * np.eye(3))
+    >>> doubled.apply([np.ones(3)])
+    array([2., 2., 2.])
     """
 
     matrix: LinearMap = None
@@ -226,6 +247,13 @@ class Combination(LipschitzMap):
 
     Args:
         coefficients: numbers, or arrays of shape `(d,)`.
+
+    Example:
+
+    >>> from keras_lipattn.certification import Combination
+    >>> mean = Combination(constant=2**-0.5, theorem="mean of two", coefficients=(0.5, 0.5))
+    >>> mean.apply([np.ones(2), np.zeros(2)])
+    array([0.5, 0.5])
     """
 
     coefficients: tuple[float | np.ndarray, ...] = ()
@@ -293,6 +321,15 @@ class Elementwise(LipschitzMap):
     Args:
         value_at_zero: upper bound of the absolute value of the function at 0.
         slopes: lower and upper bound of its slopes, by default `-constant` and `constant`.
+
+    Example:
+
+    >>> from keras_lipattn.certification import Elementwise
+    >>> softplus = Elementwise(
+    ...     constant=1.0, theorem="largest slope", value_at_zero=0.6932, slopes=(0.0, 1.0)
+    ... )
+    >>> softplus.constant
+    1.0
     """
 
     value_at_zero: float
@@ -329,6 +366,13 @@ class TokenMixing(LipschitzMap):
     """A linear map over tokens that is the same for every channel (index of the last axis).
 
     It commutes with linear maps of the last axis, so those before and after it merge.
+
+    Example:
+
+    >>> from keras_lipattn.certification import TokenMixing
+    >>> mean_of_16_tokens = TokenMixing(constant=0.25, theorem="mean over tokens", exact=True)
+    >>> mean_of_16_tokens.constant
+    0.25
     """
 
     def _output_state(self, operands, norm, layout):
@@ -356,7 +400,15 @@ class TokenMixing(LipschitzMap):
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Concatenation(LipschitzMap):
-    """Linear images of one tensor, concatenated along the last axis."""
+    """Linear images of one tensor, concatenated along the last axis.
+
+    Example:
+
+    >>> from keras_lipattn.certification import Concatenation
+    >>> twice = Concatenation(constant=2**0.5, theorem="a tensor next to itself", exact=True)
+    >>> round(twice.constant, 4)
+    1.4142
+    """
 
     def _output_state(self, operands, norm, layout):
         output = super()._output_state(operands, norm, layout)
@@ -378,6 +430,13 @@ class Composite(LipschitzMap):
 
     Args:
         stages: the maps; `constant` may be smaller than the product of theirs.
+
+    Example:
+
+    >>> from keras_lipattn.certification import Composite, LipschitzMap
+    >>> stages = LipschitzMap(constant=2.0), LipschitzMap(constant=3.0)
+    >>> Composite(constant=5.0, theorem="both together", stages=stages).constant
+    5.0
     """
 
     stages: tuple[LipschitzMap, ...] = ()
@@ -407,6 +466,14 @@ def chain(
 
     Returns:
         A `Composite`, or the map itself if there is only one and no other argument.
+
+    Example:
+
+    >>> from keras_lipattn.certification import LipschitzMap, chain
+    >>> first = LipschitzMap(constant=2.0, theorem="first")
+    >>> both = chain(first, LipschitzMap(constant=3.0, theorem="second"))
+    >>> both.constant, both.theorem
+    (6.0, 'first, then second')
     """
     if len(stages) == 1 and constant is None and not theorem and not fields:
         return stages[0]
@@ -440,6 +507,16 @@ def unbounded(reason: Reason | str, **fields) -> LipschitzMap:
     Args:
         reason: why there is none.
         **fields: other fields of `Reason`, such as `remedy`.
+
+    Returns:
+        A `LipschitzMap`.
+
+    Example:
+
+    >>> from keras_lipattn.certification import unbounded
+    >>> layer_map = unbounded("it jumps at 0", remedy="use tanh")
+    >>> layer_map.constant, str(layer_map.reason)
+    (inf, 'it jumps at 0; use tanh')
     """
     return LipschitzMap(constant=math.inf, reason=dataclasses.replace(Reason.of(reason), **fields))
 

@@ -20,6 +20,12 @@ class Cause(enum.Enum):
         NO_RULE: no rule is known for it.
         SIZE: the size of an axis is not known.
         UNBOUNDED: its inputs are not bounded.
+
+    Example:
+
+    >>> from keras_lipattn.certification import Cause, Reason
+    >>> Reason("its number of tokens is not known", cause=Cause.SIZE).cause.name
+    'SIZE'
     """
 
     LAYER = enum.auto()

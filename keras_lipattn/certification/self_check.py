@@ -40,6 +40,22 @@ class CertificateRefuted(RuntimeError):
     """A measurement contradicts a certificate: a rule is wrong.
 
     If it is a rule of this package, please report it.
+
+    Example:
+
+    >>> from keras_lipattn.certification import CertificateRefuted
+    >>> class Doubled(keras.layers.Layer):
+    ...     def call(self, x):
+    ...         return 2.0 * x
+    >>> @keras_lipattn.register_rule(Doubled)
+    ... def wrong(layer, call):
+    ...     return 1.0
+    >>> inputs = keras.Input((4,))
+    >>> try:
+    ...     certificate = keras_lipattn.certify(keras.Model(inputs, Doubled()(inputs)), check=True)
+    ... except CertificateRefuted:
+    ...     print("the rule is wrong")
+    the rule is wrong
     """
 
 

@@ -19,16 +19,25 @@ ANYTHING: Interval = (-math.inf, math.inf)
 
 
 class Kind(enum.Enum):
-    """How a tensor depends on the inputs of the model."""
+    """How a tensor depends on the inputs of the model.
 
-    # It changes with a certified input.
+    Attributes:
+        PERTURBED: it changes with a certified input.
+        INTEGER: it contains the entries of an integer input, which is a certified input unless it
+            is looked up in a table.
+        FIXED: it does not change: a constant of the model, a mask, or a function of these.
+        FROM_INTEGERS: it does not change, and is a function of an integer or string input.
+
+    Example:
+
+    >>> from keras_lipattn.certification import Kind
+    >>> [kind.value for kind in Kind]
+    ['perturbed', 'integer', 'fixed', 'from integers']
+    """
+
     PERTURBED = "perturbed"
-    # It contains the entries of an integer input, which is a certified input unless it is looked up
-    # in a table.
     INTEGER = "integer"
-    # It does not change: a constant of the model, a mask, or a function of these.
     FIXED = "fixed"
-    # It does not change, and is a function of an integer or string input.
     FROM_INTEGERS = "from integers"
 
 
@@ -114,6 +123,20 @@ class TensorState:
         costs: for each row of the certificate, its part in the logarithm of `gain`.
         enclosure: its value in a local certificate, `None` if not known.
         others: its states in other norms than that of the certificate, see `OtherNorms`.
+
+    Example:
+
+    >>> class Shifted(keras.layers.Layer):
+    ...     def call(self, x):
+    ...         return x + 1.0
+    >>> @keras_lipattn.register_rule(Shifted)
+    ... def shifted(layer, call):
+    ...     print(call.state.shape, call.state.kind.value, call.state.range.radius)
+    ...     return 1.0
+    >>> inputs = keras.Input((6, 8))
+    >>> model = keras.Model(inputs, Shifted()(inputs))
+    >>> certificate = keras_lipattn.certify(model, input_radius=2.0)
+    (6, 8) perturbed 2.0
     """
 
     gain: Gain

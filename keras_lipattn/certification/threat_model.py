@@ -30,6 +30,13 @@ class ThreatModel:
             global certificate.
         lost: pairs of a layer and a reason: later layers have their global constants, since the
             value of this layer at the center is not known.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((4,), name="x"), keras_lipattn.SpectralDense(3)])
+    >>> threat_model = keras_lipattn.certify(model, input_radius=1.0).threat_model
+    >>> threat_model.norm, threat_model.inputs, threat_model.input_radius
+    ('l2', ('x',), 1.0)
     """
 
     norm: str

@@ -21,6 +21,13 @@ class TokenRange:
         largest: upper bound of the largest absolute entry.
         maps: matrices, or diagonals of shape `(d,)`; empty when nothing more is known.
         source: radius of the ball that `maps` were applied to.
+
+    Example:
+
+    >>> from keras_lipattn.certification import TokenRange
+    >>> tokens = TokenRange.of_entries(0.0, 1.0, width=4)
+    >>> tokens.radius, tokens.center, tokens.largest
+    (1.0, array([0.5, 0.5, 0.5, 0.5]), 1.0)
     """
 
     radius: float = math.inf

@@ -35,6 +35,18 @@ class Verification:
         certified: The total that the certificate states, NaN if it was not read.
         recomputed: The total from the served weights, NaN if it was not computed.
         steps: Number of steps of the proof that were checked.
+
+    Example:
+
+    >>> from keras_lipattn.export import verify_export
+    >>> model = keras.Sequential([keras.Input((4,)), keras_lipattn.SpectralDense(3)])
+    >>> certificate, path = keras_lipattn.export_saved_model(model, "build/dense", verbose=False)
+    >>> verification = verify_export(path)
+    >>> bool(verification), verification.certified == certificate.total
+    (True, True)
+    >>> size = (path / "added.txt").write_text("")
+    >>> verify_export(path).verified
+    False
     """
 
     verified: bool

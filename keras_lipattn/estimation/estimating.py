@@ -38,6 +38,13 @@ class LipschitzEstimate:
         direction: The direction of this quotient, shape `(...)`.
         steps: Number of steps of each ascent.
         seed: Seed of the search.
+
+    Example:
+
+    >>> x = np.random.default_rng(0).normal(size=(4, 3))
+    >>> estimate = keras_lipattn.estimate_lipschitz(lambda x: 2.0 * x, x)
+    >>> round(estimate.value, 4), estimate.point.shape
+    (2.0, (3,))
     """
 
     value: float

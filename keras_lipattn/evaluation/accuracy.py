@@ -30,6 +30,17 @@ class RobustAccuracy:
         broken_at: Smallest of `radii` at which the attack changed the class of each example, 0
             where the class was wrong from the start and `inf` where it never changed. `None`
             without an attack.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, use_bias=False)])
+    >>> model.set_weights([np.eye(2)])
+    >>> x, y = np.array([[1.0, 0.0], [0.0, 0.2], [1.0, 0.0]]), np.array([0, 1, 1])
+    >>> accuracy = keras_lipattn.certified_accuracy(model, x, y, radii=[0.5])
+    >>> round(accuracy.clean, 2), round(accuracy.certified(0.5), 2)
+    (0.67, 0.33)
+    >>> accuracy.certified_radii.round(2)
+    array([0.71, 0.14, 0.  ])
     """
 
     norm: str

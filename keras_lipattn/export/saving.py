@@ -44,6 +44,13 @@ class ExportedModel(NamedTuple):
     Attributes:
         certificate: The `Certificate` of the exported model.
         path: Folder of the new version, a `pathlib.Path`.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((4,)), keras_lipattn.SpectralDense(3)])
+    >>> exported = keras_lipattn.export_saved_model(model, "build/dense", verbose=False)
+    >>> exported.certificate.total <= 1.0, exported.path.name
+    (True, '1')
     """
 
     certificate: Certificate

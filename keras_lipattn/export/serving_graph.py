@@ -32,7 +32,18 @@ _ELEMENTWISE_TERMS = 4
 
 
 class ExportError(RuntimeError):
-    """The export was refused or failed. Nothing was published."""
+    """The export was refused or failed. Nothing was published.
+
+    Example:
+
+    >>> inputs = keras.Input((6, 8))
+    >>> model = keras.Model(inputs, keras.layers.MultiHeadAttention(2, 4)(inputs, inputs))
+    >>> try:
+    ...     exported = keras_lipattn.export_saved_model(model, "build/unbounded", verbose=False)
+    ... except keras_lipattn.ExportError:
+    ...     print("refused: the model has no constant")
+    refused: the model has no constant
+    """
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,6 +26,16 @@ def condensed(model):
 
     Raises:
         ValueError: If a layer is not built, or condensed already.
+
+    Example:
+
+    >>> layer = keras_lipattn.L2MultiHeadAttention(2, 4, lipschitz_bound=1.0)
+    >>> model = keras.Sequential([keras.Input((6, 8)), layer])
+    >>> x = keras.random.normal((2, 6, 8))
+    >>> with keras_lipattn.condensed(model) as constants:
+    ...     y = model(x)
+    >>> bool(np.allclose(y, model(x), atol=1e-5)), len(constants)
+    (True, 2)
     """
     layers = lipschitz_layers(model)
     models = [part for part in model._flatten_layers() if isinstance(part, keras.Model)]
@@ -46,7 +56,21 @@ def condensed(model):
 
 
 def lipschitz_layers(model):
-    """The Lipschitz layers in `model`, at any depth, each once, in order."""
+    """The Lipschitz layers in `model`, at any depth, each once, in order.
+
+    Args:
+        model: A `keras.Model` or layer.
+
+    Returns:
+        A list of `LipschitzLayer`s.
+
+    Example:
+
+    >>> dense = keras_lipattn.SpectralDense(3, name="dense")
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.ReLU(), dense])
+    >>> [layer.name for layer in keras_lipattn.layers.lipschitz_layers(model)]
+    ['dense']
+    """
     return [layer for layer in model._flatten_layers() if isinstance(layer, LipschitzLayer)]
 
 

@@ -41,6 +41,13 @@ class Tracking:
         norm: Norm of the running bound: `"l2"`, `"token"` or `"linf"`.
         sequence_length: Number of tokens the bound is for; `None` for the layer's own.
         penalize: Whether `call` adds the penalty to the losses.
+
+    Example:
+
+    >>> layer = keras_lipattn.L2MultiHeadAttention(2, 4)
+    >>> layer.tracking = keras_lipattn.layers.Tracking(norm="token", penalize=True)
+    >>> layer.tracking.sequence_length is None
+    True
     """
 
     norm: str = "l2"
@@ -69,6 +76,20 @@ class LipschitzLayer(keras.layers.Layer):
 
     Every layer creates its running vectors, `running_bound`, `penalty_coefficient` and
     `penalty_log_target` in `build`, whatever its options, so that one checkpoint layout serves all.
+
+    Example:
+
+    >>> class Halved(keras_lipattn.layers.LipschitzLayer):
+    ...     def call(self, inputs):
+    ...         return 0.5 * inputs
+    ...
+    ...     def lipschitz(self, sequence_length=None, norm="l2", mask="full"):
+    ...         return keras_lipattn.LipschitzBound(
+    ...             value=0.5, norm=norm, kind="certified", theorem="a multiple"
+    ...         )
+    >>> inputs = keras.Input((4,))
+    >>> round(keras_lipattn.certify(keras.Model(inputs, Halved()(inputs))).total, 6)
+    0.5
     """
 
     spectral_norm: float | None = None

@@ -42,6 +42,30 @@ data = Batches()
 }
 
 
+def cells() -> dict[str, str]:
+    """Maps each notebook to the Python of its cells, which `make docs` runs."""
+    found = {}
+    for path in sorted((ROOT / "docs").rglob("*.md")):
+        pattern = r"^```\{code-cell\} python\n((?::[^\n]*\n)*)(.*?)^```"
+        blocks = re.findall(pattern, path.read_text(), re.DOTALL | re.MULTILINE)
+        if blocks:
+            found[str(path.relative_to(ROOT))] = "\n".join(block for _, block in blocks)
+    return found
+
+
+def toctree() -> set[str]:
+    """The pages that a table of contents of the site names, without their endings."""
+    docs = ROOT / "docs"
+    listed = {"index"}
+    for path in docs.rglob("*.md"):
+        for block in re.findall(
+            r"^```\{toctree\}\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE
+        ):
+            entries = (line for line in block.split("\n") if line and not line.startswith(":"))
+            listed |= {str((path.parent / entry).relative_to(docs)) for entry in entries}
+    return listed
+
+
 def programs() -> dict[str, str]:
     """Maps `"page:number"` to a Python block of a page, after the set-up of the page."""
     files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -46,11 +46,13 @@ class DurableBackup(keras.callbacks.Callback):
 
     Example:
 
-    ```python
-    monitor = LipschitzMonitor(penalty=0.1)
-    history = DurableCSVLogger("run/history.csv")
-    model.fit(x, y, epochs=10, callbacks=[monitor, history, DurableBackup("run/backup")])
-    ```
+    >>> model = keras.Sequential([keras.Input((4,)), SpectralDense(3)])
+    >>> model.compile("adam", "mse")
+    >>> x, y = np.ones((8, 4)), np.zeros((8, 3))
+    >>> backup = DurableBackup("run/backup")
+    >>> history = model.fit(x, y, epochs=2, callbacks=[LipschitzMonitor(), backup], verbose=0)
+    >>> backup.completed
+    2
     """
 
     def __init__(self, backup_dir: str | os.PathLike, delete_checkpoint: bool = False) -> None:

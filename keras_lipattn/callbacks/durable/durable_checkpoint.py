@@ -24,10 +24,13 @@ class DurableCheckpoint(keras.callbacks.ModelCheckpoint):
 
     Example:
 
-    ```python
-    best = DurableCheckpoint("run/best.keras", "lipschitz_total", save_best_only=True, mode="min")
-    model.fit(x, y, epochs=10, callbacks=[LipschitzMonitor(), best])
-    ```
+    >>> model = keras.Sequential([keras.Input((4,)), SpectralDense(3)])
+    >>> model.compile("adam", "mse")
+    >>> x, y = np.ones((8, 4)), np.zeros((8, 3))
+    >>> best = DurableCheckpoint("best.keras", "lipschitz_total", save_best_only=True, mode="min")
+    >>> history = model.fit(x, y, epochs=2, callbacks=[LipschitzMonitor(), best], verbose=0)
+    >>> keras.saving.load_model("best.keras").output_shape
+    (None, 3)
     """
 
     @property

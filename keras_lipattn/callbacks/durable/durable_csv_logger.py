@@ -35,10 +35,14 @@ class DurableCSVLogger(keras.callbacks.Callback):
 
     Example:
 
-    ```python
-    history = DurableCSVLogger("run/history.csv")
-    model.fit(x, y, epochs=10, callbacks=[LipschitzMonitor(), history, DurableBackup("run/backup")])
-    ```
+    >>> import pathlib
+    >>> model = keras.Sequential([keras.Input((4,)), SpectralDense(3)])
+    >>> model.compile("adam", "mse")
+    >>> x, y = np.ones((8, 4)), np.zeros((8, 3))
+    >>> logger = DurableCSVLogger("history.csv")
+    >>> history = model.fit(x, y, epochs=2, callbacks=[LipschitzMonitor(), logger], verbose=0)
+    >>> len(pathlib.Path("history.csv").read_text().splitlines())
+    3
     """
 
     def __init__(self, filename: str | os.PathLike, separator: str = ",") -> None:
