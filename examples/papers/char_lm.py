@@ -232,7 +232,10 @@ def _draw_curves(axis, results):
             steps, curves.min(axis=0), curves.max(axis=0), color=COLORS[variant], alpha=0.2
         )
     axis.set(xlabel="step", ylabel="training nats per character", title="Learning curves")
-    axis.legend(frameon=False, fontsize=8)
+    # Room for the names above the curves.
+    low, high = axis.get_ylim()
+    axis.set_ylim(low, high + 0.5 * (high - low))
+    axis.legend(frameon=False, fontsize=7, ncols=2)
 
 
 def _draw_bars(axis, results):
@@ -248,10 +251,7 @@ def _draw_bars(axis, results):
             ha="center",
             fontsize=8,
         )
-    labels = [variant.replace(", ", "\n").replace("_", "\n") for variant in VARIANTS]
-    axis.set_xticks(
-        range(len(VARIANTS)), [label.replace(" ", "\n") for label in labels], fontsize=8
-    )
+    axis.set_xticks(range(len(VARIANTS)), VARIANTS, fontsize=8, rotation=30, ha="right")
     axis.set(ylabel="test nats per character", title="Test, one mark for each seed")
     axis.margins(y=0.12)
 

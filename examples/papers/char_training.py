@@ -142,7 +142,7 @@ def certificates(model):
                 layer.coefficient
                 / branch.graph_bound(norm=norm, sequence_length=length, mask="causal")
             )
-            row["contraction"] = layer.lipschitz().value - 1.0
+            row["contraction"] = layer.lipschitz(norm=norm).value - 1.0
         result["attention"].append(row)
     return result
 
