@@ -133,6 +133,7 @@ def _looking_at_distances(kind, *, heads=4, tokens=9, scores=1e-3):
     layer.build((1, tokens, 2 * heads))
     table = np.full((heads, 12), -12.0)
     table[np.arange(heads), 6 + np.arange(heads)] = 12.0
+    assert layer.relative_bias is not None
     layer.relative_bias.assign(table)
     features = np.eye(2 * heads).reshape(2 * heads, heads, 2)
     if kind is kl.BoundedMultiHeadAttention:

@@ -271,10 +271,16 @@ def test_kept_models_are_compared_fairly_and_ours_is_the_better_bound():
         assert {runs[variant, seed]["rate"] for seed in seeds} == {best}
         for seed in seeds:
             certified = runs[variant, seed]["certificates"]["log10"]
-            assert (certified is not None) == (variant in TIED)
+            assert (certified is not None) == (variant in (*TIED, *char_model.BOUNDED))
     for seed in seeds:
         published, ours = (runs[variant, seed]["test_nats"] for variant in TIED[-2:])
         assert ours < published
+        # The contraction costs at most 3 % where tokens are bounded.
+        contractive = runs["contractive, bounded tokens", seed]
+        assert contractive["test_nats"] <= 1.03 * runs["bounded tokens", seed]["test_nats"]
+        for variant in TIED[-2:] + char_model.BOUNDED[1:]:
+            for layer in runs[variant, seed]["certificates"]["attention"]:
+                assert layer["contraction"] <= char_model.COEFFICIENT
         # With relative positions L2 attention is within 2 % of dot-product attention.
         dot, tied = (runs[f"{kind}, relative", seed]["test_nats"] for kind in ("dot_product", "l2"))
         assert tied <= 1.02 * dot

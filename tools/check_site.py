@@ -35,9 +35,9 @@ class _Page(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         values = dict(attrs)
-        self.anchors |= {values[name] for name in ("id", "name") if values.get(name)}
-        if tag == "a" and values.get("href"):
-            self.links.append(values["href"])
+        self.anchors |= {anchor for name in ("id", "name") if (anchor := values.get(name))}
+        if tag == "a" and (link := values.get("href")):
+            self.links.append(link)
         target = values.get(_LOADED.get(tag, ""))
         if target and not (tag == "link" and values.get("rel") in _NAMED_ONLY):
             self.loaded.append(target)
@@ -87,7 +87,7 @@ def public_names() -> dict[str, tuple[str, ...]]:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=pathlib.Path)
     folder = parser.parse_args(argv).folder.resolve()
     problems = broken_links(folder)
