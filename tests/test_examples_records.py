@@ -49,20 +49,24 @@ def test_the_images_of_a_record_are_those_of_its_table(tmp_path):
     assert f"| mnist | small | perceptron | 1 | {100 * run['clean']:.2f} |" in table.stdout
 
 
-@pytest.mark.parametrize("attention", ["full", "none"])
+@pytest.mark.parametrize("attention", ["positions", "full", "none", "blocks"])
 def test_characters_have_the_constant_that_was_asked_for(tmp_path, attention):
     text = "".join(RNG.choice(list("abc def\n"), 30000))
     (tmp_path / "tinyshakespeare.txt").write_text(text)
     record = tmp_path / "lm.jsonl"
     sizes = ("--width=16", "--context=16", "--heads=2", "--units=32", "--layers=1", "--steps=20")
-    flags = (f"--attention={attention}", "--lipschitz=0.7", *sizes)
+    flags = (f"--attention={attention}", "--lipschitz=0.7", "--attacked=6", *sizes)
     run = _recorded("language/lipschitz_lm.py", record, tmp_path, *flags)
     # The scale is rounded to float32.
     assert run["found"] <= run["constant"] <= 0.7 * (1.0 + 1e-6)
     shares = [run["honest"], *run["certified"].values()]
     assert shares == sorted(shares, reverse=True)
+    assert run["attack"]["predictions"] == 18
+    assert run["attack"]["changed inside"] == 0
+    # The attack is not idle.
+    assert run["attack"]["changed at 3 times"] > 0
     table = _run("language/lipschitz_lm.py", record, tmp_path, "--table")
-    assert f"| {attention} | 0.7 |" in table.stdout
+    assert f"| {attention} | 0.7 | 16 |" in table.stdout
 
 
 def test_a_missing_text_is_named(tmp_path):

@@ -314,14 +314,23 @@ def table(record: pathlib.Path) -> str:
     runs = collections.defaultdict(list)
     for line in record.read_text().splitlines():
         run = json.loads(line)
-        runs[run["attention"], run["lipschitz"]].append(run)
-    heads = ["attention", "constant kept", "certified", "found", "seeds", "honest", "first windows"]
+        runs[run["attention"], run["lipschitz"], run["width"]].append(run)
+    heads = [
+        "attention",
+        "constant kept",
+        "width",
+        "certified",
+        "found",
+        "seeds",
+        "honest",
+        "first windows",
+    ]
     heads += [f"certified at {radius:g}" for radius in _RADII] + ["minutes"]
     lines = [f"| {' | '.join(heads)} |", len(heads) * "| --- " + "|"]
-    for (attention, lipschitz), found in sorted(runs.items()):
+    for (attention, lipschitz, width), found in sorted(runs.items()):
         shares = [[run[name] for run in found] for name in ("honest", "first windows")]
         shares += [[run["certified"][f"{radius:g}"] for run in found] for radius in _RADII]
-        cells = [attention, f"{lipschitz:g}" if lipschitz else "none"]
+        cells = [attention, f"{lipschitz:g}" if lipschitz else "none", str(width)]
         cells += [f"{max(run[name] for run in found):.4g}" for name in ("constant", "found")]
         cells.append(str(len(found)))
         cells += [
