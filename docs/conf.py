@@ -48,7 +48,6 @@ nb_execution_mode = "cache"
 nb_execution_cache_path = str(ROOT / "build" / "docs_cache" / _version)
 nb_execution_raise_on_error = True
 nb_execution_timeout = 600
-nb_merge_streams = True
 # What TensorFlow logs when it starts.
 nb_output_stderr = "remove"
 
