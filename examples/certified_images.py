@@ -238,8 +238,8 @@ def plot(record: pathlib.Path, image: str) -> None:
             axes.plot([0.0, *radii], shares, style, color=colors[model], marker=".", label=label)
         axes.set(title=dataset, xlabel="radius, 2-norm, pixels in [0, 1]", ylim=(0.0, 1.0))
         axes.grid(alpha=0.3)
+        axes.legend(fontsize="small", loc="lower left")
     figure.axes[0].set_ylabel("certified accuracy")
-    figure.axes[0].legend(fontsize="small")
     figure.savefig(image, dpi=100)
 
 

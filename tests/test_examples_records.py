@@ -51,14 +51,14 @@ def test_the_images_of_a_record_are_those_of_its_table(tmp_path):
 
 @pytest.mark.parametrize("attention", ["positions", "full", "none", "blocks"])
 def test_characters_have_the_constant_that_was_asked_for(tmp_path, attention):
-    text = "".join(RNG.choice(list("abc def\n"), 30000))
+    text = "First Citizen:\nBefore we proceed any further, hear me speak.\n" * 500
     (tmp_path / "tinyshakespeare.txt").write_text(text)
     record = tmp_path / "lm.jsonl"
     sizes = ("--width=16", "--context=16", "--heads=2", "--units=32", "--layers=1", "--steps=20")
-    flags = (f"--attention={attention}", "--lipschitz=0.7", "--attacked=6", *sizes)
+    flags = (f"--attention={attention}", "--lipschitz=2", "--attacked=6", *sizes)
     run = _recorded("language/lipschitz_lm.py", record, tmp_path, *flags)
     # The scale is rounded to float32.
-    assert run["found"] <= run["constant"] <= 0.7 * (1.0 + 1e-6)
+    assert run["found"] <= run["constant"] <= 2.0 * (1.0 + 1e-6)
     shares = [run["honest"], *run["certified"].values()]
     assert shares == sorted(shares, reverse=True)
     assert run["attack"]["predictions"] == 18
@@ -66,7 +66,7 @@ def test_characters_have_the_constant_that_was_asked_for(tmp_path, attention):
     # The attack is not idle.
     assert run["attack"]["changed at 3 times"] > 0
     table = _run("language/lipschitz_lm.py", record, tmp_path, "--table")
-    assert f"| {attention} | 0.7 | 16 |" in table.stdout
+    assert f"| {attention} | 2 | 16 |" in table.stdout
 
 
 def test_a_missing_text_is_named(tmp_path):
@@ -78,7 +78,11 @@ def test_a_missing_text_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("program", "name"),
-    [("certified_images.py", "images"), ("language/lipschitz_lm.py", "characters")],
+    [
+        ("certified_images.py", "images"),
+        ("certified_images.py", "peers"),
+        ("language/lipschitz_lm.py", "characters"),
+    ],
 )
 def test_the_tables_of_the_results_are_those_of_the_kept_records(tmp_path, program, name):
     kept = ROOT / "docs" / "results" / f"{name}.jsonl"
