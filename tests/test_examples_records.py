@@ -57,8 +57,10 @@ def test_characters_have_the_constant_that_was_asked_for(tmp_path, attention):
     sizes = ("--width=16", "--context=16", "--heads=2", "--units=32", "--layers=1", "--steps=20")
     flags = (f"--attention={attention}", "--lipschitz=2", "--attacked=6", *sizes)
     run = _recorded("language/lipschitz_lm.py", record, tmp_path, *flags)
-    # The scale is rounded to float32.
-    assert run["found"] <= run["constant"] <= 2.0 * (1.0 + 1e-6)
+    # The scale is rounded to float32. The search runs in float32, which rounds by 6e-8 in each
+    # layer, and without attention it attains the constant.
+    assert run["constant"] <= 2.0 * (1.0 + 1e-6)
+    assert run["found"] <= run["constant"] * (1.0 + 1e-6)
     shares = [run["honest"], *run["certified"].values()]
     assert shares == sorted(shares, reverse=True)
     assert run["attack"]["predictions"] == 18
