@@ -116,7 +116,7 @@ def build(symbols: int, capped: bool, scale: float) -> keras.Model:
 
 
 def last_characters(x, dense, cap):
-    """One layer of attention that hands the last tokens to a perceptron, unless left out."""
+    """A perceptron on the last tokens, which one layer of attention puts side by side."""
     if _ATTENTION.value != "none":
         attention = BoundedMultiHeadAttention(
             _HEADS.value,
