@@ -1,7 +1,7 @@
 """Character-level language models of a million weights, and of one to five layers.
 
-The variants of `char_lm.py` at fourteen times its number of weights and twice its context, five
-passes over the text, one seed each. Then models of the size of `char_lm.py` with one to five
+The variants of `char_lm.py` at fourteen times its number of weights and twice its context, one
+pass over the text, one seed each. Then models of the size of `char_lm.py` with one to five
 layers: does contractive attention stop gaining from more layers earlier?
 
     python examples/papers/char_scale.py                        # Python's documentation, small
@@ -69,9 +69,9 @@ SMALL = Setting(
 )
 FULL = Setting(
     size=Size(layers=2, width=192, heads=8, context=128),
-    # Five times the 5,017,482 characters of Penn Treebank.
-    plan=Plan(batch=16, steps=12_250, warm_up=1000),
-    rates=(0.001, 0.003, 0.01),
+    # The 5,017,482 characters of Penn Treebank.
+    plan=Plan(batch=16, steps=2450, warm_up=250),
+    rates=(0.003, 0.01),
     tuning_steps=500,
     layered_size=Size(layers=0, width=48, heads=8, context=64),
     layered_plan=Plan(batch=16, steps=3000, warm_up=300),

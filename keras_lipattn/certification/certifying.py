@@ -327,7 +327,8 @@ def _check_arguments(model, norm, sequence_length, input_radius, mask) -> None:
         raise ValueError(f"`model` must be a `keras.Model`. Received: model={model!r}")
     if not isinstance(norm, str) or norm not in NORMS:
         raise ValueError(
-            f"`norm` must be one of {sorted(NORMS)}. Received: norm={norm!r} ({type(norm).__name__})"
+            f"`norm` must be one of {sorted(NORMS)}. "
+            f"Received: norm={norm!r} of type {type(norm).__name__}"
         )
     if sequence_length is not None and (
         isinstance(sequence_length, bool)
