@@ -6,6 +6,8 @@ import pytest
 from foolbox.attacks import projected_gradient_descent as descent
 
 import keras_lipattn as kl
+from keras_lipattn.certification.classifier_head import logits_of
+from keras_lipattn.linalg.precision import UNIT_ROUNDOFF
 
 RADII = (0.05, 0.2, 1.0)
 
@@ -46,12 +48,41 @@ def test_every_share_is_its_definition(trained, norm):
     assert found.broken_at is None and found.contradictions == 0
 
 
-def test_probabilities_give_the_radii_of_their_logits(trained):
+@pytest.mark.parametrize("end", ["softmax", "log_softmax"])
+def test_probabilities_give_the_radii_of_their_logits(trained, end):
     x, y = problem()
     expected = kl.certified_accuracy(trained, x, y, RADII)
-    found = kl.certified_accuracy(with_softmax(trained), x, y, RADII)
+    ending = keras.layers.Activation(end)
+    found = kl.certified_accuracy(
+        keras.Sequential([keras.Input((6,)), *trained.layers, ending]), x, y, RADII
+    )
     # Probabilities in float32 are rounded once more.
     np.testing.assert_allclose(found.certified_radii, expected.certified_radii, atol=1e-6)
+    np.testing.assert_array_equal(found.correct, expected.correct)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_logits_of_probabilities_lead_by_no_more_than_the_logits(dtype):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(500, 1)) * 10.0 ** rng.uniform(-3, 2, size=(500, 1))
+    rounded = keras.ops.convert_to_numpy(
+        keras.ops.cast(keras.ops.sigmoid(keras.ops.convert_to_tensor(logits)), dtype)
+    )
+    found = logits_of(rounded, "sigmoid")
+    roundoff = UNIT_ROUNDOFF[dtype]
+    assert np.isfinite(found).all()
+    # A probability loses as many digits as it has a leading 0.5 or 1.
+    assert (np.abs(found) <= np.abs(logits) * (1.0 + 1e-9) + 4.0 * roundoff).all()
+    assert (found * logits >= 0.0).all()
+    few = np.abs(logits) < 2.0
+    np.testing.assert_allclose(found[few], logits[few], atol=40.0 * roundoff)
+    several = rng.normal(size=(500, 4)) * 10.0 ** rng.uniform(-3, 2, size=(500, 1))
+    for end in (keras.ops.softmax, keras.ops.log_softmax):
+        output = keras.ops.cast(end(keras.ops.convert_to_tensor(several)), dtype)
+        found = logits_of(keras.ops.convert_to_numpy(output), "softmax")
+        gaps = np.max(several, -1, keepdims=True) - several
+        allowed = gaps * (1.0 + 2.0 * roundoff) + 4.0 * roundoff
+        assert (np.max(found, -1, keepdims=True) - found <= allowed).all()
 
 
 def test_probabilities_of_zero_are_certified_no_further_than_their_logits(trained):

@@ -1,5 +1,6 @@
 """Local certificates: valid in the whole ball, never above the global one, sharp at the center."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -435,6 +436,156 @@ def test_what_has_no_meaning_is_refused():
     inputs = keras.Input((5, 4))
     with pytest.raises(ValueError, match="head"):
         kl.certified_radius(keras.Model(inputs, layers.Dense(2)(inputs)), x)
+
+
+def assert_no_class_changes(model, x, radii, norm="l2", count=200):
+    """Random steps of the size of the radius, and steps along the gradient of each margin."""
+    rng = np.random.default_rng(11)
+    axes = {"l2": tuple(range(1, x.ndim)), "token": (-1,), "linf": ()}[norm]
+    for point, radius in zip(x, radii, strict=True):
+        label = array_of(model(point[None], training=False)).argmax()
+        gradients = jacobians(lambda z: model(z, training=False), point[None])[0]
+        gradients = gradients.reshape(-1, *point.shape)
+        steps = np.concatenate([rng.normal(size=(count, *point.shape)), gradients, -gradients])
+        if norm == "linf":
+            steps = np.sign(steps)
+        sizes = np.sqrt(np.square(steps).sum(axis=axes, keepdims=True)) if axes else 1.0
+        moved = point + 0.999 * radius * steps / np.maximum(sizes, 1e-30)
+        assert (array_of(model(moved, training=False)).argmax(-1) == label).all()
+
+
+ENDS = {"logits": None, "softmax": "softmax", "log_softmax": "log_softmax", "unit": "sigmoid"}
+
+
+@pytest.mark.parametrize("name", sorted(LOST | {"dense", "orthogonal_dense", "bounded_capped"}))
+def test_radii_need_no_values_and_are_never_below_the_global_ones(name):
+    build = {
+        "bounded_capped": lambda x: kl.BoundedMultiHeadAttention(
+            2, 2, token_radius=2.0, spectral_norm=0.5
+        )(x, x)
+    }
+    case = CASES.get(name) or dataclasses.replace(CASES["dense"], build=build[name])
+    end = list(ENDS)[sorted(LOST).index(name) % 4] if name in LOST else "logits"
+    with default_dtype(case.dtype):
+        inputs = keras.Input(case.shape, dtype=case.dtype)
+        features = layers.Flatten()(case.build(inputs))
+        units = 1 if end == "unit" else 3
+        model = keras.Model(inputs, layers.Dense(units, activation=ENDS[end])(features))
+    randomize(model)
+    x = points_of(case, count=2).astype(case.dtype)
+    plain = keras.Model(inputs, layers.Dense(units, dtype=case.dtype)(features))
+    plain.set_weights(model.get_weights())
+    options = dict(case.options)
+    norm = NORMS[sorted(LOST).index(name) % 3] if name in LOST else "l2"
+    radii = kl.certified_radius(model, x, norm, steps=3, **options)
+    certificate, logits = certify(model, norm, **options), array_of(plain(x))
+    assert (certificate.certified_radius(logits) > 0.0).all()
+    for point, radius, found in zip(x, radii, logits, strict=True):
+        _, (near,) = values_near(model, point, 0.0, norm, **options)
+        # Caps agree to one part in 10^6, and probabilities are rounded.
+        error = 1e-6 * (1.0 + np.abs(found).max()) + (0.0 if near is None else near.rounding_error)
+        assert radius >= certificate.certified_radius(found, allowance=2.0 * error) * (1.0 - 1e-9)
+    if end != "unit":
+        assert_no_class_changes(plain, x, radii, norm)
+
+
+CAPPED = {
+    "l2": lambda x, mask: kl.L2MultiHeadAttention(2, 3, lipschitz_bound=1.0)(x),
+    "l2 masked": lambda x, mask: kl.L2MultiHeadAttention(2, 3, lipschitz_bound=1.0)(
+        x, query_mask=mask
+    ),
+    "l2 attention mask": lambda x, mask: kl.L2MultiHeadAttention(2, 3, lipschitz_bound=1.0)(
+        x, attention_mask=mask[:, None, :]
+    ),
+    "bounded": lambda x, mask: kl.BoundedMultiHeadAttention(
+        2, 3, token_radius=2.0, lipschitz_bound=1.0
+    )(x, x, key_mask=mask),
+    "dense": lambda x, mask: kl.SpectralDense(4, spectral_norm=1.0)(x),
+}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", CAPPED)
+def test_radii_of_capped_models_need_no_condensing(name, training):
+    with default_dtype("float64"):
+        inputs = keras.Input((5, 4), dtype="float64", name="x")
+        mask = keras.Input((5,), dtype="bool", name="mask")
+        x = kl.Residual(0.5)([inputs, CAPPED[name](inputs, mask)])
+        x = layers.LayerNormalization()(x)
+        model = keras.Model(
+            {"x": inputs, "mask": mask}, layers.Dense(3)(layers.GlobalAveragePooling1D()(x))
+        )
+    randomize(model)
+    rng = np.random.default_rng(12)
+    data = {"x": 2.0 * rng.normal(size=(2, 5, 4)), "mask": np.arange(5) < np.array([[5], [3]])}
+    if training:
+        # Weights that were trained after the last inference.
+        model.compile("sgd", "mse", jit_compile=False)
+        model.predict(data, verbose=0)
+        model.fit(data, np.zeros((2, 3)), verbose=0)
+    before = [array_of(weight) for weight in model.weights]
+    radii = kl.certified_radius(model, data, steps=4)
+    for weight, value in zip(model.weights, before, strict=True):
+        np.testing.assert_array_equal(array_of(weight), value)
+    logits = model.predict(data, verbose=0)
+    globally = certify(model).certified_radius(logits)
+    if "attention mask" in name:
+        # Its cap depends on the mask, so that no values are known.
+        assert (radii >= globally * (1.0 - 1e-6)).all()
+    else:
+        # The constant of the normalization is smaller near an input.
+        assert (radii > 1.2 * globally).all()
+    for index, radius in enumerate(radii):
+        seen = data["mask"][index : index + 1]
+        assert_no_class_changes(
+            lambda z, training, seen=seen: model(
+                {"x": keras.ops.convert_to_tensor(z), "mask": keras.ops.repeat(seen, len(z), 0)},
+                training=training,
+            ),
+            data["x"][index : index + 1],
+            [radius],
+        )
+    with kl.condensed(model):
+        condensed = kl.certified_radius(model, data, steps=4)
+    assert (radii <= condensed * (1.0 + 1e-3)).all()
+
+
+@pytest.mark.parametrize("structure", ["list", "dict", "arguments", "one dict"])
+def test_predicted_logits_are_those_of_every_structure_of_inputs(structure):
+    first, second = kl.ScaledCosineAttention(2, 2), layers.Dense(4)
+    pooling, last = layers.GlobalAveragePooling1D(), layers.Dense(3)
+
+    class Classifier(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.parts = [first, second, pooling, last]
+
+        def call(self, x, y=None):
+            if isinstance(x, dict):
+                x, y = x["x"], x["y"]
+            first, second, pooling, last = self.parts
+            return last(pooling(first(x) + second(y)))
+
+    rng = np.random.default_rng(14)
+    x, y = (rng.normal(size=shape).astype("float32") for shape in ((2, 3, 4), (2, 3, 5)))
+    if structure in ("list", "dict"):
+        a, b = keras.Input((3, 4), name="x"), keras.Input((3, 5), name="y")
+        outputs = last(pooling(layers.Add()([first(a), second(b)])))
+        model = keras.Model([a, b] if structure == "list" else {"y": b, "x": a}, outputs)
+        data = [x, y] if structure == "list" else {"y": y, "x": x}
+        logits = array_of(model(data))
+    else:
+        model = Classifier()
+        data = (x, y) if structure == "arguments" else {"x": x, "y": y}
+        logits = array_of(model(x, y) if structure == "arguments" else model(data))
+    inputs = data if structure == "arguments" else None
+    globally = certify(model, inputs=inputs).certified_radius(logits)
+    assert (globally > 0.0).all()
+    radii = kl.certified_radius(model, data, steps=1, inputs=inputs)
+    np.testing.assert_allclose(radii, globally, rtol=1e-5)
+
+
+def test_radii_are_zero_where_nothing_is_certified():
+    inputs = keras.Input((5, 4))
     unknown = keras.Model(inputs, layers.Dense(2)(layers.Flatten()(layers.LSTM(3)(inputs))))
-    with pytest.raises(ValueError, match="values are not known after lstm"):
-        kl.certified_radius(unknown, x)
+    assert kl.certified_radius(unknown, np.zeros((5, 4))) == 0.0

@@ -269,3 +269,70 @@ def test_arguments_out_of_range_are_refused(made, arguments):
     name = list(arguments)[-1]
     with pytest.raises(ValueError, match=f"`{name}` must be .*Received: {name}="):
         made(**arguments)
+
+
+LOSSES = [MarginCrossentropy, EfficientMarginCrossentropy, MulticlassHKR]
+
+
+class SoftmaxOfCode(keras.layers.Layer):
+    def call(self, x):
+        return keras.ops.softmax(x)
+
+
+class LogitsBesideProbabilities(keras.layers.Layer):
+    def call(self, x):
+        return x + 0.0 * keras.ops.sum(keras.activations.softmax(x))
+
+
+def dense(**options):
+    return keras.layers.Dense(CLASSES, **options)
+
+
+PROBABILITIES = {
+    "dense": lambda: [dense(activation="softmax")],
+    "own dense": lambda: [kl.SpectralDense(CLASSES, activation="softmax")],
+    "activation": lambda: [dense(), keras.layers.Activation("softmax")],
+    "layer": lambda: [dense(), keras.layers.Softmax()],
+    "operation": lambda: [dense(), SoftmaxOfCode()],
+    "dropout": lambda: [dense(activation="softmax"), keras.layers.Identity()],
+    "half": lambda: [dense(activation="softmax", dtype="mixed_float16")],
+    "nested": lambda: [keras.Sequential([dense(activation="softmax")])],
+}
+LOGITS = {
+    "dense": lambda: [dense()],
+    "own dense": lambda: [kl.OrthogonalDense(CLASSES)],
+    "hidden softmax": lambda: [dense(activation="softmax"), dense()],
+    "hidden sigmoid": lambda: [dense(activation="sigmoid"), dense()],
+    "scaled": lambda: [dense(activation="softmax"), keras.layers.Rescaling(10.0)],
+    "linear": lambda: [dense(activation="linear"), keras.layers.Activation("linear")],
+    "log_softmax": lambda: [dense(activation="log_softmax")],
+    "with probabilities": lambda: [dense(), LogitsBesideProbabilities()],
+}
+
+
+def run_everywhere(layers, loss, *, eager):
+    """Calls of the loss: alone, and in `fit` and `evaluate`, in a graph or eagerly."""
+    model = keras.Sequential([keras.Input((4,)), *layers])
+    labels, _ = examples(6)
+    x = RNG.normal(size=(6, 4)).astype("float32")
+    yield lambda: loss(labels, model(x, training=False))
+    model.compile("sgd", loss, run_eagerly=eager, jit_compile=False)
+    yield lambda: model.fit(x, labels, epochs=1, verbose=0)
+    yield lambda: model.evaluate(x, labels, verbose=0)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("end", PROBABILITIES)
+def test_probabilities_are_refused(end, eager):
+    made = LOSSES[list(PROBABILITIES).index(end) % 3]
+    for run in run_everywhere(PROBABILITIES[end](), made(0.1), eager=eager):
+        with pytest.raises(ValueError, match=f"{made.__name__}.* takes logits"):
+            run()
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("end", LOGITS)
+def test_logits_are_never_refused(end, eager):
+    made = LOSSES[list(LOGITS).index(end) % 3]
+    for run in run_everywhere(LOGITS[end](), made(0.1), eager=eager):
+        run()

@@ -3,6 +3,8 @@
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
 # pyright: reportOptionalMemberAccess=false, reportIndexIssue=false
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -175,6 +177,48 @@ def test_masks_reach_the_new_layers():
     table[0] += 5.0
     embedding.embeddings.assign(table)
     np.testing.assert_allclose(outputs_of(result.model, padded)[0], before, rtol=0, atol=1e-6)
+
+
+SUMS = {
+    "operator": (lambda x, y: x + y, True),
+    "operation": (lambda x, y: ops.add(x, y), True),
+    "keywords": (lambda x, y: ops.add(x1=x, x2=y), True),
+    "layer": (lambda x, y: layers.Add()([x, y]), False),
+}
+
+
+@pytest.mark.parametrize("mask_zero", [False, True])
+@pytest.mark.parametrize("length", [6, None])
+@pytest.mark.parametrize("name", SUMS)
+def test_the_report_names_the_sums_where_a_mask_was_lost(name, length, mask_zero):
+    add, loses = SUMS[name]
+    words = keras.Input((length,), dtype="int32")
+    table = layers.Embedding(9, 4, mask_zero=mask_zero)
+    x = table(words)
+    x = add(x, layers.Dense(4)(layers.Dense(6, activation="gelu")(x)))
+    x = add(x, layers.Dense(4)(x))
+    attention = layers.MultiHeadAttention(1, 4)(x, x)
+    old = keras.Model(words, layers.Dense(2)(layers.GlobalAveragePooling1D()(attention)))
+    with warnings.catch_warnings():
+        # Keras would warn that a `Sequential` loses the mask.
+        warnings.simplefilter("error", UserWarning)
+        result = kl.make_lipschitz(old, sequence_length=6)
+        result.model.predict(np.array([[1, 2, 0, 0, 0, 0]]), verbose=0)
+    noted = [path for path, text in result.replaced.items() if "mask that `x + y` loses" in text]
+    sums = [path for path, text in result.replaced.items() if text.startswith("Add -> Residual")]
+    assert len(sums) == 2
+    # The second sum of the original gets no mask any more.
+    assert noted == (sums[:1] if loses and mask_zero else [])
+    assert all(path in str(result) for path in noted)
+    # Whether the embedding of the padding matters is what the report says.
+    for model, sees_padding in ((old, loses or not mask_zero), (result.model, not mask_zero)):
+        ids = np.array([[1, 2, 3, 0, 0, 0]])
+        before = model.predict(ids, verbose=0)
+        embedding = model.get_layer(table.name)
+        embedding.embeddings.assign(
+            np.array(embedding.embeddings) + 3.0 * (np.arange(9) == 0)[:, None]
+        )
+        assert np.allclose(model.predict(ids, verbose=0), before, atol=1e-6) != sees_padding
 
 
 def test_weights_are_the_first_weights_of_the_new_layers():

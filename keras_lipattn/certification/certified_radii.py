@@ -11,8 +11,11 @@ from keras_lipattn._arguments import require_positive_integer
 from keras_lipattn.certification.centers import examples_of
 from keras_lipattn.certification.certificate import Certificate
 from keras_lipattn.certification.certifying import certify, local_certificate
+from keras_lipattn.certification.classifier_head import logits_of
+from keras_lipattn.certification.keras_models import call_specs
 from keras_lipattn.certification.options import Options
 from keras_lipattn.certification.tensor_state import Enclosure
+from keras_lipattn.layers import lipschitz_layers
 from keras_lipattn.linalg import SAFETY
 
 
@@ -32,14 +35,20 @@ def certified_radius(
     `certify(model, center=x, radius=r)` and finds the largest `r` for which the margin exceeds
     `sqrt(2) L(r) r`, or the corresponding bound for each pair of classes. The search is a
     bisection, since `L(r)` usually grows with `r`. Every radius it tries is certified, and the
-    result is never smaller than the radius that the global certificate gives.
+    result is never smaller than the radius that the global certificate gives for the same margins.
+
+    The logits at `x` are computed in float64, and a bound of their rounding is subtracted from the
+    margins. Layers with caps whose norms are not known yet remember them first, as by
+    `layer.condense()`. Where values are not known, such as after a layer whose code does not run in
+    float64 or a cap that depends on an `attention_mask`, the logits are those that the model
+    returns. Then only `allowance` covers their rounding.
 
     Args:
         model: a built classifier.
         x: one input of the model without a batch axis, or a batch.
         norm: norm of the balls, `"l2"`, `"token"` or `"linf"`, see `certify`.
         steps: certificates per example.
-        allowance: subtracted from every margin, for the rounding of the logits.
+        allowance: subtracted from every margin, for the rounding of the logits that are served.
         **options: further arguments of `certify`, such as `assume_fixed_mask=True`.
 
     Returns:
@@ -47,8 +56,8 @@ def certified_radius(
         certified.
 
     Raises:
-        ValueError: if the model is not a classifier, its logits at `x` cannot be computed in
-            float64 (the message names the layer), or an argument is out of range.
+        ValueError: if the model is not a classifier, the backend has no float64, or an argument is
+            out of range.
 
     Example:
 
@@ -65,6 +74,7 @@ def certified_radius(
     """
     require_positive_integer("steps", steps)
     structure, examples = examples_of(model, x)
+    _remember_caps(model)
     globally = certify(model, norm, **options)
     options.pop("check", None)
     inputs = options.pop("inputs", None)
@@ -81,15 +91,27 @@ def certified_radius(
     return np.asarray(radii[0] if single else radii)
 
 
+def _remember_caps(model: keras.Model) -> None:
+    """Makes the weights used at inference known on the host."""
+    for layer in lipschitz_layers(model):
+        if layer.built and not layer.caps_are_exact():
+            layer.condense()
+
+
 def _near(model, settings, inputs, x, radius: float) -> tuple[Certificate, Enclosure]:
     certificate, (found,) = local_certificate(model, settings, inputs, x, radius)
     if found is None:
-        lost = "; ".join(f"after {path}: {why}" for path, why in certificate.threat_model.lost)
-        raise ValueError(
-            "The logits at `x` must be computable in float64. "
-            f"Received: a model whose values are not known {lost or 'at one of its layers'}"
-        )
+        # Only the logits are not known: the constants hold all the same.
+        found = Enclosure(_predicted_logits(model, x, certificate.head))
     return certificate, found
+
+
+def _predicted_logits(model: keras.Model, x: Any, head: str) -> np.ndarray:
+    options = {"training": False} if model._call_has_training_arg else {}
+    arguments = keras.tree.pack_sequence_as(call_specs(model, x)[0], keras.tree.flatten(x))
+    with keras.StatelessScope(collect_losses=True):
+        (output,) = keras.tree.flatten(model(*arguments, **options))
+    return logits_of(keras.ops.convert_to_numpy(output), head)
 
 
 def _radius(near, globally: Certificate, steps: int, allowance: float) -> float:

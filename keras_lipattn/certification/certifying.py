@@ -184,8 +184,9 @@ def local_certificate(
             enclosures.append(None)
             continue
         in_l2, certificate = _certify_traced(traced, dataclasses.replace(options, norm="l2"), local)
-        if not traced.failure:
-            enclosures.append(in_l2.state_of(traced.trace.outputs[0]).enclosure)
+        enclosures.append(
+            None if traced.failure else in_l2.state_of(traced.trace.outputs[0]).enclosure
+        )
         if options.norm != "l2":
             _, certificate = _certify_traced(traced, options, local)
         threat = dataclasses.replace(certificate.threat_model, lost=tuple(local.lost.items()))

@@ -14,6 +14,7 @@ from keras_lipattn.certification.tensor_state import TensorState
 from keras_lipattn.certification.trace import Trace, TracedCall
 from keras_lipattn.layers import NormalizedDense, OrthogonalDense, SpectralDense
 from keras_lipattn.linalg import SAFETY
+from keras_lipattn.linalg.precision import UNIT_ROUNDOFF
 
 # With more classes than this the pairwise constants are not stored.
 MOST_PAIRED_CLASSES = 256
@@ -71,6 +72,33 @@ def _activation_kind(call: TracedCall, classes: int) -> str:
     if type(operation).__name__ in ("Softmax", "LogSoftmax") and classes > 1:
         return "softmax" if operation.axis in (-1, 1) else ""
     return ""
+
+
+def logits_of(output: np.ndarray, head: str) -> np.ndarray:
+    """Logits of a classifier, up to a number that all classes of an example share.
+
+    Args:
+        output: output of the model, `(..., classes)`: logits or probabilities.
+        head: kind of the classifier, see `find_head`.
+
+    Returns:
+        An array of float64. Logits of probabilities that were rounded to 0 or 1 are nearer to those
+        of other classes than they were, so that no margin grows.
+    """
+    dtype = np.asarray(output).dtype.name
+    roundoff = UNIT_ROUNDOFF.get(dtype, UNIT_ROUNDOFF["float32"])
+    # Smaller numbers have fewer digits, or were flushed to zero.
+    tiny = float(np.finfo(np.float16 if dtype == "float16" else np.float32).tiny)
+    output = np.asarray(output).astype(np.float64)
+    if head == "softmax":
+        # The entries of a log-softmax are not positive, and not all are 0.
+        is_log = (output < 0.0).any(axis=-1, keepdims=True)
+        return np.where(is_log, output, np.log(np.maximum(output, tiny)))
+    if head == "sigmoid":
+        above = np.log(np.maximum(output, tiny) / (1.0 - output + 2.0 * roundoff))
+        below = np.log(np.maximum(output, tiny) / np.maximum(1.0 - output, tiny))
+        return np.where(output > 0.5, np.maximum(above, 0.0), below)
+    return output
 
 
 def pairwise_constants(

@@ -74,6 +74,9 @@ def interval_after(operation: Any, arguments: Mapping[str, Any], dtype: str) -> 
         return ANYTHING
     if "x1" in arguments and "x2" in arguments:
         operands = [arguments["x1"], arguments["x2"]]
+    elif cls.__name__ in ("GetItem", "Slice"):
+        # Not the indices.
+        operands = [next(iter(arguments.values()))]
     else:
         operands = keras.tree.flatten(list(arguments.values()))
     intervals = [interval_of(one) for one in operands if one is not None]
@@ -81,8 +84,8 @@ def interval_after(operation: Any, arguments: Mapping[str, Any], dtype: str) -> 
     if not math.isfinite(high - low):
         return ANYTHING
     if dtype.startswith(("int", "uint")):
-        # Casts round towards 0, and numbers that are too large wrap around.
-        low, high = math.floor(min(low, 0.0)), math.ceil(max(high, 0.0))
+        # Casts round to a neighbor, and numbers that are too large wrap around.
+        low, high = math.floor(low), math.ceil(high)
         limits = np.iinfo(dtype)
         return (low, high) if limits.min <= low <= high <= limits.max else ANYTHING
     too_large = dtype == "float16" and max(-low, high) > _LARGEST_HALF
@@ -103,6 +106,8 @@ def _after(name: str, operation, arguments, intervals: list[Interval]) -> Interv
     if name in ("Absolute", "Abs"):
         low, high = intervals[0]
         return max(low, -high, 0.0), max(high, -low)
+    if name == "Clip":
+        return _clipped(operation, intervals[0])
     if name == "Sum":
         return _sum(operation, arguments, intervals[0])
     if len(intervals) != 2:
@@ -126,6 +131,14 @@ def _after(name: str, operation, arguments, intervals: list[Interval]) -> Interv
 def _corners(intervals: list[Interval], function) -> Interval:
     values = [function(x, y) for x, y in itertools.product(*intervals)]
     return (math.nan, math.nan) if any(map(math.isnan, values)) else (min(values), max(values))
+
+
+def _clipped(operation, interval: Interval) -> Interval:
+    least, most = operation.x_min, operation.x_max
+    if not all(one is None or isinstance(one, int | float) for one in (least, most)):
+        return ANYTHING
+    low, high = (one if least is None else max(one, least) for one in interval)
+    return (low, high) if most is None else (min(low, most), min(high, most))
 
 
 def _sum(operation, arguments, interval: Interval) -> Interval:

@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 from keras import KerasTensor, layers
+from keras.src import backend
 from keras.src.ops.numpy import Add
 
 from keras_lipattn.certification.trace import Trace, TracedCall
@@ -87,6 +88,17 @@ class Calls:
         if id(one) in self._ancestors(other):
             return 0
         return 1 if id(other) in self._ancestors(one) else None
+
+    def loses_mask(self, operation: Any) -> bool:
+        """Whether a mask is attached to a tensor that an operation of a graph is called on.
+
+        Keras passes masks on from layer to layer, not through operations.
+        """
+        return any(
+            backend.get_keras_mask(tensor) is not None
+            for call in self.of(operation)
+            for tensor in call.tensors
+        )
 
     def terms_before(self, layer: Any) -> int:
         """How many tensors are added in the code of a layer just before each call of `layer`."""

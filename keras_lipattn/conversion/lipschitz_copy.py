@@ -43,6 +43,7 @@ _SUM_IN_CODE = (
     "a sum in the code of a layer; write it as `keras.layers.Add()([x, y])`, or put a "
     "normalization after it"
 )
+_KEEPS_MASK = ", which passes on the mask that `x + y` loses: later layers leave the padding out"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -137,6 +138,10 @@ def make_lipschitz(
     The code of a custom layer is not changed: a sum `x + y` in it has the constant 2 if both
     branches have 1. Write it as `keras.layers.Add()([x, y])`, or put a normalization after it.
 
+    Keras passes the mask of `Embedding(mask_zero=True)` from layer to layer and loses it at a sum
+    `x + y` of a graph. `Residual` keeps it, so that later layers leave the padding out. The report
+    names the sums where this changes.
+
     Args:
         model: A built model that Keras can save. It is called on symbolic tensors, as by `certify`.
         dense: `"orthogonal"` for `OrthogonalDense`, whose gradients keep their length, or
@@ -229,7 +234,10 @@ def make_lipschitz(
             copy_state(old, new)
     compile_alike(copy, model)
     certificate = certify(copy, norm, sequence_length, inputs=inputs, **certify_options)
-    replaced = {path: f"Add -> {_described(new)}" for path, new in new_sums.items()}
+    replaced = {}
+    for path, new in new_sums.items():
+        note = _KEEPS_MASK if calls.loses_mask(sums[path]) else ""
+        replaced[path] = f"Add -> {_described(new)}{note}"
     for path, new in news.items():
         replaced[path] = f"{type(layers[path]).__name__} -> {_described(new)}"
     known = {id(news.get(path, slot)): path for path, slot in slots.items()}

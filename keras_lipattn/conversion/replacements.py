@@ -293,6 +293,8 @@ def _in_a_row(layers: list[Any], old: Any, shape: tuple | None) -> keras.layers.
     inputs = keras.Input(shape[1:], dtype=old.input_dtype) if shape else None
     row = keras.Sequential([inputs, *layers] if shape else layers, name=old.name)
     row.trainable = old.trainable
+    # Keras warns that it loses the mask, unless told: its layers pass the mask on.
+    row.supports_masking = all(layer.supports_masking for layer in layers)
     return row
 
 

@@ -13,6 +13,7 @@ from keras_lipattn._arguments import require_nonnegative
 from keras_lipattn._figures import save
 from keras_lipattn._plots import accuracy_figure
 from keras_lipattn.certification import Certificate, certified_radius, certify
+from keras_lipattn.certification.classifier_head import logits_of
 
 _TEXTS = {"l2": "2-norm", "token": "token norm", "linf": "max norm"}
 
@@ -205,7 +206,12 @@ def certified_accuracy(
             f"certificate in the norm {certificate.norm!r}"
             f"{'' if certificate.matches(model) else ' of other weights'}"
         )
-    logits = _logits(model.predict(x, batch_size=batch_size, verbose=0), certificate.head)
+    if certificate.head not in ("logits", "softmax"):
+        raise ValueError(
+            "The model must end in one vector of two or more logits or probabilities an example. "
+            f"Received: a model whose head is {certificate.head!r}"
+        )
+    logits = logits_of(model.predict(x, batch_size=batch_size, verbose=0), certificate.head)
     classes = np.asarray(y)
     if classes.size != len(logits) or not np.issubdtype(classes.dtype, np.integer):
         raise ValueError(
@@ -229,21 +235,6 @@ def certified_accuracy(
         certified_radii=np.where(correct, found, 0.0),
         broken_at=broken_at,
     )
-
-
-def _logits(output: Any, head: str) -> np.ndarray:
-    """Logits of a classifier, up to a number that all classes of an example share."""
-    if head not in ("logits", "softmax"):
-        raise ValueError(
-            "The model must end in one vector of two or more logits or probabilities an example. "
-            f"Received: a model whose head is {head!r}"
-        )
-    output = np.asarray(output)
-    if head == "logits":
-        return output.astype(np.float64)
-    # A probability that was rounded to 0 is smaller than the number in its place, so that no
-    # margin grows.
-    return np.log(np.maximum(output, np.finfo(np.float32).tiny).astype(np.float64))
 
 
 def _attack(model, x, classes, radii, norm, attack, bounds, batch_size) -> np.ndarray:

@@ -6,9 +6,10 @@ import keras
 from keras import ops
 
 from keras_lipattn._arguments import require_nonnegative, require_positive
+from keras_lipattn.losses._logit_loss import LogitLoss
 
 
-class _MarginLoss(keras.losses.Loss):
+class _MarginLoss(LogitLoss):
     """The arguments that both losses have, and the margin they ask for."""
 
     def __init__(self, radius, temperature, lipschitz, reduction, name, dtype):
@@ -63,6 +64,10 @@ class MarginCrossentropy(_MarginLoss):
     Call arguments:
         y_true: Integer classes, `(...)` or `(..., 1)`.
         y_pred: Logits, `(..., classes)`.
+
+    Raises:
+        ValueError: If an argument is out of range, or `y_pred` comes from a softmax or sigmoid
+            (noticed on TensorFlow only).
 
     Example:
 
@@ -132,6 +137,10 @@ class EfficientMarginCrossentropy(_MarginLoss):
     Call arguments:
         y_true: Integer classes, `(...)` or `(..., 1)`.
         y_pred: Logits, `(..., classes)`.
+
+    Raises:
+        ValueError: If an argument is out of range, or `y_pred` comes from a softmax or sigmoid
+            (noticed on TensorFlow only).
 
     Example:
 

@@ -6,10 +6,11 @@ import keras
 from keras import ops
 
 from keras_lipattn._arguments import require_nonnegative, require_positive
+from keras_lipattn.losses._logit_loss import LogitLoss
 
 
 @keras.saving.register_keras_serializable(package="keras_lipattn")
-class MulticlassHKR(keras.losses.Loss):
+class MulticlassHKR(LogitLoss):
     """Hinge loss at a margin, less the mean difference of logits between classes.
 
     For logits `z` and classes `y`, with the margin `m = sqrt(2) * lipschitz * radius`:
@@ -38,6 +39,10 @@ class MulticlassHKR(keras.losses.Loss):
     Call arguments:
         y_true: Integer classes, `(batch,)` or `(batch, 1)`.
         y_pred: Logits, `(batch, classes)`.
+
+    Raises:
+        ValueError: If an argument is out of range, or `y_pred` has another shape or comes from a
+            softmax or sigmoid (noticed on TensorFlow only).
 
     Example:
 

@@ -21,6 +21,7 @@ from keras_lipattn.certification.reasons import (
     NOT_FINITE,
     REPEATS,
     Cause,
+    Reason,
 )
 from keras_lipattn.certification.registry import register_operation, register_rule
 from keras_lipattn.certification.rules.linear import scaling_map
@@ -140,7 +141,7 @@ def product_map(operands: list[TensorState], call: LayerCall) -> LipschitzMap:
         others = math.prod(size for i, size in enumerate(largest) if i != index)
         gains.append(0.0 if state.is_fixed else others * _broadcast(state, call))
     if not np.isfinite(gains).all():
-        return unbounded("it multiplies tensors that are not bounded", cause=Cause.UNBOUNDED)
+        return unbounded(_NOT_BOUNDED)
     joint = math.hypot(*gains) if call.norm == "l2" else math.fsum(gains)
     size = math.prod(largest)
     token_range = None
@@ -158,6 +159,13 @@ def product_map(operands: list[TensorState], call: LayerCall) -> LipschitzMap:
         range=token_range,
     )
 
+
+_NOT_BOUNDED = Reason(
+    "it multiplies tensors that are not bounded",
+    remedy="bound them by a saturating activation, a normalization or `input_radius`, and multiply "
+    "by a mask as in `x * keras.ops.cast(mask, x.dtype)[..., None]` with a boolean mask",
+    cause=Cause.UNBOUNDED,
+)
 
 # The activation `x f(x)` for each gate `f`.
 _SELF_GATED = {"sigmoid": "silu", "hard_sigmoid": "hard_silu", "tanh": "mish"}
@@ -203,6 +211,13 @@ def _scaled(scale: np.ndarray, state: TensorState, call: LayerCall) -> Lipschitz
     )
 
 
+_MAY_BE_ZERO = Reason(
+    "it divides by a tensor that may come close to 0",
+    remedy="use `GlobalAveragePooling1D()(x, mask=mask)` with a boolean mask for a mean over valid "
+    "tokens, and `x / keras.ops.maximum(y, 1.0)` for other fixed divisors",
+)
+
+
 @register_operation("Divide", "TrueDivide")
 def divide(operation, call):
     left, right = operands_of(call, "x1", "x2")
@@ -219,7 +234,7 @@ def divide(operation, call):
             operands=(left,),
             range=token_range,
         )
-    return unbounded("it divides by a tensor that may come close to 0")
+    return unbounded(_MAY_BE_ZERO)
 
 
 @register_rule(keras.layers.Maximum, keras.layers.Minimum)
