@@ -21,7 +21,7 @@ from helpers.certify_cases import (
 from keras import layers
 
 import keras_lipattn as kl
-from keras_lipattn.certification import Certificate, certify
+from keras_lipattn.certification import Certificate, certified_radii, certify
 from keras_lipattn.certification.certifying import local_certificate
 from keras_lipattn.certification.options import Options
 from keras_lipattn.estimation.norms import norm_of
@@ -589,3 +589,22 @@ def test_radii_are_zero_where_nothing_is_certified():
     inputs = keras.Input((5, 4))
     unknown = keras.Model(inputs, layers.Dense(2)(layers.Flatten()(layers.LSTM(3)(inputs))))
     assert kl.certified_radius(unknown, np.zeros((5, 4))) == 0.0
+
+
+def test_the_search_ends_where_the_local_constant_is_the_global_one(monkeypatch):
+    inputs = keras.Input((8,))
+    head = layers.Dense(2, kernel_initializer="orthogonal")
+    model = keras.Model(inputs, head(layers.LayerNormalization(epsilon=1.0)(inputs)))
+    # The constant is 0.3 at this input, and 1 long before the margin is used up.
+    head.bias.assign([20.0, 0.0])
+    x = 3.0 * np.array([[1.0, -1.0] * 4])
+    globally = certify(model).certified_radius(np.asarray(model(x)))
+    tried = []
+
+    def counting(*arguments):
+        tried.append(arguments[-1])
+        return local_certificate(*arguments)
+
+    monkeypatch.setattr(certified_radii, "local_certificate", counting)
+    np.testing.assert_allclose(kl.certified_radius(model, x), globally, rtol=2e-3)
+    assert len(tried) == 2

@@ -18,6 +18,9 @@ from keras_lipattn.certification.tensor_state import Enclosure
 from keras_lipattn.layers import lipschitz_layers
 from keras_lipattn.linalg import SAFETY
 
+# Factor of the radius of the global certificate to try first.
+_JUST_ABOVE = 1.001
+
 
 def certified_radius(
     model: keras.Model,
@@ -122,16 +125,22 @@ def _radius(near, globally: Certificate, steps: int, allowance: float) -> float:
     high = _uncapped(certificate, logits, allowance)
     if math.isinf(high):
         high = 10.0 * (1.0 + float(np.linalg.norm(logits)))
-    for _ in range(steps):
+    for step in range(steps):
         if not low < high:
             break
         # The best radius may be orders of magnitude above the global one.
         middle = math.sqrt(low * high) if low > 0.0 else 0.5 * high
+        is_probe = step == 0 and low > 0.0
+        if is_probe:
+            middle = min(_JUST_ABOVE * low, middle)
         found = _uncapped(near(middle)[0], logits, allowance)
         # Within the ball the constant holds, so what it gives is certified as far as the ball.
         low = max(low, min(found, middle))
         if found < middle:
             high = middle
+            if is_probe:
+                # The local constant is that of all inputs already: larger balls give no more.
+                break
     return low
 
 

@@ -137,6 +137,9 @@ def _clipped(operation, interval: Interval) -> Interval:
     least, most = operation.x_min, operation.x_max
     if not all(one is None or isinstance(one, int | float) for one in (least, most)):
         return ANYTHING
+    if least is not None and most is not None and least > most:
+        # Backends differ.
+        return ANYTHING
     low, high = (one if least is None else max(one, least) for one in interval)
     return (low, high) if most is None else (min(low, most), min(high, most))
 
