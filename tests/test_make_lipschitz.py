@@ -458,3 +458,13 @@ def test_models_of_the_gallery_become_certifiable(example, monkeypatch):
     else:
         # Sums before normalization, and the scales of inputs, are all that is left.
         assert result.certificate.total <= 6.0, str(result)
+
+
+def test_the_report_advises_against_a_class_token():
+    tokens = keras.Input((5, 8))
+    x = layers.MultiHeadAttention(2, 4)(tokens, tokens)
+    result = kl.make_lipschitz(keras.Model(tokens, layers.Dense(3)(x[:, 0])))
+    (line,) = result.advice
+    assert "One of 5 tokens" in line and line in str(result)
+    for pooled in (x[:, 1:], layers.Flatten()(x), layers.GlobalAveragePooling1D()(x)):
+        assert kl.make_lipschitz(keras.Model(tokens, layers.Dense(3)(pooled))).advice == ()

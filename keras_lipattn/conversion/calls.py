@@ -5,7 +5,7 @@ from typing import Any
 
 from keras import KerasTensor, layers
 from keras.src import backend
-from keras.src.ops.numpy import Add
+from keras.src.ops.numpy import Add, GetItem
 
 from keras_lipattn.certification.trace import Trace, TracedCall
 
@@ -99,6 +99,19 @@ class Calls:
             for call in self.of(operation)
             for tensor in call.tensors
         )
+
+    def picked_tokens(self) -> set[int]:
+        """Numbers of tokens of which an operation such as `x[:, 0]` keeps one."""
+        shapes = [
+            (call.tensors[0].shape, call.outputs[0].shape)
+            for call in self._trace.calls
+            if isinstance(call.operation, GetItem)
+        ]
+        return {
+            before[1]
+            for before, after in shapes
+            if len(before) == 3 and len(after) == 2 and before[::2] == after and before[1] != 1
+        }
 
     def terms_before(self, layer: Any) -> int:
         """How many tensors are added in the code of a layer just before each call of `layer`."""

@@ -44,6 +44,10 @@ _SUM_IN_CODE = (
     "normalization after it"
 )
 _KEEPS_MASK = ", which passes on the mask that `x + y` loses: later layers leave the padding out"
+_ONE_TOKEN = (
+    "One of {} tokens goes on, as by `x[:, 0]`. It learns little of the others, which reach it "
+    "through weighted means: pool all tokens by `Flatten` or `GlobalAveragePooling1D` instead."
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,6 +62,7 @@ class LipschitzConversion:
         kept: Maps the paths of layers that stayed, and have or may get a constant above 1, to the
             reasons. Layers of constant 1 or less, such as `Dropout`, are not listed.
         certificate: The certificate of the new model with its first weights.
+        advice: Lines on what may keep the new model from learning.
 
     Example:
 
@@ -74,6 +79,7 @@ class LipschitzConversion:
     replaced: Mapping[str, str]
     kept: Mapping[str, str]
     certificate: Certificate
+    advice: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.model.name}: {len(self.replaced)} replaced, {len(self.kept)} kept"]
@@ -86,6 +92,7 @@ class LipschitzConversion:
         bound = f"<= {number(total)}" if math.isfinite(total) else "no bound"
         lines.append(f"Lipschitz constant before training ({self.certificate.norm}): {bound}")
         lines += [f"  {reason}" for reason in self.certificate.reasons]
+        lines += self.advice
         return "\n".join([*lines, "The new model must be trained."])
 
 
@@ -253,6 +260,7 @@ def make_lipschitz(
         replaced=replaced,
         kept=_with_large_rows(kept | reasons, {*replaced, *averaged}, certificate, in_copy),
         certificate=certificate,
+        advice=tuple(_ONE_TOKEN.format("many" if n is None else n) for n in calls.picked_tokens()),
     )
 
 
