@@ -28,7 +28,13 @@ def patched(layer, name, shape=(TOKENS, WIDTH), call=None):
     x = keras.Input(shape)
     model = keras.Model(x, layer(x) if call is None else call(layer, x))
     original = getattr(layer, name)
-    vars(layer)[name] = lambda *args, **kwargs: 100.0 * original(*args, **kwargs)
+
+    def larger(*args, **kwargs):
+        return keras.tree.map_structure(
+            lambda tensor: None if tensor is None else 100.0 * tensor, original(*args, **kwargs)
+        )
+
+    vars(layer)[name] = larger
     return model
 
 
@@ -203,15 +209,15 @@ def test_parts_of_an_attention_layer_are_those_of_keras(attention, change, reaso
     "model",
     [
         lambda: patched(
-            layers.MultiHeadAttention(2, 2), "_masked_softmax", call=lambda f, x: f(x, x)
+            layers.MultiHeadAttention(2, 2), "_compute_attention", call=lambda f, x: f(x, x)
         ),
         lambda: patched(layers.Conv2D(2, 3), "convolution_op", (6, 6, 2)),
-        lambda: patched(layers.Attention(), "_calculate_scores", call=lambda f, x: f([x, x])),
+        lambda: patched(layers.Attention(), "_apply_scores", call=lambda f, x: f([x, x])),
         lambda: patched(kl.L2MultiHeadAttention(2, 2), "shape_outputs"),
         lambda: patched(layers.TimeDistributed(layers.Dense(WIDTH)), "call"),
         lambda: of(Hidden(WIDTH)),
     ],
-    ids=["softmax", "convolution", "scores", "outputs", "wrapper", "attributes"],
+    ids=["attention", "convolution", "scores", "outputs", "wrapper", "attributes"],
 )
 def test_methods_replaced_on_an_instance_are_seen(model):
     assert sound(model(), input_radius=1.0)

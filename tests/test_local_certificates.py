@@ -622,3 +622,20 @@ def test_a_radius_is_that_of_the_logits_whatever_computes_them(activation):
     assert (radii <= distances * ROUNDING).all()
     np.testing.assert_allclose(radii, distances, rtol=1e-5)
     assert kl.certified_radius(classifier, np.zeros((4, 3))) == 0.0
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [layers.LayerNormalization, layers.RMSNormalization, layers.UnitNormalization],
+)
+def test_a_normalization_as_an_activation_is_not_bounded_by_the_input_of_the_layer(activation):
+    shrinking = layers.Dense(4, kernel_initializer=_hundredth, activation=activation())
+    normalized = keras.Sequential([keras.Input((4,)), shrinking])
+    x = np.array([[1.0, 2.0, 3.0, -1.0]], "float32")
+    (jacobian,) = jacobians(lambda x: normalized(x, training=False), x)
+    certificate = certify(normalized, center=x[0], radius=0.0)
+    assert certificate.total >= jacobian_norm(jacobian, "l2", (4, 4)) * (1.0 - 1e-5)
+
+
+def _hundredth(shape, dtype=None):
+    return 0.01 * np.eye(*shape)

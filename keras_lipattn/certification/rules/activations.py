@@ -20,7 +20,7 @@ from keras_lipattn.certification.reasons import (
     Reason,
 )
 from keras_lipattn.certification.registry import register_operation, register_rule
-from keras_lipattn.certification.tensor_state import TensorState, product
+from keras_lipattn.certification.tensor_state import ANYTHING, TensorState, product
 from keras_lipattn.certification.token_range import TokenRange
 from keras_lipattn.certification.weights import cast_to_compute_dtype
 from keras_lipattn.linalg import SAFETY
@@ -139,8 +139,14 @@ def with_activation(
 ) -> LipschitzMap:
     """The linear part of a layer followed by its `activation`; `width` is its last axis."""
     shape = (*call.shape[:-1], width) if call.shape else ()
-    between = call.state.replace(
-        shape=shape, dynamic=call.dynamic, range=TokenRange(), anchor=None, linear=None
+    # Nothing is known of its values.
+    between = call.state.without_maps().replace(
+        shape=shape,
+        dynamic=call.dynamic,
+        range=TokenRange(),
+        interval=ANYTHING,
+        function_of=None,
+        enclosure=None,
     )
     after = function(getattr(layer, "activation", None), call, between)
     if after is None:

@@ -73,6 +73,8 @@ def self_attention(layer, call):
     changed = [name for name in _RUNS if _is_overridden(layer, name)]
     if changed:
         return unbounded(f"it overrides `{', '.join(changed)}` of SelfAttention")
+    if isinstance(layer, BoundedMultiHeadAttention) and layer.token_radius is None:
+        return unbounded("its `token_radius` was removed", remedy="use a layer that has one")
     if call.argument("return_attention_scores"):
         return unbounded(RETURNS_SCORES)
     if call.training and (layer.dropout > 0.0 or layer.has_caps):

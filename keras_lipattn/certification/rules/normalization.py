@@ -64,7 +64,7 @@ def rms_normalization(layer, call):
 def normalization_operation(operation, call):
     centered = type(operation).__name__ == "LayerNorm"
     gamma, beta = call.argument("gamma" if centered else "scale"), call.argument("beta")
-    if len(call.states) != 1:
+    if len(call.states) != 1 or any(isinstance(one, TensorState) for one in (gamma, beta)):
         return unbounded("its scales are not constants of the model")
     if getattr(operation, "rms_scaling", False):
         return unbounded(_RMS_SCALING)
