@@ -47,7 +47,6 @@ _PLOT = flags.DEFINE_string("plot", None, "image to draw the record in; nothing 
 
 _CLASSES = 10
 _BATCH = 256
-_LEARNING_RATE = 0.03
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,33 +70,42 @@ class Setting:
 
     Attributes:
         radii: Where the certified accuracy is reported.
-        patch: Side of a patch.
+        architecture: The patch Transformer, with attention or without.
         flip: Whether half of the training images are mirrored.
+        learning_rate: Largest learning rate.
         goals: A `Goal` by its name.
     """
 
     radii: tuple[float, ...]
-    patch: int
+    architecture: Architecture
     flip: bool
+    learning_rate: float
     goals: dict[str, Goal]
 
 
+_ARCHITECTURE = Architecture(patch=7, width=96, head_units=512, head_layers=2, attention_bound=1.0)
 _GRAY = Setting(
     radii=(0.3, 0.5, 1.0, 1.58),
-    patch=7,
+    architecture=_ARCHITECTURE,
     flip=False,
+    learning_rate=0.03,
     goals={"small": Goal(0.5, 20.0, 1.0), "large": Goal(2.2, 6.0, 0.0)},
 )
 _COLOR = Setting(
     radii=(36 / 255, 72 / 255, 108 / 255),
-    patch=4,
+    # Color images have more to learn: convolutions before the tokens.
+    architecture=dataclasses.replace(
+        _ARCHITECTURE, patch=2, width=256, head_layers=1, convolutions=(64, 128)
+    ),
     flip=True,
-    goals={"small": Goal(0.25, 10.0, 2.0), "large": Goal(0.6, 6.0, 2.0)},
+    # More layers in a row.
+    learning_rate=0.01,
+    goals={"small": Goal(0.3, 10.0, 4.0), "large": Goal(0.8, 6.0, 4.0)},
 )
 _SETTINGS = {"mnist": _GRAY, "fashion_mnist": _GRAY, "cifar10": _COLOR}
 
 
-def build(name: str, image_shape: tuple[int, int, int], patch: int) -> keras.Model:
+def build(name: str, image_shape: tuple[int, int, int], architecture: Architecture) -> keras.Model:
     """One of the three models, with a constant of 1 at most."""
     if name == "perceptron":
         image = keras.Input(image_shape, name="image")
@@ -105,18 +113,8 @@ def build(name: str, image_shape: tuple[int, int, int], patch: int) -> keras.Mod
         for _ in range(4):
             x = MaxMin()(OrthogonalDense(512)(x))
         return keras.Model(image, OrthogonalDense(_CLASSES)(x), name=name)
-    return patch_transformer(
-        image_shape,
-        _CLASSES,
-        Architecture(
-            patch=patch,
-            width=96,
-            head_units=512,
-            head_layers=2,
-            attention=name == "attention",
-            attention_bound=1.0,
-        ),
-    )
+    architecture = dataclasses.replace(architecture, attention=name == "attention")
+    return patch_transformer(image_shape, _CLASSES, architecture)
 
 
 def training_set(
@@ -133,15 +131,15 @@ def training_set(
     return data.map(lambda x, y: (move(x, training=True), y)).prefetch(2)
 
 
-def train(model: keras.Model, data, goal: Goal, flip: bool, folder: pathlib.Path) -> None:
+def train(model: keras.Model, data, goal: Goal, setting: Setting, folder: pathlib.Path) -> None:
     # Nothing is chosen by the validation images, so they are learned from.
     both = zip(data.train, data.validation, strict=True)
     images, classes = (np.concatenate(parts) for parts in both)
     steps = _EPOCHS.value * -(-len(images) // _BATCH)
     schedule = keras.optimizers.schedules.CosineDecay(
-        0.01 * _LEARNING_RATE,
+        0.01 * setting.learning_rate,
         decay_steps=steps - steps // 20,
-        warmup_target=_LEARNING_RATE,
+        warmup_target=setting.learning_rate,
         warmup_steps=steps // 20,
     )
     model.compile(
@@ -150,7 +148,7 @@ def train(model: keras.Model, data, goal: Goal, flip: bool, folder: pathlib.Path
         metrics=["accuracy"],
     )
     model.fit(
-        training_set(images, classes, goal.shift, flip),
+        training_set(images, classes, goal.shift, setting.flip),
         epochs=_EPOCHS.value,
         # `training_set` shuffles.
         shuffle=False,
@@ -261,11 +259,11 @@ def main(argv: list[str]) -> None:
     goal = chosen.goals[_GOAL.value]
     data = load_images(_DATASET.value, _DATA_DIR.value)
     keras.utils.set_random_seed(_SEED.value)
-    model = build(_MODEL.value, data.train[0].shape[1:], chosen.patch)
+    model = build(_MODEL.value, data.train[0].shape[1:], chosen.architecture)
     setting = {"dataset": _DATASET.value, "goal": _GOAL.value, "model": _MODEL.value}
     setting |= {"seed": _SEED.value, "epochs": _EPOCHS.value}
     folder = record.parent / "backups" / "-".join(map(str, setting.values()))
-    train(model, data, goal, chosen.flip, folder)
+    train(model, data, goal, chosen, folder)
     results = setting | dataclasses.asdict(goal) | {"weights": model.count_params()}
     results |= evaluate(model, *data.test, chosen.radii)
     results |= {

@@ -8,9 +8,11 @@ from keras import initializers, layers
 from keras_lipattn import (
     L2MultiHeadAttention,
     MaxMin,
+    OrthogonalConv2D,
     OrthogonalDense,
     PositionEmbedding,
     Residual,
+    SpaceToDepth,
 )
 
 
@@ -19,7 +21,8 @@ class Architecture:
     """Sizes of a patch Transformer.
 
     Attributes:
-        patch: Side of a patch in pixels; divides the side of the image.
+        patch: Side of a patch in pixels, after the convolutions if there are any; divides the side
+            of the image.
         width: Size of a token.
         heads: Number of attention heads; divides `width`.
         branch_weight: Weight of attention and MLP in their residuals at the start; it is learned.
@@ -27,6 +30,8 @@ class Architecture:
         head_layers: Hidden layers of the classifier.
         attention: Whether there is attention; the same model without it is a fair comparison.
         attention_bound: Cap of the constant of each attention layer, in the 2-norm.
+        convolutions: Channels of the stages of convolutions before the tokens, none by default.
+            Each stage halves the sides of the image and has two convolutions.
     """
 
     patch: int
@@ -37,6 +42,7 @@ class Architecture:
     head_layers: int = 1
     attention: bool = True
     attention_bound: float | None = None
+    convolutions: tuple[int, ...] = ()
 
 
 def patch_transformer(
@@ -68,7 +74,11 @@ def patch_transformer(
     Raises:
         ValueError: If the patches do not tile the image.
     """
-    height, width, channels = image_shape
+    image = keras.Input(image_shape, name="image")
+    x = image
+    for stage, channels in enumerate(architecture.convolutions, start=1):
+        x = _stage(x, channels, f"stage{stage}")
+    height, width, channels = x.shape[1:]
     side = architecture.patch
     if height % side or width % side:
         raise ValueError(
@@ -76,8 +86,7 @@ def patch_transformer(
             f"Received: image_shape={image_shape}, patch={architecture.patch}"
         )
     rows, columns = height // side, width // side
-    image = keras.Input(image_shape, name="image")
-    x = layers.Reshape((rows, side, columns, side * channels), name="split")(image)
+    x = layers.Reshape((rows, side, columns, side * channels), name="split")(x)
     x = layers.Permute((1, 3, 2, 4), name="gather")(x)
     x = layers.Reshape((rows * columns, side * side * channels), name="patches")(x)
     x = OrthogonalDense(architecture.width, name="embed")(x)
@@ -93,6 +102,15 @@ def patch_transformer(
         x = MaxMin(name=f"head{index}_sort")(x)
     logits = OrthogonalDense(classes, name="logits")(x)
     return keras.Model(image, logits, name="patch_transformer")
+
+
+def _stage(x, channels: int, name: str):
+    """Half the sides, more channels, and two convolutions, all of them orthogonal."""
+    x = OrthogonalDense(channels, name=f"{name}_down")(SpaceToDepth(2, name=f"{name}_cut")(x))
+    for index in (1, 2):
+        x = MaxMin(name=f"{name}_sort{index}")(x)
+        x = OrthogonalConv2D(channels, name=f"{name}_conv{index}")(x)
+    return MaxMin(name=f"{name}_sort3")(x)
 
 
 def _attention_block(x, axis: int, name: str, architecture: Architecture):

@@ -492,6 +492,15 @@ def test_a_certificate_of_use_proposes_nothing():
     assert "what to change" not in str(certify(classifier()))
 
 
+def test_large_factors_are_named_in_a_certificate_that_is_not_vacuous_too():
+    x = y = keras.Input((6, 8))
+    for _ in range(3):
+        y = layers.Add()([y, kl.MaxMin()(kl.OrthogonalDense(8)(y))])
+    certificate = certify(keras.Model(x, y))
+    assert certificate.total == pytest.approx(8.0, rel=1e-5) and not certificate.vacuous
+    assert certificate.proposals == ("3 Add (x + f(x)), factor 8: use Residual",)
+
+
 def test_every_proposal_names_what_keras_or_this_package_has():
     for replacement in set(REPLACEMENTS.values()):
         names = set(re.findall(r"\b[A-Z]\w+", replacement)) - {"True"}

@@ -221,6 +221,9 @@ MISTAKES = {
     "kernel size": (lambda: kl.SpectralConv2D(2, 0), "Received: kernel_size=0"),
     "padding": (lambda: kl.SpectralConv2D(2, 3, padding="causal"), "Received: padding='causal'"),
     "cap": (lambda: kl.SpectralConv2D(2, 3, spectral_norm=0.0), "Received: spectral_norm=0.0"),
+    "conv filters": (lambda: kl.OrthogonalConv2D(0), "Received: filters=0"),
+    "even kernel": (lambda: kl.OrthogonalConv2D(2, 4), "Received: kernel_size=4"),
+    "conv image": (lambda: kl.OrthogonalConv2D(2)(np.zeros((1, 4, 2))), "shape (batch, height"),
     "image": (lambda: kl.SpectralConv2D(2, 3)(np.zeros((1, 4, 2))), "shape (batch, height"),
 }
 
@@ -266,9 +269,52 @@ def test_a_convolution_stays_under_its_cap_and_is_close_to_it(
         assert exact >= 0.85 * 0.5
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("channels", [1, 3, 9, 20])
+@pytest.mark.parametrize("kernel_size", [1, 3, 5])
+def test_an_orthogonal_convolution_shifts_channels_and_mixes_them(kernel_size, channels, policy):
+    filters, shape = 2 * channels, (7, 6, channels)
+    layer = kl.OrthogonalConv2D(filters, kernel_size, use_bias=False, dtype=policy)
+    x = _rng.normal(size=(2, *shape)).round(1)
+    found = keras.ops.convert_to_numpy(keras.ops.cast(layer(x), "float64"))
+    mixing = exact_orthonormal(np.asarray(layer.weights[0], np.float64))
+    reach, expected = kernel_size // 2, 0.0
+    padded = np.pad(x, [(0, 0), (reach, reach), (reach, reach), (0, 0)])
+    # The groups in the order of the distance from the middle, each of nearly the same size.
+    offsets = sorted(
+        np.ndindex(kernel_size, kernel_size), key=lambda at: (sum((np.array(at) - reach) ** 2), at)
+    )
+    for channel in range(channels):
+        row, column = offsets[channel * kernel_size**2 // channels]
+        moved = padded[:, row : row + shape[0], column : column + shape[1], channel]
+        expected = expected + moved[..., None] * mixing[channel]
+    tolerance = {"mixed_bfloat16": 2e-2, "mixed_float16": 2e-3, "float32": 1e-5}.get(policy, 1e-11)
+    np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max())
+    model = keras.Sequential([keras.Input(shape), layer])
+    assert abs(kl.certify(model).total - 1.0) < 1e-6
+
+
+def test_what_an_orthogonal_convolution_loses_leaves_at_the_border():
+    layer = kl.OrthogonalConv2D(24, use_bias=False, dtype="float64")
+    x = np.pad(_rng.normal(size=(3, 5, 5, 12)), [(0, 0), (1, 1), (1, 1), (0, 0)])
+    sizes = np.linalg.norm(np.asarray(layer(x)).reshape(3, -1), axis=1)
+    np.testing.assert_allclose(sizes, np.linalg.norm(x.reshape(3, -1), axis=1), rtol=1e-12)
+
+
+def test_local_radii_pass_through_an_orthogonal_convolution():
+    inputs = keras.Input((5, 5, 12))
+    x = keras.layers.Flatten()(kl.OrthogonalConv2D(12)(inputs))
+    model = keras.Model(inputs, kl.OrthogonalDense(3)(x))
+    x = _rng.normal(size=(2, 5, 5, 12))
+    globally = kl.certify(model).certified_radius(model.predict(x, verbose=0))
+    # The map is affine, so only the bound of the roundings makes a difference.
+    np.testing.assert_allclose(kl.certified_radius(model, x), globally, atol=5e-3)
+
+
 def test_convolutions_come_back_from_files(tmp_path):
     inputs = keras.Input((9, 8, 2))
     x = kl.SpectralConv2D(4, 3, (2, 1), "same", activation="relu")(inputs)
+    x = kl.OrthogonalConv2D(10, activation="tanh")(x)
     x = kl.NormPooling()(kl.SpaceToDepth(1)(kl.HalfAbs()(x)))
     model = keras.Model(inputs, kl.NormalizedDense(3)(kl.OrthogonalDense(5)(x)))
     randomize(model)

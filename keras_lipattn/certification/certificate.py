@@ -166,14 +166,12 @@ class Certificate:
 
     @property
     def proposals(self) -> tuple[str, ...]:
-        """Changes to the model, one line per class of layers; empty unless the total is vacuous.
+        """Changes to the model, one line per class of layers; empty if there is little to gain.
 
         For a finite total, the three most expensive classes with the factor that all their layers
-        contribute together. For an infinite total, the classes without a bound that another layer
-        can replace.
+        contribute together, if it is above 1.5 (1.1 where the total is vacuous). For an infinite
+        total, the classes without a bound that another layer can replace.
         """
-        if not self.vacuous:
-            return ()
         classes: dict[str, list[CertificateRow]] = {}
         for row in self.rows:
             classes.setdefault(row.layer, []).append(row)
@@ -185,8 +183,8 @@ class Certificate:
             f"{_count(layer, [row for row in classes[layer] if row.cost > 0.0])}, "
             f"factor {_factor(costs[layer])}: use {REPLACEMENTS[layer]}"
             for layer in expensive
-            # A factor below 1.1 does not justify a change.
-            if layer in REPLACEMENTS and costs[layer] > 0.1
+            # A smaller factor does not justify a change.
+            if layer in REPLACEMENTS and costs[layer] > math.log(1.1 if self.vacuous else 1.5)
         ]
         return tuple(lines[:_MOST_PROPOSALS])
 

@@ -327,8 +327,11 @@ def _rows(propagation: Propagation, costs: dict[int, float], log: float):
 def _check_arguments(model, norm, sequence_length, input_radius, mask) -> None:
     if not isinstance(model, keras.Model):
         raise ValueError(f"`model` must be a `keras.Model`. Received: model={model!r}")
-    if norm not in NORMS:
-        raise ValueError(f"`norm` must be one of {sorted(NORMS)}. Received: norm={norm!r}")
+    if not isinstance(norm, str) or norm not in NORMS:
+        raise ValueError(
+            f"`norm` must be one of {sorted(NORMS)}. "
+            f"Received: norm={norm!r} of type {type(norm).__name__}"
+        )
     if sequence_length is not None and (
         isinstance(sequence_length, bool)
         or not isinstance(sequence_length, int | np.integer)

@@ -71,12 +71,18 @@ def evaluate(
     """
 
     def fill(leaf):
+        if isinstance(leaf, np.ndarray) and leaf.dtype in (np.float16, np.float32):
+            # A constant of the model. Some operations do not mix dtypes.
+            return leaf.astype(np.float64)
         if not isinstance(leaf, KerasTensor):
             return leaf
         value = value_of(leaf)
         if value is None:
             raise UnknownValue("the value of its input is not known")
         tensor = keras.ops.convert_to_tensor(value)
+        if keras.backend.is_float_dtype(keras.backend.standardize_dtype(tensor.dtype)):
+            # A constant of the model may be float32, and some operations do not mix dtypes.
+            tensor = keras.ops.cast(tensor, "float64")
         mask = call.masks.get(id(leaf))
         if mask is not None:
             known = value_of(mask)

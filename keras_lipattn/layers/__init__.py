@@ -13,6 +13,7 @@ from keras_lipattn.layers.lipschitz_layer import LipschitzLayer, Tracking
 from keras_lipattn.layers.max_min import MaxMin
 from keras_lipattn.layers.norm_pooling import NormPooling
 from keras_lipattn.layers.normalized_dense import NormalizedDense
+from keras_lipattn.layers.orthogonal_conv2d import OrthogonalConv2D
 from keras_lipattn.layers.orthogonal_dense import OrthogonalDense
 from keras_lipattn.layers.position_embedding import PositionEmbedding
 from keras_lipattn.layers.residual import Residual
@@ -39,6 +40,7 @@ __all__ = [
     "MaxMin",
     "NormPooling",
     "NormalizedDense",
+    "OrthogonalConv2D",
     "OrthogonalDense",
     "PositionEmbedding",
     "Residual",

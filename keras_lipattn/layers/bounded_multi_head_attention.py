@@ -9,17 +9,19 @@ import numpy as np
 from keras import ops
 
 from keras_lipattn._arguments import require_positive, require_positive_integer
-from keras_lipattn.bounds.bounded_tokens import (
+from keras_lipattn.bounds.bounded_products import (
     ProductLayer,
     certified_cross_bounds,
     certified_product_bound,
-    combined,
-    in_entries,
     product_layer_bound,
     product_matrices,
     product_scaling,
     product_terms,
     query_pull,
+)
+from keras_lipattn.bounds.bounded_tokens import (
+    combined,
+    in_entries,
 )
 from keras_lipattn.bounds.column_sums import column_masses
 from keras_lipattn.bounds.lipschitz_bound import LipschitzBound

@@ -784,6 +784,7 @@ def _own_cases():
         _case("norm_pooling_global", (4, 2), _layer(kl.NormPooling), ("l2",)),
         _case("orthogonal_dense", (3, 4), _layer(kl.OrthogonalDense, 5), EUCLID),
         _case("orthogonal_dense_tall", (3, 4), _layer(kl.OrthogonalDense, 2, "tanh"), EUCLID),
+        _case("orthogonal_conv", (4, 3, 10), _layer(kl.OrthogonalConv2D, 12)),
         _case("normalized_dense", (3, 4), _layer(kl.NormalizedDense, 5), EUCLID),
         _case("spectral_conv", (6, 5, 2), _layer(kl.SpectralConv2D, 3, 3, padding="same")),
         _case("spectral_conv_strided", (6, 5, 2), _layer(kl.SpectralConv2D, 3, (3, 2), 2)),

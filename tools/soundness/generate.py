@@ -9,6 +9,7 @@ import numpy as np
 from keras import layers
 
 import keras_lipattn
+from tools.soundness.rules.subjects import relative_biases
 
 _ACTIVATIONS = ["relu", "tanh", "sigmoid", "gelu", "silu", "elu", "softplus", "leaky_relu"]
 
@@ -286,6 +287,8 @@ def _randomize(model, rng):
         value = rng.normal(size=variable.shape) * 10.0 ** rng.uniform(-0.7, 0.4)
         if len(variable.shape) > 1:
             value = value / np.sqrt(variable.shape[0])
+        if variable.path.endswith("relative_bias"):
+            value = relative_biases(rng, value)
         variable.assign(value)
 
 

@@ -657,7 +657,19 @@ def randomize(model: keras.Model, rng) -> None:
         if rng.random() < 0.01 and "kernel" in variable.path and len(variable.shape) > 1:
             # One head or unit gets another order of magnitude.
             value[:, 0] *= 1e-100
+        if variable.path.endswith("relative_bias"):
+            value = relative_biases(rng, value)
         variable.assign(value)
+
+
+def relative_biases(rng, value: np.ndarray) -> np.ndarray:
+    """As given, or a table `(heads, distances)` by which each head looks at one distance."""
+    if rng.random() < 0.5:
+        return value
+    table = np.full(value.shape, -rng.choice([0.0, 3.0, 12.0]))
+    for row in table:
+        row[rng.integers(len(row))] = rng.choice([3.0, 8.0, 15.0])
+    return table
 
 
 def _flat(value) -> list[Any]:

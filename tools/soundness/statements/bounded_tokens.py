@@ -6,10 +6,12 @@ weights and directions climb together from random and structured starts.
 
 import numpy as np
 
+from keras_lipattn.bounds.bounded_products import (
+    product_terms,
+)
 from keras_lipattn.bounds.bounded_tokens import (
     combined,
     distance_terms,
-    product_terms,
     projection_constant,
 )
 from keras_lipattn.bounds.column_sums import column_masses, log_measure_mass
