@@ -55,7 +55,7 @@ def _model(shape, build):
 def test_no_attack_within_the_radius_changes_the_class_of_a_token(name, norm):
     shape, build = LOGITS[name]
     model = _model(shape, build)
-    length = {"sequence_length": 4} if None in shape else {}
+    length: dict[str, Any] = {"sequence_length": 4} if None in shape else {}
     certificate = kl.certify(model, norm, **length)
     assert certificate.head == "token logits" and certificate.pairwise_constants == ()
     assert kl.certification.Certificate.from_json(certificate.to_json()) == certificate
@@ -109,7 +109,8 @@ def test_certified_accuracy_counts_tokens():
     right = logits.argmax(-1) == y
     np.testing.assert_array_equal(found.correct, right.ravel())
     np.testing.assert_array_equal(found.certified_radii, np.where(right, radii, 0.0).ravel())
-    for options in ({"local": True}, {"attack": True}):
+    refused: list[dict[str, Any]] = [{"local": True}, {"attack": True}]
+    for options in refused:
         with pytest.raises(ValueError, match="must be left out"):
             kl.certified_accuracy(model, x, y, [0.1], **options)
     with pytest.raises(ValueError, match="examples or tokens"):
