@@ -201,6 +201,15 @@ def test_integers_that_may_wrap_around_stay_fixed(dtype, wraps):
         assert certificate.total == pytest.approx(1.0)
 
 
+def test_a_bias_that_is_a_tensor_of_the_graph_has_no_bound():
+    inputs = keras.Input((4,))
+    dense = layers.Dense(4)
+    dense.build((None, 4))
+    dense.bias = 50.0 * inputs
+    certificate = certify(keras.Model(inputs, dense(inputs)))
+    assert not certificate.is_finite and "attribute" in certificate.reasons[0]
+
+
 def test_ordinary_rescaling_keeps_its_constant():
     for scale, offset in ((2.0, 1.0), ([1.0, 2.0, 0.5], [0.0, 1.0, 2.0]), ([[2.0]], 0.0)):
         model = keras.Sequential([keras.Input((4, 4, 3)), layers.Rescaling(scale, offset)])

@@ -50,6 +50,7 @@ _CHANGES_LAYER = (
     "a layer's weights or attributes are replaced while the model is called, so its rule does not "
     "apply"
 )
+_TENSOR_IN_LAYER = "an attribute of a layer is a tensor that a model computes"
 _RUNS_FUNCTION = "an operation runs a function, which may use any tensor of the model"
 # Attributes of a layer that Keras changes in a call, or that this module does.
 _OF_KERAS = frozenset({"_called", "_call_context_args", "build", "built", "symbolic_call"})
@@ -195,6 +196,8 @@ class _Tracer:
             names = (before.keys() | now.keys()) - _OF_KERAS
             if any(before.get(name) is not now.get(name) for name in names):
                 raise TraceError(_CHANGES_LAYER)
+            if any(isinstance(value, KerasTensor) for value in now.values()):
+                raise TraceError(_TENSOR_IN_LAYER)
 
     def _run_inside(self, layer, args, kwargs) -> Any:
         expand = EXPANSIONS.get(type(layer))
