@@ -57,6 +57,24 @@ def quantized(x):
     return y
 
 
+TURN = 10j * np.eye(4, dtype="complex64")
+
+
+def along_the_batch(layer):
+    """A model with a layer on a tensor whose only axis is that of a batch of fixed size."""
+    layer.build((4,))
+
+    class Along(layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.inner = layer
+
+        def call(self, x):
+            return ops.expand_dims(self.inner(ops.sum(x, axis=(1, 2))), -1)
+
+    return model(Along(), None, batch_shape=(4, 5, 4))
+
+
 REFUSED = {
     # name: (model, a piece of the reason)
     "rms_scaling": (
@@ -218,6 +236,50 @@ REFUSED = {
     "filled with a tensor": (
         lambda: model(lambda x: ops.full_like(x, ops.mean(x, axis=-1, keepdims=True))),
         "fills a tensor",
+    ),
+    "complex factor": (
+        lambda: model(lambda x: ops.absolute(ops.cast(x, "complex64") * np.complex64(0.1 + 10j))),
+        "complex",
+    ),
+    "complex kernel": (
+        lambda: model(lambda x: ops.imag(ops.matmul(ops.cast(x, "complex64"), TURN))),
+        "complex",
+    ),
+    "shrinkage by a negative number": (
+        lambda: model(lambda x: ops.soft_shrink(x, -1.0)),
+        "parameter",
+    ),
+    "shrinkage by NaN": (lambda: model(lambda x: ops.soft_shrink(x, math.nan)), "parameter"),
+    "negative square": (lambda: model(lambda x: ops.squareplus(x, -1.0)), "parameter"),
+    "infinite square": (lambda: model(lambda x: ops.squareplus(x, math.inf)), "parameter"),
+    "celu of NaN": (lambda: model(lambda x: ops.celu(x, math.nan)), "parameter"),
+    "elu of infinity": (lambda: model(lambda x: ops.elu(x, math.inf)), "parameter"),
+    "slope too large for float32": (lambda: model(lambda x: ops.leaky_relu(x, 1e39)), "parameter"),
+    "leaky layer of NaN": (lambda: model(layers.LeakyReLU(math.nan)), "parameter"),
+    "elu layer of infinity": (lambda: model(layers.ELU(math.inf)), "parameter"),
+    "relu layer of NaN": (lambda: model(layers.ReLU(negative_slope=math.nan)), "parameter"),
+    "relu up to NaN": (lambda: model(layers.ReLU(max_value=math.nan)), "parameter"),
+    "relu up to a negative number": (
+        lambda: model(lambda x: keras.activations.relu(x, max_value=-1.0)),
+        "parameter",
+    ),
+    "activation that moves tokens": (
+        lambda: model(layers.Dense(3, activation=layers.Permute((2, 1)))),
+        "shape",
+    ),
+    "activation that joins tokens": (
+        lambda: model(layers.Dense(4, activation=layers.Reshape((20,)))),
+        "shape",
+    ),
+    "pairs of examples": (lambda: along_the_batch(kl.MaxMin()), "batch"),
+    "halves of the batch": (lambda: along_the_batch(kl.HalfAbs()), "batch"),
+    "centered examples": (
+        lambda: along_the_batch(kl.CenterNormalization()),
+        "batch",
+    ),
+    "projected batch": (
+        lambda: along_the_batch(kl.layers.TokenProjection(1.0)),
+        "batch",
     ),
     "picked examples": (
         lambda: model(lambda x: ops.take(x, np.array([0, 0, 1]), axis=0)),

@@ -608,3 +608,17 @@ def test_the_search_ends_where_the_local_constant_is_the_global_one(monkeypatch)
     monkeypatch.setattr(certified_radii, "local_certificate", counting)
     np.testing.assert_allclose(kl.certified_radius(model, x), globally, rtol=2e-3)
     assert len(tried) == 2
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", None])
+def test_a_radius_is_that_of_the_logits_whatever_computes_them(activation):
+    contract = layers.EinsumDense("abc,bcd->ad", output_shape=1, activation=activation)
+    classifier = keras.Sequential([keras.Input((4, 3)), contract])
+    kernel = array_of(contract.kernel).astype(np.float64).ravel()
+    points = np.random.default_rng(0).normal(size=(3, 4, 3))
+    # The distance to the hyperplane on which the logit is 0.
+    distances = np.abs(points.reshape(3, -1) @ kernel) / np.linalg.norm(kernel)
+    radii = kl.certified_radius(classifier, points)
+    assert (radii <= distances * ROUNDING).all()
+    np.testing.assert_allclose(radii, distances, rtol=1e-5)
+    assert kl.certified_radius(classifier, np.zeros((4, 3))) == 0.0

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 from keras import KerasTensor
 
+from keras_lipattn.certification.class_code import operation_name
 from keras_lipattn.certification.reasons import DEPENDS_ON_BATCH, MOVES_BATCH, Reason
 from keras_lipattn.certification.trace import Trace, TracedCall
 
@@ -124,7 +125,7 @@ def _same_operation(one: Any, other: Any) -> bool:
         return True
     if isinstance(one, keras.layers.Layer) or type(one) is not type(other):
         return False
-    target = _TARGET_SHAPES.get(type(one).__name__)
+    target = _TARGET_SHAPES.get(operation_name(one))
     mine, theirs = vars(one), vars(other)
     for name in mine.keys() | theirs.keys():
         # Attributes that begin with "_" are bookkeeping of Keras.

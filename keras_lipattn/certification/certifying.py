@@ -178,7 +178,9 @@ def local_certificate(
     certificates, enclosures = [], []
     for example in examples:
         try:
-            local = LocalPass(traced.single, example, radius, options.norm)
+            local = LocalPass(
+                traced.single, example, radius, options.norm, logit_call=traced.logit_call
+            )
         except TraceError:
             # Without a trace there are no values.
             certificates.append(_certify_traced(traced, options)[1])

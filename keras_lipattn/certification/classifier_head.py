@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 from keras_lipattn.bounds.activated_product import activated_gap_constants
+from keras_lipattn.certification.class_code import operation_name
 from keras_lipattn.certification.linear_map import as_matrix
 from keras_lipattn.certification.tensor_state import TensorState
 from keras_lipattn.certification.trace import Trace, TracedCall
@@ -75,7 +76,7 @@ def _activation_kind(call: TracedCall, classes: int, rank: int) -> str:
         if activation in _SOFTMAXES and classes > 1:
             return "softmax"
         return "sigmoid" if activation is keras.activations.sigmoid and classes == 1 else ""
-    if type(operation).__name__ in ("Softmax", "LogSoftmax") and classes > 1:
+    if operation_name(operation) in ("Softmax", "LogSoftmax") and classes > 1:
         return "softmax" if operation.axis in (-1, rank - 1) else ""
     return ""
 

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_lipattn.certification.class_code import operation_name
 from keras_lipattn.certification.tensor_state import ANYTHING, Interval, TensorState, product
 
 # Operations that only move, repeat, drop or average entries.
@@ -67,20 +68,19 @@ def interval_after(operation: Any, arguments: Mapping[str, Any], dtype: str) -> 
     """
     if dtype == "bool":
         return 0.0, 1.0
-    cls = type(operation)
+    name = operation_name(operation)
     is_layer = isinstance(operation, keras.layers.Layer)
-    known = cls in _LAYERS if is_layer else cls.__module__.startswith("keras.src.ops.")
-    if not known:
+    if not name or (is_layer and type(operation) not in _LAYERS):
         return ANYTHING
     if "x1" in arguments and "x2" in arguments:
         operands = [arguments["x1"], arguments["x2"]]
-    elif cls.__name__ in ("GetItem", "Slice"):
+    elif name in ("GetItem", "Slice"):
         # Not the indices.
         operands = [next(iter(arguments.values()))]
     else:
         operands = keras.tree.flatten(list(arguments.values()))
     intervals = [interval_of(one) for one in operands if one is not None]
-    low, high = _after(cls.__name__, operation, arguments, intervals)
+    low, high = _after(name, operation, arguments, intervals)
     if not math.isfinite(high - low):
         return ANYTHING
     if dtype.startswith(("int", "uint")):

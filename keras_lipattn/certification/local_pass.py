@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from keras import KerasTensor
 
+from keras_lipattn.certification.classifier_head import without_activation
 from keras_lipattn.certification.evaluation import UnknownValue, evaluate
 from keras_lipattn.certification.gain import Gain
 from keras_lipattn.certification.maps import LipschitzMap
@@ -36,14 +37,23 @@ class LocalPass:
         center: the inputs of the model, one example each, in order.
         radius: radius of the ball in the norm of the certificate.
         norm: that norm.
+        logit_call: index of the call whose activation is left out, or `None`.
     """
 
-    def __init__(self, trace: Trace, center: Sequence[np.ndarray], radius: float, norm: str):
+    def __init__(
+        self,
+        trace: Trace,
+        center: Sequence[np.ndarray],
+        radius: float,
+        norm: str,
+        logit_call: int | None = None,
+    ):
         self.lost: dict[str, str] = {}
         self.is_complete = False
         self._trace = trace
         self._radius = radius
         self._norm = norm
+        self._logit_call = logit_call
         self._center = list(center)
         self._values: dict[int, np.ndarray] = {}
         # Radii in the 2-norm, by the number of a certified input.
@@ -101,7 +111,9 @@ class LocalPass:
     def _enclose(self, index, rule_map, given, outputs) -> list[Enclosure | None]:
         call = self._trace.calls[index]
         try:
-            values = self._evaluate(call, rule_map)
+            leaves_out = index == self._logit_call
+            with without_activation(call.operation if leaves_out else None):
+                values = self._evaluate(call, rule_map)
         except UnknownValue as unknown:
             if all(state.enclosure is not None for state in given):
                 self.lost[call.path] = str(unknown)

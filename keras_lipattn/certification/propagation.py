@@ -9,6 +9,7 @@ import numpy as np
 from keras import KerasTensor
 
 from keras_lipattn.certification.batch_axis import BatchComparison, Layout
+from keras_lipattn.certification.class_code import operation_name
 from keras_lipattn.certification.fixed_entries import interval_after
 from keras_lipattn.certification.gain import Gain
 from keras_lipattn.certification.layer_call import is_mask
@@ -212,7 +213,7 @@ class Propagation:
             refusal = MOVES_BATCH
         if refusal:
             return self._record(call, unbounded(refusal), given, layouts, index)
-        name = type(call.operation).__name__
+        name = operation_name(call.operation)
         if name in _FILLED and len(perturbed) == 1 and arguments["x"] is perturbed[0]:
             interval = _FILLED[name]
             outputs = [self._unchanged(layout, Kind.FIXED, interval) for layout in layouts]
@@ -285,7 +286,7 @@ class Propagation:
         pair = [arguments.get("x1"), arguments.get("x2")]
         tensors = [one for one in pair if isinstance(one, TensorState) and not one.is_fixed]
         others = [one for one in pair if not any(one is state for state in tensors)]
-        if type(call.operation).__name__ not in _COMPARISONS or len(tensors) != 1:
+        if operation_name(call.operation) not in _COMPARISONS or len(tensors) != 1:
             return None
         zero = others[0].values if isinstance(others[0], TensorState) else others[0]
         (output,) = call.outputs
@@ -309,7 +310,7 @@ class Propagation:
     def _moved(self, index, call, arguments, perturbed, layouts) -> list[TensorState] | None:
         """Integers of one input in another order or shape, `None` for anything else."""
         one_input = len({state.integer_input for state in perturbed}) == 1
-        if type(call.operation).__name__ not in _MOVES or not one_input:
+        if operation_name(call.operation) not in _MOVES or not one_input:
             return None
         if not all(np.can_cast(perturbed[0].dtype, layout.dtype) for layout in layouts):
             # Large integers may wrap around.
@@ -418,7 +419,7 @@ class Propagation:
 def _looks_up(operation: Any) -> bool:
     if isinstance(operation, keras.layers.Layer):
         return isinstance(operation, keras.layers.Embedding)
-    return type(operation).__name__ == "Take"
+    return operation_name(operation) == "Take"
 
 
 def _is_integer(dtype: str) -> bool:

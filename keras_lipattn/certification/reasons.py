@@ -232,6 +232,13 @@ UNKNOWN_TOKENS = Reason("its number of tokens is not known", cause=Cause.SIZE)
 SIZE_VARIES = Reason("the size of one of its axes varies, or is not known", remedy=FIXED_SIZES)
 
 
+def inner_reason(layer: keras.layers.Layer, reason: Reason | str) -> Reason:
+    """The reason why a layer has no constant, from that of a layer inside it."""
+    reason = Reason.of(reason)
+    text = f"{type(layer).__name__} {layer.name!r} inside it: {reason.text}"
+    return dataclasses.replace(reason, text=text, cause=Cause.NO_RULE)
+
+
 def in_training(what: str = "") -> Reason:
     """The reason for a layer that runs as in training, and what it does then."""
     text = "the model calls it with `training=True`, also at inference"

@@ -5,6 +5,7 @@ from typing import Any
 
 import keras
 
+from keras_lipattn.certification.class_code import HARMLESS, changes_of, operation_name
 from keras_lipattn.certification.layer_call import LayerCall
 from keras_lipattn.certification.maps import LipschitzMap
 
@@ -13,18 +14,6 @@ Rule = Callable[[Any, LayerCall], LipschitzMap | float]
 LAYER_RULES: dict[type, tuple[Rule, bool]] = {}
 OPERATION_RULES: dict[str, Rule] = {}
 _own_bound: list[Rule] = []
-
-# Methods that a subclass may override without changing the function that the layer computes.
-_HARMLESS = frozenset(
-    {
-        "__init__",
-        "build",
-        "get_config",
-        "from_config",
-        "compute_output_shape",
-        "compute_output_spec",
-    }
-)
 
 
 def register_rule(*layer_classes: type, subclasses: bool = False) -> Callable[[Rule], Rule]:
@@ -106,10 +95,11 @@ def find_rule(operation: Any) -> tuple[Rule | None, str]:
     """
     cls = type(operation)
     if not isinstance(operation, keras.layers.Layer):
-        rule = OPERATION_RULES.get(cls.__name__) if _is_keras_operation(cls) else None
+        rule = OPERATION_RULES.get(operation_name(operation))
         return rule, "" if rule else "this operation has no rule"
-    if "call" in vars(operation):
-        return None, "its `call` was replaced on the instance"
+    changes = changes_of(operation)
+    if changes:
+        return None, changes
     overridden: list[str] = []
     for ancestor in cls.__mro__:
         if ancestor in LAYER_RULES:
@@ -123,7 +113,7 @@ def find_rule(operation: Any) -> tuple[Rule | None, str]:
         overridden += [
             name
             for name, value in vars(ancestor).items()
-            if name not in _HARMLESS
+            if name not in HARMLESS
             and not (name.startswith("__") and name != "__call__")
             and not name.startswith("_abc_")
             and (callable(value) or isinstance(value, property | classmethod | staticmethod))
@@ -138,9 +128,3 @@ def _is_inherited(cls: type, ancestor: type, name: str) -> bool:
     """Whether a class above `ancestor` defines the name as well."""
     above = cls.__mro__[cls.__mro__.index(ancestor) + 1 :]
     return any(name in vars(other) for other in above if other is not object)
-
-
-def _is_keras_operation(cls: type) -> bool:
-    return cls.__module__.startswith("keras.src.ops.") or cls.__module__.startswith(
-        "keras.src.activations."
-    )

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
@@ -13,10 +13,11 @@ from keras_lipattn.certification.layer_call import LayerCall
 from keras_lipattn.certification.maps import LipschitzMap, unbounded
 from keras_lipattn.certification.options import Options
 from keras_lipattn.certification.other_norms import OtherNorms
-from keras_lipattn.certification.reasons import Cause
+from keras_lipattn.certification.reasons import Cause, Reason, inner_reason
 from keras_lipattn.certification.registry import find_rule
 from keras_lipattn.certification.tensor_state import TensorState
 from keras_lipattn.certification.trace import TracedCall
+from keras_lipattn.certification.tracing import TRACE_ERRORS
 
 _NOT_ASKED = unbounded("its rule is asked in the norm of the certificate only")
 
@@ -52,6 +53,9 @@ class RuleCalls:
             return unbounded(missing, cause=Cause.NO_RULE)
         if not self._is_asked(rule, norm):
             return _NOT_ASKED
+        refusal = _refusal(call.operation, arguments, layout)
+        if refusal:
+            return unbounded(refusal)
         if norm is not None:
             arguments = keras.tree.map_structure(
                 lambda leaf: (
@@ -92,18 +96,63 @@ class RuleCalls:
         """The map of an inner layer on one input, such as a layer used as an activation."""
         rule, missing = find_rule(layer)
         if rule is None:
-            reason = f"{type(layer).__name__} {layer.name!r} inside it: {missing}"
-            return unbounded(reason, cause=Cause.NO_RULE)
+            return unbounded(inner_reason(layer, missing))
         if not self._is_asked(rule, norm):
             return _NOT_ASKED
         layout = Layout(state.shape, state.dynamic, state.fold, state.dtype)
+        arguments = {next(iter(layer._call_signature.parameters)): state}
+        refusal = _refusal(layer, arguments, layout)
+        if not refusal and not _keeps_shape(layer, state):
+            refusal = Reason(
+                "it changes the shape of its input", remedy="use it as a layer after this one"
+            )
+        if refusal:
+            return unbounded(inner_reason(layer, refusal))
         call = self._layer_call(
-            {next(iter(layer._call_signature.parameters)): state},
+            arguments,
             layout,
             norm,
             compute_dtype=layer.compute_dtype,
         )
         return _as_map(rule(layer, call))
+
+
+def _refusal(operation: Any, arguments: Mapping[str, Any], layout: Layout) -> Reason:
+    """The reason why no rule applies to an operation or layer on these arguments, or none."""
+    leaves = keras.tree.flatten(list(arguments.values()))
+    states = [leaf for leaf in leaves if isinstance(leaf, TensorState)]
+    is_layer = isinstance(operation, keras.layers.Layer)
+    if any(map(_is_complex, [*leaves, layout, *(operation.weights if is_layer else ())])):
+        return Reason("it computes with complex numbers", cause=Cause.NO_RULE)
+    only_batch = any(state.fold and not state.shape for state in states)
+    if only_batch and _acts_on_last_axis(operation):
+        return Reason("it acts on the batch axis, the only one of its input", cause=Cause.BATCH)
+    return Reason()
+
+
+def _is_complex(leaf: Any) -> bool:
+    return "complex" in str(getattr(leaf, "dtype", type(leaf)))
+
+
+def _acts_on_last_axis(operation: Any) -> bool:
+    """Whether an operation is a layer of this package, or of a subclass. All act on that axis."""
+    ancestors = type(operation).__mro__
+    return any(cls.__module__.startswith("keras_lipattn.layers.") for cls in ancestors)
+
+
+def _keeps_shape(layer: keras.layers.Layer, state: TensorState) -> bool:
+    """Whether the output of a layer has the shape of its input, for all sizes that vary."""
+    varying = (
+        None if varies else size for size, varies in zip(state.shape, state.dynamic, strict=True)
+    )
+    for sizes in (state.shape, tuple(varying)):
+        try:
+            output = layer.compute_output_spec(KerasTensor((None, *sizes), dtype=state.dtype))
+        except TRACE_ERRORS:
+            return False
+        if not isinstance(output, KerasTensor) or tuple(output.shape[1:]) != tuple(sizes):
+            return False
+    return True
 
 
 def _as_map(answer: Any) -> LipschitzMap:

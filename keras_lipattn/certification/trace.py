@@ -8,6 +8,7 @@ from typing import Any
 import keras
 from keras import KerasTensor
 
+from keras_lipattn.certification.class_code import operation_name
 from keras_lipattn.certification.reasons import Reason
 
 
@@ -144,7 +145,7 @@ class Trace:
         for call in self.calls:
             used = sum(self.resolve(one) is tensor for one in (*call.tensors, *call.keras_masks))
             condition = call.arguments.get("condition")
-            decides = type(call.operation).__name__ == "Where" and isinstance(
+            decides = operation_name(call.operation) == "Where" and isinstance(
                 condition, KerasTensor
             )
             if used and not (used == 1 and decides and self.resolve(condition) is tensor):

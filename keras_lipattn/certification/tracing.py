@@ -15,6 +15,11 @@ import keras
 from keras import KerasTensor
 from keras.src import backend
 
+from keras_lipattn.certification.class_code import (
+    changes_of,
+    operation_name,
+    overrides_call_operator,
+)
 from keras_lipattn.certification.keras_models import (
     augments,
     function_of,
@@ -139,6 +144,8 @@ class _Tracer:
         self._attributes = {id(layer): dict(vars(layer)) for layer in model._flatten_layers()}
 
     def run(self, symbols: tuple, options: dict[str, Any]) -> None:
+        if overrides_call_operator(self._model):
+            raise TraceError(Reason("it overrides `__call__`", remedy="use `call` for this code"))
         for layer in self._model._flatten_layers():
             vars(layer)["symbolic_call"] = functools.partial(self._call, layer)
         try:
@@ -200,7 +207,7 @@ class _Tracer:
                 raise TraceError(_TENSOR_IN_LAYER)
 
     def _run_inside(self, layer, args, kwargs) -> Any:
-        expand = EXPANSIONS.get(type(layer))
+        expand = _expansion_of(layer)
         if getattr(layer, "quantization_mode", None) is not None:
             raise TraceError(Reason("it is quantized", remedy=NOT_QUANTIZED))
         outputs = expand(layer, *args, **kwargs) if expand else layer.call(*args, **kwargs)
@@ -220,7 +227,7 @@ class _Tracer:
 
     def _refuse_lengths(self, layer, arguments) -> Reason | None:
         """Notes that Python code runs on a size that varies; a reason if the size is not known."""
-        if _is_graph(layer) or type(layer) in EXPANSIONS:
+        if _is_graph(layer) or _expansion_of(layer):
             return None
         tensors = symbols_in(arguments)
         if any(None in tensor.shape for tensor in tensors):
@@ -383,7 +390,14 @@ class _Frame:
 
 def _is_graph(layer: keras.layers.Layer) -> bool:
     """Whether the layer runs a recorded graph and no code of its own."""
-    return isinstance(layer, keras.Model) and function_of(layer) is not None
+    return (
+        isinstance(layer, keras.Model) and function_of(layer) is not None and not changes_of(layer)
+    )
+
+
+def _expansion_of(layer: keras.layers.Layer) -> Callable | None:
+    """The replacement for the `call` of a layer that runs the code of its class."""
+    return None if changes_of(layer) else EXPANSIONS.get(type(layer))
 
 
 def _called_in_training(model: keras.Model) -> set[int]:
@@ -410,7 +424,7 @@ def _called_in_training(model: keras.Model) -> set[int]:
 
 
 def _copies_a_number(operation, inputs, outputs) -> bool:
-    if type(operation).__name__ not in _COPIES or len(inputs) != 1:
+    if operation_name(operation) not in _COPIES or len(inputs) != 1:
         return False
     dtypes = [keras.backend.standardize_dtype(one.dtype) for one in (*inputs, *outputs)]
     return dtypes[0] == dtypes[1] or all(map(keras.backend.is_float_dtype, dtypes))

@@ -39,6 +39,7 @@ class Branch:
                     f"Every layer of `branch` must compute in {dtype}. "
                     f"Received: layer {each.name!r} with compute dtype {each.compute_dtype!r}"
                 )
+        self.layers = layers
         self._mask = "causal" if use_causal_mask else "full"
         self._parts: list[Any] = [_part(each) for each in layers]
         self._options = [
@@ -122,7 +123,7 @@ class _FixedConstant:
         )
 
     def _constant(self, norm):
-        if isinstance(self._layer, keras.layers.Activation):
+        if type(self._layer) is keras.layers.Activation:
             return activation_constant(self._layer.activation, norm)
         return 1.0, ""
 
@@ -133,7 +134,8 @@ def _part(layer):
             "A branch that drops entries at random is not one function. "
             f"Received: layer {layer.name!r} with dropout={layer.dropout}"
         )
-    if isinstance(layer, keras.layers.Activation | MaxMin | PositionEmbedding):
+    # A subclass may compute something else.
+    if type(layer) in (keras.layers.Activation, MaxMin, PositionEmbedding):
         part = _FixedConstant(layer)
         bound = part.lipschitz()
         if bound.is_finite:

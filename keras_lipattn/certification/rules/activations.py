@@ -17,6 +17,7 @@ from keras_lipattn.certification.reasons import (
     UNKNOWN_ACTIVATION,
     UNKNOWN_TOKENS,
     Cause,
+    Reason,
 )
 from keras_lipattn.certification.registry import register_operation, register_rule
 from keras_lipattn.certification.tensor_state import TensorState, product
@@ -45,6 +46,10 @@ _AT_ZERO = {
     "sparse_sigmoid": 0.5,
     "squareplus": 1.0,
 }
+
+_BAD_PARAMETER = Reason(
+    "its parameter is not a finite number in its range", remedy="use a valid parameter"
+)
 
 _ALONG_AN_AXIS = frozenset({"softmax", "log_softmax"})
 
@@ -226,21 +231,40 @@ def relu_operation(operation, call):
 
 
 def _relu(parameters, call: LayerCall) -> LipschitzMap:
+    most = math.inf if parameters.max_value is None else parameters.max_value
+    if not _are_finite(parameters.negative_slope or 0.0) or not most >= 0.0:
+        return unbounded(_BAD_PARAMETER)
     if parameters.threshold:
         return unbounded(f"it jumps at its threshold {parameters.threshold}")
     constant = _slope(parameters.negative_slope or 0.0)
     least = min(0.0, _least_slope(parameters.negative_slope or 0.0))
     layer_map = slope(constant, call.state, least=least)
-    if parameters.max_value is not None and not parameters.negative_slope and call.state.width:
-        bounded = TokenRange.of_entries(0.0, float(parameters.max_value), call.state.width)
+    if math.isfinite(most) and not parameters.negative_slope and call.state.width:
+        bounded = TokenRange.of_entries(0.0, float(most), call.state.width)
         return dataclasses.replace(layer_map, range=bounded)
     return layer_map
 
 
 @register_rule(keras.layers.LeakyReLU)
 def leaky_relu(layer, call):
-    least = min(1.0, _least_slope(layer.negative_slope))
-    return slope(_slope(layer.negative_slope), call.state, least=least)
+    return _leaky(layer.negative_slope, call)
+
+
+def _leaky(negative_slope: float, call: LayerCall) -> LipschitzMap:
+    if not _are_finite(negative_slope):
+        return unbounded(_BAD_PARAMETER)
+    least = min(1.0, _least_slope(negative_slope))
+    return slope(_slope(negative_slope), call.state, least=least)
+
+
+def _are_finite(*parameters: Any) -> bool:
+    """Whether parameters of an activation are finite numbers, in float32 too."""
+    with np.errstate(over="ignore"):
+        return all(
+            isinstance(one, bool | int | float | np.number | np.bool_)
+            and bool(np.isfinite(np.float32(one)))
+            for one in parameters
+        )
 
 
 def _slope(parameter: float) -> float:
@@ -264,7 +288,13 @@ def prelu(layer, call):
 
 @register_rule(keras.layers.ELU)
 def elu(layer, call):
-    return slope(_slope(layer.alpha), call.state, least=min(0.0, _least_slope(layer.alpha)))
+    return _elu(layer.alpha, call)
+
+
+def _elu(alpha: float, call: LayerCall) -> LipschitzMap:
+    if not _are_finite(alpha):
+        return unbounded(_BAD_PARAMETER)
+    return slope(_slope(alpha), call.state, least=min(0.0, _least_slope(alpha)))
 
 
 @register_rule(keras.layers.Softmax)
@@ -311,13 +341,14 @@ def gelu(operation, call):
 
 @register_operation("LeakyRelu")
 def leaky_relu_operation(operation, call):
-    least = min(1.0, _least_slope(operation.negative_slope))
-    return slope(_slope(operation.negative_slope), call.state, least=least)
+    return _leaky(operation.negative_slope, call)
 
 
 @register_operation("Elu", "Celu")
 def elu_operation(operation, call):
     alpha = operation.alpha
+    if not _are_finite(alpha):
+        return unbounded(_BAD_PARAMETER)
     if type(operation).__name__ == "Celu":
         if not alpha > 0.0:
             return unbounded(
@@ -326,19 +357,23 @@ def elu_operation(operation, call):
             )
         # The slope is exp(x / alpha) <= 1 on the negative side, whatever alpha > 0.
         alpha = 1.0
-    return slope(_slope(alpha), call.state, least=min(0.0, _least_slope(alpha)))
+    return _elu(alpha, call)
 
 
 @register_operation("SoftShrink")
 def soft_shrink(operation, call):
+    if not _are_finite(operation.threshold) or operation.threshold < 0.0:
+        return unbounded(_BAD_PARAMETER)
     return named("soft_shrink", call, call.state)
 
 
 @register_operation("Squareplus")
 def squareplus(operation, call):
+    if not _are_finite(operation.b) or operation.b < 0.0:
+        return unbounded(_BAD_PARAMETER)
     constant = layer_constants.activation_constant("squareplus", call.norm)
     layer_map = slope(constant, call.state)
-    at_zero = SAFETY * math.sqrt(max(operation.b, 0.0)) / 2.0
+    at_zero = SAFETY * math.sqrt(operation.b) / 2.0
     return dataclasses.replace(layer_map, value_at_zero=at_zero)
 
 

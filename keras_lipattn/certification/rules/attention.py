@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import keras
 import numpy as np
@@ -14,6 +15,7 @@ from keras_lipattn.bounds.compact import (
     dot_product_constants,
     dot_product_layer_constant,
 )
+from keras_lipattn.certification.class_code import changes_of
 from keras_lipattn.certification.layer_call import LayerCall
 from keras_lipattn.certification.maps import LipschitzMap, unbounded
 from keras_lipattn.certification.reasons import (
@@ -54,6 +56,9 @@ def multi_head_attention(layer, call):
         return unbounded(RETURNS_SCORES)
     if call.training and layer._dropout > 0.0:
         return unbounded(in_training("it draws random numbers"))
+    changed = _changed_part(layer)
+    if changed:
+        return unbounded(changed, remedy=_KEEP_PARTS)
     parts = [layer._query_dense, layer._key_dense, layer._value_dense, layer._output_dense]
     for part in parts:
         refusal = quantized(part)
@@ -190,6 +195,9 @@ def group_query_attention(layer, call):
         return unbounded(RETURNS_SCORES)
     if call.training and layer.dropout > 0.0:
         return unbounded(in_training("it draws random numbers"))
+    changed = _changed_part(layer)
+    if changed:
+        return unbounded(changed, remedy=_KEEP_PARTS)
     parts = [layer._query_dense, layer._key_dense, layer._value_dense, layer._output_dense]
     for part in parts:
         refusal = quantized(part)
@@ -198,6 +206,47 @@ def group_query_attention(layer, call):
     if _adds_bias_elsewhere(parts, call):
         return unbounded(BIAS_ELSEWHERE)
     return _of_three(layer._inverse_sqrt_head_dim, parts, call, repeats=layer.num_repeats)
+
+
+# The layers inside an attention layer of Keras; for projections, how many axes they contract.
+_PARTS = {
+    "_query_dense": (keras.layers.EinsumDense, 1),
+    "_key_dense": (keras.layers.EinsumDense, 1),
+    "_value_dense": (keras.layers.EinsumDense, 1),
+    "_output_dense": (keras.layers.EinsumDense, 2),
+    "_softmax": (keras.layers.Softmax, 0),
+    "_dropout_layer": (keras.layers.Dropout, 0),
+}
+_KEEP_PARTS = "use the layer as Keras builds it, or give a subclass a rule by `register_rule`"
+
+
+def _changed_part(layer) -> str:
+    """The reason why a part of an attention layer is not the one of Keras, or an empty string."""
+    for name, (cls, contracted) in _PARTS.items():
+        part = getattr(layer, name)
+        if type(part) is not cls:
+            return f"its part `{name}` is a {type(part).__name__}, not the {cls.__name__} of Keras"
+        changes = changes_of(part)
+        if not changes and contracted and not _is_projection(part, contracted):
+            changes = "it is not a linear map of the features"
+        if changes:
+            return f"its part `{name}` was changed: {changes}"
+    return ""
+
+
+def _is_projection(part: keras.layers.EinsumDense, contracted: int) -> bool:
+    """Whether it has no activation and contracts that many last axes of its input."""
+    inputs, kernel, output = re.split(",|->", part.equation)
+    kept, new = inputs[:-contracted], kernel[contracted:]
+    letters = inputs + new
+    shape = None if part.bias is None else tuple(part.bias.shape)
+    return (
+        part.activation in (None, keras.activations.linear)
+        and len(set(letters)) == len(letters)
+        and kernel == inputs[-contracted:] + new
+        and output == kept + new
+        and shape in (None, tuple(part.kernel.shape[contracted:]))
+    )
 
 
 def _adds_bias_elsewhere(parts, call: LayerCall) -> bool:

@@ -18,8 +18,9 @@ from keras_lipattn.certification.reasons import (
     Cause,
     Reason,
     in_training,
+    inner_reason,
 )
-from keras_lipattn.certification.registry import register_own_bound, register_rule
+from keras_lipattn.certification.registry import find_rule, register_own_bound, register_rule
 from keras_lipattn.certification.rules.averaging import keeps_batch, values_range
 from keras_lipattn.certification.rules.local_attention import (
     near_input,
@@ -69,6 +70,9 @@ def lipschitz_layer(layer, call):
 @register_rule(L2MultiHeadAttention, ScaledCosineAttention, BoundedMultiHeadAttention)
 @register_rule(SelfAttention, subclasses=True)
 def self_attention(layer, call):
+    changed = [name for name in _RUNS if _is_overridden(layer, name)]
+    if changed:
+        return unbounded(f"it overrides `{', '.join(changed)}` of SelfAttention")
     if call.argument("return_attention_scores"):
         return unbounded(RETURNS_SCORES)
     if call.training and (layer.dropout > 0.0 or layer.has_caps):
@@ -112,6 +116,22 @@ def self_attention(layer, call):
         if isinstance(layer, L2MultiHeadAttention)
         else layer_map
     )
+
+
+# The methods of `SelfAttention` around those that a subclass writes.
+_RUNS = (
+    "__call__",
+    "call",
+    "call_with_weights",
+    "effective_weights",
+    "mask_of_call",
+    "shape_outputs",
+)
+
+
+def _is_overridden(layer: SelfAttention, name: str) -> bool:
+    """Whether a subclass outside this package overrides a method."""
+    return not getattr(type(layer), name).__module__.startswith("keras_lipattn.")
 
 
 def is_self_attention(call: LayerCall) -> bool:
@@ -327,16 +347,35 @@ def attention_length(attention_axes, state: TensorState) -> int | None:
 
 @register_rule(ContinuousDepth)
 def continuous_depth(layer, call):
+    refusal = _unknown_part([part for knot in layer._knots for part in knot.layers])
+    if refusal is not None:
+        return refusal
     # The constant is that of the integration steps.
     return _own_constant(layer.lipschitz(sequence_length=call.state.tokens, norm=call.norm), call)
 
 
 @register_rule(InvertibleResidual, InvertibleSequential)
 def invertible(layer, call):
+    blocks = layer.layers if isinstance(layer, InvertibleSequential) else [layer]
+    refusal = _unknown_part([*blocks, *(part for one in blocks for part in one._branch.layers)])
+    if refusal is not None:
+        return refusal
     # Their second terms are contractions by construction.
     layer_map = _own_constant(layer.lipschitz(norm=call.norm), call)
     most = layer.max_sequence_length if any(call.state.dynamic) else None
     return dataclasses.replace(layer_map, max_tokens=most)
+
+
+def _unknown_part(parts: list) -> LipschitzMap | None:
+    """The map of a layer with an inner layer that has no rule, `None` if all of them have one."""
+    for part in parts:
+        rule, missing = find_rule(part)
+        if rule is None:
+            remedy = "use a layer that has the methods `graph_bound` and `lipschitz`"
+            return unbounded(inner_reason(part, Reason(missing, remedy=remedy)))
+        if not rule.__module__.startswith("keras_lipattn."):
+            return unbounded(inner_reason(part, "it has a rule of its own, which is not used here"))
+    return None
 
 
 def _own_constant(bound: LipschitzBound, call: LayerCall) -> LipschitzMap:

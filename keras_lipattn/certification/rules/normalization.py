@@ -179,6 +179,8 @@ def _normalized_range(gamma, beta, width: int | None, call: LayerCall) -> TokenR
 
 @register_rule(keras.layers.GroupNormalization)
 def group_normalization(layer, call):
+    if layer.axis % call.state.rank == 0:
+        return unbounded("it normalizes over the batch axis", cause=Cause.BATCH)
     if not layer.epsilon > 0.0:
         return unbounded("its epsilon is not positive")
     gamma = np.ones(1) if layer.gamma is None else cast_to_compute_dtype(layer.gamma, None)

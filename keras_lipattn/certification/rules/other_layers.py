@@ -2,6 +2,7 @@
 
 import keras
 
+from keras_lipattn.certification.class_code import overrides_call_operator
 from keras_lipattn.certification.maps import Affine, LipschitzMap, TokenMixing, unbounded
 from keras_lipattn.certification.reasons import COMPUTES_MASK, Cause, Reason, in_training
 from keras_lipattn.certification.registry import register_operation, register_rule
@@ -97,6 +98,8 @@ def spectral_normalization(layer, inputs, training=False):
 def time_distributed(layer, inputs, training=None, mask=None):
     """Runs the inner layer on all slices, as a batch with more examples."""
     inner = layer.layer
+    if overrides_call_operator(inner):
+        raise TraceError("its inner layer overrides `__call__`")
     if mask is not None and inner._call_has_mask_arg:
         raise TraceError("it passes slices of a mask to its inner layer")
     if inner.compute_dtype != layer.compute_dtype and layer.compute_dtype != layer.variable_dtype:
