@@ -162,9 +162,15 @@ def test_logits_must_fit():
         with pytest.raises(ValueError, match="Received"):
             certificate.certified_radius(logits)
     x = keras.Input((5, 4))
-    sequence = certify(keras.Model(x, layers.Dense(3)(x)))
-    with pytest.raises(ValueError, match="Received"):
-        sequence.certified_radius(np.zeros(3))
+    for output in (layers.Dense(3, activation="softmax")(x), layers.Dense(1)(x)):
+        sequence = certify(keras.Model(x, output))
+        for logits in (np.zeros(3), np.zeros((2, 5, 3))):
+            with pytest.raises(ValueError, match="Received"):
+                sequence.certified_radius(logits)
+    tokens = certify(keras.Model(x, layers.Dense(3)(x)))
+    for logits in (np.zeros((2, 5, 1)), 1.0):
+        with pytest.raises(ValueError, match="Received"):
+            tokens.certified_radius(logits)
 
 
 def demo():

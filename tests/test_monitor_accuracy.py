@@ -30,6 +30,12 @@ def softmax():
     return keras.Model(model.input, keras.layers.Softmax()(model.output), name="softmax")
 
 
+def log_softmax():
+    model = monitor_models.functional()
+    outputs = keras.layers.Activation("log_softmax")(model.output)
+    return keras.Model(model.input, outputs, name="log_softmax")
+
+
 class Recorded(keras.callbacks.Callback):
     """What `certified_accuracy` says at the end of every epoch; after the monitor."""
 
@@ -52,7 +58,9 @@ def fit(model, monitor, *others, targets=None, **options):
 
 
 @pytest.mark.parametrize("norm", ["l2", "token"])
-@pytest.mark.parametrize("make", [*KINDS.values(), softmax], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make", [*KINDS.values(), softmax, log_softmax], ids=lambda make: make.__name__
+)
 def test_it_is_the_certified_accuracy_of_the_model(make, norm):
     keras.utils.set_random_seed(1)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=make is not softmax)

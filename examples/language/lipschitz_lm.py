@@ -232,10 +232,8 @@ def evaluate(model: keras.Model, certified: keras.Model, text: np.ndarray) -> di
     first = np.lib.stride_tricks.sliding_window_view(text, length + 1)[: 20 * 512]
     _, accuracy = model.evaluate(first[:, :-1], first[:, 1:], batch_size=64, verbose=0)
     certificate = keras_lipattn.certify(certified, norm="token")
-    # The difference of two logits of a token is sqrt(2) times as fast as the token. The radius of
-    # an embedding is in RMS, the constant in the 2-norm of a token.
-    second, best = np.moveaxis(np.partition(logits, -2, axis=-1)[..., -2:], -1, 0)
-    radius = (best - second) / (math.sqrt(2.0 * _WIDTH.value) * certificate.total)
+    # The radius of an embedding is in RMS, that of the certificate in the 2-norm of a token.
+    radius = certificate.certified_radius(logits) / math.sqrt(_WIDTH.value)
     embeddings = model.get_layer("ball")(model.layers[1](characters[:2]))
     found = keras_lipattn.estimate_lipschitz(
         certified, ops.convert_to_numpy(embeddings), "token", steps=20, restarts=2

@@ -142,7 +142,9 @@ class CertifiedValidation:
     def _compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         logits = ops.cast(y_pred, "float32")
         if self._head == "softmax":
-            logits = ops.log(ops.maximum(logits, _TINY))
+            # The entries of a log-softmax are not positive, and not all are 0.
+            is_log = ops.any(logits < 0.0, axis=-1, keepdims=True)
+            logits = ops.where(is_log, logits, ops.log(ops.maximum(logits, _TINY)))
         classes = logits.shape[-1]
         if len(y.shape) == 2 and y.shape[-1] == classes:
             y = ops.argmax(y, axis=-1)

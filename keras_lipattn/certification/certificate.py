@@ -93,7 +93,7 @@ class Certificate:
         threat_model: the assumptions under which the constant holds.
         rows: one `CertificateRow` for each call of a layer, in the order of the calls.
         head: kind of classifier that the model appears to be: `"softmax"`, `"sigmoid"`,
-            `"logits"`, `"logit"` or `""`.
+            `"logits"`, `"logit"`, `"token logits"` or `""`.
         pairwise_constants: for each pair of classes a Lipschitz constant of the difference of their
             logits; empty for models that are not classifiers.
         fingerprint: SHA-256 of the weights, see `matches`.
@@ -262,9 +262,14 @@ class Certificate:
         A model with a single unit predicts by the sign of its logit. For a local certificate, the
         radius is at most that of the certificate, and `logits` must be those at its center.
 
+        A model that ends in logits of every token, such as a language model, gets a radius for each
+        token: changes of all tokens of the input together within it do not change the class of this
+        token, since the norm of the logits of one token is at most that of all.
+
         Args:
             logits: shape `(..., classes)` before any softmax; `(..., 1)` or `(...)` before the
-                sigmoid for a model with a single unit.
+                sigmoid for a model with a single unit; `(batch, tokens, classes)` for logits of
+                every token.
             allowance: subtracted from every margin, for the rounding of the logits.
 
         Returns:
@@ -285,10 +290,11 @@ class Certificate:
         return np.minimum(radius, self.threat_model.radius)
 
     def _pairwise_constants_for(self, logits: np.ndarray) -> np.ndarray:
-        if self.head not in ("softmax", "logits"):
+        if self.head not in ("softmax", "logits", "token logits"):
             raise ValueError(
-                "Only a model with one vector of two or more logits per example has margins "
-                f"between classes. Received: a model whose head is {self.head!r}"
+                "Only a model with one vector of two or more logits per example or token has "
+                "margins between classes; for tokens, without a softmax at the end. Received: a "
+                f"model whose head is {self.head!r}"
             )
         classes = logits.shape[-1] if logits.ndim else 0
         if self.pairwise_constants:

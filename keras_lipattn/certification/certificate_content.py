@@ -15,7 +15,7 @@ from keras_lipattn.linalg import SAFETY
 
 # Entries of the JSON that are computed from the others.
 DERIVED = ("schema", "vacuous", "reasons", "proposals")
-_HEADS = ("", "softmax", "sigmoid", "logits", "logit")
+_HEADS = ("", "softmax", "sigmoid", "logits", "logit", "token logits")
 _MASKS = (None, "full", "causal", "any", "given")
 _SHA_256 = re.compile(r"[0-9a-f]{64}")
 # Relative tolerance between a total and its logarithm, which are rounded separately.

@@ -79,6 +79,12 @@ def certified_radius(
     structure, examples = examples_of(model, x)
     _remember_caps(model)
     globally = certify(model, norm, **options)
+    if globally.head == "token logits":
+        raise ValueError(
+            "`model` must return one vector of logits per example. For logits of every token use "
+            "`certify(model).certified_radius(logits)`. Received: a model whose head is "
+            f"{globally.head!r}"
+        )
     options.pop("check", None)
     inputs = options.pop("inputs", None)
     settings = Options(norm=norm, **options)

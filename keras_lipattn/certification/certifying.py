@@ -31,6 +31,7 @@ _OUTPUTS = {
     "sigmoid": "pre-sigmoid logit of the single unit (the sigmoid at the end is left out)",
     "logits": "output, taken as logits",
     "logit": "output, taken as the logit of a single unit",
+    "token logits": "output",
     "": "output",
 }
 

@@ -41,37 +41,43 @@ def find_head(trace: Trace) -> tuple[str, int | None]:
 
     Returns:
         `"softmax"`, `"sigmoid"` (one unit), `"logits"` (two or more numbers per example), `"logit"`
-        (one) or `""`, and the index of the call whose activation is left out to get logits.
+        (one), `"token logits"` (two or more numbers per token, without a softmax) or `""`, and the
+        index of the call whose activation is left out to get logits.
     """
     if len(trace.outputs) != 1:
         return "", None
     (output,) = trace.outputs
-    if len(output.shape) != 2 or output.shape[-1] is None or output.shape[0] != trace.batch:
+    rank = len(output.shape)
+    if rank < 2 or output.shape[-1] is None or output.shape[0] != trace.batch:
         return "", None
     classes = output.shape[-1]
     output = trace.resolve(output)
+    kind, position = "", None
     for index, call in enumerate(trace.calls):
         if len(call.outputs) == 1 and call.outputs[0] is output:
-            kind = _activation_kind(call, classes)
-            if kind:
-                return kind, index
+            kind, position = _activation_kind(call, classes, rank), index
+    if rank > 2:
+        # Nothing is left out here, so that probabilities are not certified as logits.
+        return ("token logits" if classes > 1 and not kind else ""), None
+    if kind:
+        return kind, position
     return ("logits" if classes > 1 else "logit"), None
 
 
-def _activation_kind(call: TracedCall, classes: int) -> str:
+def _activation_kind(call: TracedCall, classes: int, rank: int) -> str:
     operation: Any = call.operation
     if isinstance(operation, keras.layers.Layer):
         if type(operation) not in _DROPPING:
             return ""
         if isinstance(operation, keras.layers.Softmax):
-            plain = operation.axis in (-1, 1) and call.arguments.get("mask") is None
+            plain = operation.axis in (-1, rank - 1) and call.arguments.get("mask") is None
             return "softmax" if plain and classes > 1 else ""
         activation = operation.activation
         if activation in _SOFTMAXES and classes > 1:
             return "softmax"
         return "sigmoid" if activation is keras.activations.sigmoid and classes == 1 else ""
     if operation_name(operation) in ("Softmax", "LogSoftmax") and classes > 1:
-        return "softmax" if operation.axis in (-1, 1) else ""
+        return "softmax" if operation.axis in (-1, rank - 1) else ""
     return ""
 
 

@@ -51,7 +51,8 @@ class OtherNorms:
             return state.others[norm]
         factor = price(state, self._norm, norm)
         gain, published = state.gain.scaled(factor), state.published.scaled(factor)
-        return state.replace(gain=gain, published=published)
+        # The gains of the tensors that it is a linear map of are those of the other norm.
+        return state.replace(gain=gain, published=published).without_maps()
 
     def after(
         self,

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras import KerasTensor
 
 from keras_lipattn.certification.batch_axis import BatchComparison, Layout
@@ -190,6 +191,10 @@ class Propagation:
         layouts = [self._layout(tensor) for tensor in call.outputs]
         perturbed = [state for state in given if not state.is_fixed]
         from_integers = any(state.kind in (Kind.FROM_INTEGERS, Kind.INTEGER) for state in given)
+        if call.refusal and not perturbed:
+            # Code that is not traced may read any tensor that was there before.
+            given = list(self.states.values())
+            return self._record(call, unbounded(call.refusal), given, layouts, index)
         if not perturbed and not (from_integers and _looks_up(call.operation)):
             kind = Kind.FROM_INTEGERS if from_integers else Kind.FIXED
             outputs = [
@@ -200,7 +205,7 @@ class Propagation:
                 )
                 for layout in layouts
             ]
-            if not outputs[0].range.bounded and not call.refusal:
+            if not outputs[0].range.bounded:
                 outputs[0] = self._ranged(index, call, arguments, outputs[0])
             return self._enclosed(index, None, given, outputs)
         refusal = call.refusal or self._comparison.refusals.get(index)
@@ -306,6 +311,9 @@ class Propagation:
         """Integers of one input in another order or shape, `None` for anything else."""
         one_input = len({state.integer_input for state in perturbed}) == 1
         if operation_name(call.operation) not in _MOVES or not one_input:
+            return None
+        if not all(np.can_cast(perturbed[0].dtype, layout.dtype) for layout in layouts):
+            # Large integers may wrap around.
             return None
         rule_map = self._rules.ask(index, call, arguments, layouts[0])
         if not rule_map.constant <= 1.0 or len(perturbed) > 1:

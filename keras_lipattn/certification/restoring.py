@@ -1,7 +1,7 @@
 """Context managers for calling a model on symbolic tensors without changing it."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import keras
 from keras.src.ops import core
@@ -65,6 +65,30 @@ def conversions_as_on_data() -> Iterator[None]:
                 del one.symbolic_call
             else:
                 one.symbolic_call = original
+
+
+@contextlib.contextmanager
+def weights_as_they_are(refusal: str, is_checked: Callable[[], bool]) -> Iterator[None]:
+    """Makes a scope that gives variables other values, as `stateless_call` does, raise an error.
+
+    Rules read the values of variables after the call, when such a scope has ended.
+
+    Args:
+        refusal: message of the `TraceError`.
+        is_checked: whether to raise it now.
+    """
+    enter = keras.StatelessScope.__enter__
+
+    def checked(scope):
+        if scope.state_mapping and is_checked():
+            raise TraceError(refusal)
+        return enter(scope)
+
+    keras.StatelessScope.__enter__ = checked
+    try:
+        yield
+    finally:
+        keras.StatelessScope.__enter__ = enter
 
 
 def _refuse_to_build(layer: keras.layers.Layer):

@@ -28,7 +28,11 @@ from keras_lipattn.certification.keras_models import (
     sibling_names,
 )
 from keras_lipattn.certification.reasons import NOT_QUANTIZED, Cause, Reason
-from keras_lipattn.certification.restoring import conversions_as_on_data, restored
+from keras_lipattn.certification.restoring import (
+    conversions_as_on_data,
+    restored,
+    weights_as_they_are,
+)
 from keras_lipattn.certification.trace import Trace, TracedCall, TraceError, symbols_in
 
 # Errors that code written for data may raise on symbols.
@@ -47,6 +51,16 @@ _CHANGES_STATE = Reason(
     "it changes its state or draws random numbers at inference",
     remedy="do that only when `training` is true",
 )
+_CHANGES_LAYER = (
+    "a layer's weights or attributes are replaced while the model is called, so its rule does not "
+    "apply"
+)
+_TENSOR_IN_LAYER = "an attribute of a layer is a tensor that a model computes"
+_RUNS_FUNCTION = "an operation runs a function, which may use any tensor of the model"
+# Attributes of a layer that Keras changes in a call, or that this module does.
+_OF_KERAS = frozenset({"_called", "_call_context_args", "build", "built", "symbolic_call"})
+# Attributes of an operation that do not change what it computes.
+_NODES = frozenset({"_auto_config", "_inbound_nodes", "_lock", "_outbound_nodes", "name"})
 # Operations that return their input, perhaps in another dtype.
 _COPIES = ("Cast", "ConvertToTensor", "Copy", "SaturateCast", "StopGradient")
 
@@ -105,7 +119,7 @@ def trace(
     with restored(model), conversions_as_on_data(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         scope = keras.StatelessScope(collect_losses=True)
-        with scope:
+        with scope, weights_as_they_are(_CHANGES_LAYER, lambda: tracer.runs_code):
             tracer.run(symbols, {} if training is None else {"training": training})
     return tracer.trace
 
@@ -118,11 +132,16 @@ class _Tracer:
         self._model = model
         self._refusal_of = refusal_of
         self._producers: dict[int, Any] = {id(tensor): None for tensor in inputs}
+        # The operation of each tensor, which changes if another one returns the tensor too.
+        self._operations: dict[int, Any] = dict.fromkeys(self._producers)
         # Ids are only unique among tensors that live.
         self._alive: list[Any] = list(inputs)
         self._stack: list[_Frame] = []
         self._recorded = recorded_operations(model)
         self._trained = _called_in_training(model)
+        # False while Keras runs a layer for the shapes of its outputs alone.
+        self.runs_code = True
+        self._attributes = {id(layer): dict(vars(layer)) for layer in model._flatten_layers()}
 
     def run(self, symbols: tuple, options: dict[str, Any]) -> None:
         if overrides_call_operator(self._model):
@@ -133,6 +152,9 @@ class _Tracer:
             outputs = self._model(*symbols, **options)
         except TRACE_ERRORS as error:
             raise TraceError(_explain(error)) from error
+        for call in self.trace.calls:
+            if isinstance(call.operation, keras.layers.Layer) and not call.refusal:
+                self._require_unchanged(call.operation)
         self.trace.outputs = symbols_in(outputs)
         self._collect(self.trace.outputs)
         if len(self.trace.outputs) != len(keras.tree.flatten(outputs)):
@@ -145,6 +167,7 @@ class _Tracer:
             kwargs["training"] = True
         missing = self._refusal_of(layer)
         if not missing:
+            self._require_unchanged(layer)
             return self._record(layer, args, kwargs)
         state = set(backend.get_stateless_scope().state_mapping)
         calls = len(self.trace.calls)
@@ -173,6 +196,16 @@ class _Tracer:
         refusal = dataclasses.replace(refusal, text=f"{missing}, and {refusal.text}")
         return self._record(layer, args, kwargs, refusal=refusal)
 
+    def _require_unchanged(self, layer: keras.layers.Layer) -> None:
+        """Raises a `TraceError` if a rule would read other weights than those that run."""
+        for inner in layer._flatten_layers():
+            before, now = self._attributes.get(id(inner), {}), vars(inner)
+            names = (before.keys() | now.keys()) - _OF_KERAS
+            if any(before.get(name) is not now.get(name) for name in names):
+                raise TraceError(_CHANGES_LAYER)
+            if any(isinstance(value, KerasTensor) for value in now.values()):
+                raise TraceError(_TENSOR_IN_LAYER)
+
     def _run_inside(self, layer, args, kwargs) -> Any:
         expand = _expansion_of(layer)
         if getattr(layer, "quantization_mode", None) is not None:
@@ -188,6 +221,7 @@ class _Tracer:
         tensor = KerasTensor(tuple(value.shape), dtype=keras.backend.standardize_dtype(value.dtype))
         self.trace.constants[id(tensor)] = value
         self._producers[id(tensor)] = None
+        self._operations[id(tensor)] = None
         self._alive.append(tensor)
         return tensor
 
@@ -204,7 +238,11 @@ class _Tracer:
 
     def _record(self, layer, args, kwargs, refusal: Reason | None = None) -> Any:
         given = [(tensor, backend.get_keras_mask(tensor)) for tensor in symbols_in((args, kwargs))]
-        outputs = type(layer).symbolic_call(layer, *args, **kwargs)
+        self.runs_code = False
+        try:
+            outputs = type(layer).symbolic_call(layer, *args, **kwargs)
+        finally:
+            self.runs_code = True
         # A layer may return its input itself.
         fresh = keras.tree.map_structure(
             lambda leaf: (
@@ -234,6 +272,7 @@ class _Tracer:
     def _add(self, call: TracedCall) -> None:
         for tensor in call.outputs:
             self._producers[id(tensor)] = call
+            self._operations[id(tensor)] = _operation_of(tensor)
         self._alive += call.outputs
         self.trace.calls.append(call)
         self._infer_flexible(call)
@@ -244,6 +283,8 @@ class _Tracer:
         while stack:
             tensor = stack[-1]
             if id(tensor) in self._producers:
+                if _operation_of(tensor) not in (None, self._operations[id(tensor)]):
+                    raise TraceError(_RUNS_FUNCTION)
                 stack.pop()
                 mask = backend.get_keras_mask(tensor)
                 if isinstance(mask, KerasTensor) and id(mask) not in self._producers:
@@ -264,11 +305,15 @@ class _Tracer:
     def _add_operation(self, node: Any) -> None:
         operation = node.operation
         outputs = node.outputs
+        hidden = _hidden_dependency(operation, node.arguments)
+        if hidden:
+            raise TraceError(hidden)
         if _copies_a_number(operation, node.input_tensors, outputs):
             # Real arithmetic does not round.
             (source,) = node.input_tensors
             self.trace.aliases[id(outputs[0])] = source
             self._producers[id(outputs[0])] = self._producers[id(source)]
+            self._operations[id(outputs[0])] = _operation_of(outputs[0])
             self._alive.append(outputs[0])
             self.trace.flexible[id(outputs[0])] = self._flexible_shape(source)
             return
@@ -383,6 +428,25 @@ def _copies_a_number(operation, inputs, outputs) -> bool:
         return False
     dtypes = [keras.backend.standardize_dtype(one.dtype) for one in (*inputs, *outputs)]
     return dtypes[0] == dtypes[1] or all(map(keras.backend.is_float_dtype, dtypes))
+
+
+def _hidden_dependency(operation, arguments) -> str:
+    """Why an operation may depend on other tensors than those of its arguments, empty if not."""
+    kept = [
+        value for name, value in vars(operation).items() if name not in _NODES and value is not None
+    ]
+    leaves = keras.tree.flatten((kept, arguments.args, arguments.kwargs))
+    if symbols_in(kept):
+        return "a parameter of an operation is a tensor that the model computes"
+    if any(callable(leaf) and not isinstance(leaf, KerasTensor | type) for leaf in leaves):
+        return _RUNS_FUNCTION
+    return ""
+
+
+def _operation_of(tensor: KerasTensor) -> Any:
+    """The operation that Keras noted last as that of a tensor, `None` for a layer or none."""
+    operation = getattr(getattr(tensor, "_keras_history", None), "operation", None)
+    return None if isinstance(operation, keras.layers.Layer) else operation
 
 
 def _explain(error: Exception) -> Reason:

@@ -16,7 +16,7 @@ _PROOF_SCHEMA = 1
 _MANIFEST_SCHEMA = 1
 # Entries of a certificate that are computed from others and not covered by its hash.
 _DERIVED = ("schema", "vacuous", "reasons", "proposals")
-_HEADS = ("", "softmax", "sigmoid", "logits", "logit")
+_HEADS = ("", "softmax", "sigmoid", "logits", "logit", "token logits")
 # Far more than a certificate or a proof of any model takes.
 _LARGEST = 1 << 28
 

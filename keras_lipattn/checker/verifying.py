@@ -188,7 +188,8 @@ def _output(served: ServedFunction, certificate: StatedCertificate) -> str:
         radii = {"radius", "embedding_radius"} & set(served.outputs)
         fits = len(radii) == 1 and set(served.outputs) == {"logits", "class", "margin"} | radii
         require(fits, f"the outputs of `certified` are {sorted(served.outputs)}")
-        require(bool(certificate.head), "a signature `certified` for a model that is no classifier")
+        is_classifier = certificate.head not in ("", "token logits")
+        require(is_classifier, "a signature `certified` for a model that is no classifier")
         return served.outputs["logits"]
     require(
         certificate.head not in ("softmax", "sigmoid"),

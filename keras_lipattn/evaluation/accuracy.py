@@ -151,9 +151,11 @@ def certified_accuracy(
     """Clean accuracy, certified accuracy at several radii, and accuracy under attack.
 
     Args:
-        model: A built classifier: one vector of two or more logits or of probabilities an example.
+        model: A built classifier: one vector of two or more logits or of probabilities an example,
+            or logits of every token. In the latter case every token counts as an example, padded
+            ones too, and `local` and `attack` are not available.
         x: Examples, as for `model.predict`. With `attack`, one array of floating-point numbers.
-        y: Integer classes, `(examples,)` or `(examples, 1)`.
+        y: Integer classes, `(examples,)` or `(examples, 1)`, or `(examples, tokens)`.
         radii: Radii to report, in units of the model's input.
         norm: Norm of the radii: `"l2"`, `"token"` or `"linf"`, see `certify`.
         local: Whether to certify every example by itself with `certified_radius`: larger radii,
@@ -206,16 +208,23 @@ def certified_accuracy(
             f"certificate in the norm {certificate.norm!r}"
             f"{'' if certificate.matches(model) else ' of other weights'}"
         )
-    if certificate.head not in ("logits", "softmax"):
+    if certificate.head not in ("logits", "softmax", "token logits"):
         raise ValueError(
-            "The model must end in one vector of two or more logits or probabilities an example. "
-            f"Received: a model whose head is {certificate.head!r}"
+            "The model must end in one vector of two or more logits or probabilities an example, "
+            "or of logits a token without a softmax. Received: a model whose head is "
+            f"{certificate.head!r}"
+        )
+    if certificate.head == "token logits" and (local or attack is not None):
+        raise ValueError(
+            "`local` and `attack` must be left out for a model with logits of every token. "
+            f"Received: local={local}, attack={attack}"
         )
     logits = logits_of(model.predict(x, batch_size=batch_size, verbose=0), certificate.head)
+    logits = logits.reshape(-1, logits.shape[-1])
     classes = np.asarray(y)
     if classes.size != len(logits) or not np.issubdtype(classes.dtype, np.integer):
         raise ValueError(
-            f"`y` must hold the integer class of each of the {len(logits)} examples. "
+            f"`y` must hold the integer class of each of the {len(logits)} examples or tokens. "
             f"Received: shape={classes.shape}, dtype={classes.dtype}"
         )
     classes = classes.reshape(len(logits))

@@ -281,7 +281,7 @@ def plan_signature(
 
 def _find_logits(served: ServedModel, certificate: Certificate) -> tuple[Any, str]:
     """The layer or operation whose activation hides the logits, and why there are no logits."""
-    if not certificate.head:
+    if certificate.head in ("", "token logits"):
         return None, "its output is not one vector of numbers per example"
     length = certificate.threat_model.max_tokens
     traced = TracedModel(served.model, (served.structure,), sequence_length=length)

@@ -34,7 +34,7 @@ from keras_lipattn.certification.rules.linear import quantized
 from keras_lipattn.certification.rules.lipschitz_layers import (
     attention_length,
     attention_mask_class,
-    tokens_of_attention,
+    is_self_attention,
 )
 from keras_lipattn.certification.rules.merging import operands_of
 from keras_lipattn.certification.tensor_state import TensorState
@@ -66,7 +66,7 @@ def multi_head_attention(layer, call):
             return refusal
     if _adds_bias_elsewhere(parts, call):
         return unbounded(BIAS_ELSEWHERE)
-    if len(tokens_of_attention(call)) != 1:
+    if not is_self_attention(call):
         return _of_three(layer._inverse_sqrt_key_dim, parts, call)
     mask = attention_mask_class(call)
     before = call.state.range

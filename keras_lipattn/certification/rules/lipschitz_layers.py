@@ -79,7 +79,7 @@ def self_attention(layer, call):
         return unbounded(RETURNS_SCORES)
     if call.training and (layer.dropout > 0.0 or layer.has_caps):
         return unbounded(in_training("it uses dropout or running norms"))
-    if len(tokens_of_attention(call)) != 1 or not _is_self_attention(call):
+    if not is_self_attention(call):
         if layer.token_radius is not None:
             return _between_tensors(layer, call)
         return unbounded("query, value and key are different tensors", remedy=JOIN_TOKENS)
@@ -136,8 +136,8 @@ def _is_overridden(layer: SelfAttention, name: str) -> bool:
     return not getattr(type(layer), name).__module__.startswith("keras_lipattn.")
 
 
-def _is_self_attention(call: LayerCall) -> bool:
-    """Whether value and key, as far as they are given, are the query."""
+def is_self_attention(call: LayerCall) -> bool:
+    """Whether value and key, as far as they are given, are the query. Constants are not."""
     query = call.argument("query")
     others = [call.argument(name) for name in ("value", "key")]
     return all(other is None or other is query for other in others)
@@ -281,12 +281,6 @@ def _longest(layer, tokens: int | None, state: TensorState) -> int | None:
     if not any(state.dynamic):
         return None
     return layer.max_sequence_length if tokens is None else tokens
-
-
-def tokens_of_attention(call: LayerCall) -> dict[int, TensorState]:
-    """The different tensors that an attention layer is called on, by `id`."""
-    given = map(call.argument, ("query", "value", "key"))
-    return {id(state): state for state in given if isinstance(state, TensorState)}
 
 
 def attention_mask_class(call: LayerCall) -> Any:

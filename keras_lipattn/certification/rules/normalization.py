@@ -293,8 +293,24 @@ def rescaling(layer, call):
     return _shifted(scale, offset, call, theorem="|scale|")
 
 
+def _keeps_shape(shape: tuple[int, ...], example: tuple[int | None, ...]) -> bool:
+    """Whether an array of this shape has no effect on the shape of a batch of examples."""
+    beyond = len(shape) - len(example)
+    aligned = zip(shape[::-1], example[::-1], strict=False)
+    return (
+        all(size == 1 for size in shape[: max(beyond, 0)])
+        and beyond <= 1
+        and all(size in (1, other) for size, other in aligned)
+    )
+
+
 def _shifted(scale, offset, call: LayerCall, *, theorem: str) -> LipschitzMap:
     """The map of `scale * x + offset`, entry by entry."""
+    if not all(_keeps_shape(array.shape, call.state.shape) for array in (scale, offset)):
+        return unbounded(
+            "its scale or offset has a larger shape than its input",
+            remedy="repeat the input first, by `keras.ops.repeat`",
+        )
     layer_map = scaling_map(scale, call, theorem=theorem)
     width = call.state.width or 0
     along_last = offset.size == 1 or offset.shape[-1] == offset.size == width
