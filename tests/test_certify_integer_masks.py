@@ -223,3 +223,23 @@ def test_division_by_what_may_be_zero_is_refused():
     certificate = kl.certify(_model(lambda x, ids: x / ops.expand_dims(_kept(ids), -1)))
     assert certificate.total == math.inf
     assert "close to 0" in " ".join(certificate.reasons)
+
+
+def test_a_mask_for_all_tokens_together_has_no_bound():
+    """Keras divides by the number of entries of the mask, so that a mean becomes a sum."""
+    inputs, mask = keras.Input((9, 4)), keras.Input((1,), dtype="bool")
+    model = keras.Model([inputs, mask], layers.GlobalAveragePooling1D()(inputs, mask=mask))
+    certificate = kl.certify(model)
+    assert not certificate.is_finite and "one entry for each token" in certificate.reasons[0]
+
+
+@pytest.mark.parametrize("valid", [1, 4, 9])
+def test_near_an_example_a_mean_knows_its_number_of_valid_tokens(valid):
+    inputs, mask = keras.Input((9, 4)), keras.Input((9,), dtype="bool")
+    model = keras.Model([inputs, mask], layers.GlobalAveragePooling1D()(inputs, mask=mask))
+    center = [np.zeros((1, 9, 4)), np.arange(9)[None] < valid]
+    assert kl.certify(model).total == pytest.approx(1.0)
+    # The derivative with respect to each valid token is 1 / valid.
+    assert kl.certify(model, center=center, radius=0.1).total == pytest.approx(valid**-0.5)
+    fixed = layers.GlobalAveragePooling1D()(inputs, mask=center[1])
+    assert kl.certify(keras.Model(inputs, fixed)).total == pytest.approx(valid**-0.5)

@@ -468,3 +468,13 @@ def test_the_report_advises_against_a_class_token():
     assert "One of 5 tokens" in line and line in str(result)
     for pooled in (x[:, 1:], layers.Flatten()(x), layers.GlobalAveragePooling1D()(x)):
         assert kl.make_lipschitz(keras.Model(tokens, layers.Dense(3)(pooled))).advice == ()
+
+
+@pytest.mark.parametrize("limited", [False, True])
+def test_the_report_advises_to_limit_the_vectors_of_words(limited):
+    constraint = keras.constraints.MaxNorm(1.0, axis=1) if limited else None
+    words = keras.Input((5,), dtype="int32")
+    x = layers.Embedding(9, 8, embeddings_constraint=constraint)(words)
+    model = keras.Model(words, layers.Dense(3)(layers.GlobalAveragePooling1D()(x)))
+    advice = kl.make_lipschitz(model).advice
+    assert advice == () if limited else "MaxNorm" in advice[0]

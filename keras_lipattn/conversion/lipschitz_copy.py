@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -47,6 +47,12 @@ _KEEPS_MASK = ", which passes on the mask that `x + y` loses: later layers leave
 _ONE_TOKEN = (
     "One of {} tokens goes on, as by `x[:, 0]`. It learns little of the others, which reach it "
     "through weighted means: pool all tokens by `Flatten` or `GlobalAveragePooling1D` instead."
+)
+
+
+_LENGTHENED = (
+    "Radii are in units of the vectors of the embedding, which training may lengthen: "
+    "`embeddings_constraint=keras.constraints.MaxNorm(1.0, axis=1)` limits their length to 1."
 )
 
 
@@ -260,8 +266,21 @@ def make_lipschitz(
         replaced=replaced,
         kept=_with_large_rows(kept | reasons, {*replaced, *averaged}, certificate, in_copy),
         certificate=certificate,
-        advice=tuple(_ONE_TOKEN.format("many" if n is None else n) for n in calls.picked_tokens()),
+        advice=tuple(_advice(copy, calls, certificate)),
     )
+
+
+def _advice(copy: keras.Model, calls: Calls, certificate: Certificate) -> Iterator[str]:
+    for tokens in calls.picked_tokens():
+        yield _ONE_TOKEN.format("many" if tokens is None else tokens)
+    looked_up = any(
+        name.startswith("output of Embedding") for name in certificate.threat_model.inputs
+    )
+    if looked_up and any(
+        isinstance(layer, keras.layers.Embedding) and layer.embeddings_constraint is None
+        for layer in copy._flatten_layers()
+    ):
+        yield _LENGTHENED
 
 
 def _choices(

@@ -16,6 +16,7 @@ from keras_lipattn.certification.reasons import (
 )
 from keras_lipattn.certification.registry import register_operation, register_rule
 from keras_lipattn.certification.rules.activations import convert
+from keras_lipattn.certification.tensor_state import TensorState
 from keras_lipattn.certification.token_range import TokenRange
 from keras_lipattn.linalg import SAFETY
 
@@ -97,13 +98,25 @@ def adaptive_max_pooling(layer, call):
 def global_average_pooling(layer, call):
     first = layer.data_format == "channels_first"
     fewest = _fewest(call, first)
-    if call.mask is not None or call.argument("mask") is not None:
-        # It averages the valid tokens, and there may be a single one.
-        fewest = 1
+    mask = call.argument("mask")
+    if mask is not None:
+        mask = call.operand(mask)
+        if mask.shape[-1:] != call.state.shape[-1 if first else 0 :][:1]:
+            return unbounded("its mask does not have one entry for each token")
+    if mask is not None or call.mask is not None:
+        fewest = _fewest_valid(mask)
     constant = layer_constants.global_average_constant("l2", fewest)
     return _linear_pooling(
         constant, call, first, True, theorem=f"mean over at least {fewest} tokens"
     )
+
+
+def _fewest_valid(mask: TensorState | None) -> int:
+    """The smallest number of valid tokens of an example: 1 where the mask is not known."""
+    known = None
+    if mask is not None:
+        known = mask.values if mask.enclosure is None else mask.enclosure.value
+    return 1 if known is None else max(1, int(np.count_nonzero(known, axis=-1).min()))
 
 
 @register_rule(
