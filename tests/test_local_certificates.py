@@ -60,7 +60,7 @@ ROUGH = (
 
 
 # The kernel that runs is computed in float32 by the layer: an allowance of 1e-5 for it.
-COMPUTED = ("orthogonal_dense", "normalized_dense")
+COMPUTED = ("orthogonal_conv", "orthogonal_dense", "normalized_dense")
 
 
 def values_near(model, x, radius, norm="l2", **options):
