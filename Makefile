@@ -10,7 +10,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 BIN := .venv/bin
 WORKERS ?= 2
 DEMO_FLAGS ?=
-PAPERS := blow_up structure tightness invertible continuous_depth measures pretrained conversion char_lm
+PAPERS := blow_up structure tightness invertible continuous_depth measures pretrained conversion char_lm char_scale
 BENCH_FLAGS ?= --quick
 PEERS_FLAGS ?= --epochs=5
 MINUTES ?= 10

@@ -201,6 +201,33 @@ def test_integers_that_may_wrap_around_stay_fixed(dtype, wraps):
         assert certificate.total == pytest.approx(1.0)
 
 
+def test_an_activation_may_read_any_tensor():
+    """It is called on a mask, which is fixed."""
+
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.add = layers.Activation(lambda flags: ops.cast(flags, "float64") + self.kept)
+
+        def call(self, inputs):
+            x, flags = inputs
+            self.kept = 50.0 * x
+            return 0.1 * x + self.add(ops.cast(flags, "float64"))
+
+    model, flags = Model(), np.ones((2, 4), bool)
+    model([np.zeros((2, 4)), flags])
+    specs = [keras.KerasTensor((2, 4), "float64"), keras.KerasTensor((2, 4), "bool")]
+    assert not certify(model, inputs=[specs]).is_finite
+
+
+def test_layers_of_keras_read_their_arguments_alone():
+    words = keras.Input((3,), dtype="string")
+    numbers = layers.StringLookup(vocabulary=["a", "b"])(words)
+    x = layers.Embedding(4, 2, embeddings_initializer="ones")(numbers)
+    certificate = certify(keras.Model(words, layers.Flatten()(x)))
+    assert certificate.total == pytest.approx(1.0)
+
+
 def test_a_bias_that_is_a_tensor_of_the_graph_has_no_bound():
     inputs = keras.Input((4,))
     dense = layers.Dense(4)

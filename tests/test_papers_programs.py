@@ -10,6 +10,7 @@ import types
 
 import blow_up
 import char_lm
+import char_scale
 import continuous_depth
 import conversion
 import density
@@ -36,6 +37,7 @@ PROGRAMS = {
     "pretrained": pretrained,
     "conversion": conversion,
     "char_lm": char_lm,
+    "char_scale": char_scale,
 }
 
 

@@ -1,6 +1,8 @@
 """Whether a layer or operation runs the code of its class, which its rule is about."""
 
+import functools
 import inspect
+import types
 from typing import Any
 
 import keras
@@ -16,12 +18,15 @@ HARMLESS = frozenset(
         "compute_output_spec",
         "from_config",
         "get_config",
+        # Layers and callbacks that scale by it ask for it themselves.
+        "graph_bound",
         "loss",
         "quantize",
         "symbolic_call",
     }
 )
 
+_FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 _OF_KERAS = ("keras.src.activations.", "keras.src.layers.", "keras.src.ops.")
 
 
@@ -52,6 +57,35 @@ def operation_name(operation: Any) -> str:
     return (
         cls.__name__ if cls.__module__.startswith(_OF_KERAS) and not changes_of(operation) else ""
     )
+
+
+def reads_arguments_alone(operation: Any, *, has_rule: bool) -> bool:
+    """Whether the output of a call depends on nothing but its arguments and weights.
+
+    Code from elsewhere may read any tensor that was there before, for instance an attribute of
+    another layer. A rule vouches for the class of its layer, not for functions that it was given.
+    """
+    if not isinstance(operation, keras.layers.Layer):
+        return bool(operation_name(operation))
+    inner = operation._flatten_layers()
+    known = has_rule or all(_is_known(one) for one in inner)
+    return known and not any(_is_foreign(one) for layer in inner for one in vars(layer).items())
+
+
+def _is_known(layer: keras.layers.Layer) -> bool:
+    runs_functions = isinstance(layer, keras.layers.Lambda)
+    return bool(operation_name(layer)) and not runs_functions
+
+
+def _is_foreign(attribute: tuple[str, Any]) -> bool:
+    name, value = attribute
+    if name in HARMLESS or not isinstance(value, _FUNCTIONS):
+        return False
+    function = value
+    while isinstance(function, functools.partial):
+        function = function.func
+    module = getattr(function, "__module__", None) or ""
+    return not module.startswith(("keras.src.", "keras_lipattn."))
 
 
 def _is_method(value: Any) -> bool:

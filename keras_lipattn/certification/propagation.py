@@ -9,7 +9,7 @@ import numpy as np
 from keras import KerasTensor
 
 from keras_lipattn.certification.batch_axis import BatchComparison, Layout
-from keras_lipattn.certification.class_code import operation_name
+from keras_lipattn.certification.class_code import operation_name, reads_arguments_alone
 from keras_lipattn.certification.fixed_entries import interval_after
 from keras_lipattn.certification.gain import Gain
 from keras_lipattn.certification.layer_call import is_mask
@@ -36,6 +36,10 @@ _MOVES = frozenset(
         "BroadcastTo Cast Concatenate ConvertToTensor ExpandDims Flatten GetItem Identity Permute "
         "Reshape Slice Split Squeeze StopGradient Swapaxes Transpose"
     ).split()
+)
+_READS_MORE = Reason(
+    "it runs code that may read other tensors than its arguments",
+    remedy="write it with layers and operations of Keras",
 )
 _COMPARISONS = frozenset({"Greater", "GreaterEqual", "Less", "LessEqual"})
 # Operations whose output depends only on the shape of the input.
@@ -191,10 +195,10 @@ class Propagation:
         layouts = [self._layout(tensor) for tensor in call.outputs]
         perturbed = [state for state in given if not state.is_fixed]
         from_integers = any(state.kind in (Kind.FROM_INTEGERS, Kind.INTEGER) for state in given)
-        if call.refusal and not perturbed:
-            # Code that is not traced may read any tensor that was there before.
+        if not perturbed and not reads_arguments_alone(call.operation, has_rule=not call.refusal):
             given = list(self.states.values())
-            return self._record(call, unbounded(call.refusal), given, layouts, index)
+            refusal = call.refusal or _READS_MORE
+            return self._record(call, unbounded(refusal), given, layouts, index)
         if not perturbed and not (from_integers and _looks_up(call.operation)):
             kind = Kind.FROM_INTEGERS if from_integers else Kind.FIXED
             outputs = [

@@ -203,7 +203,8 @@ class _Tracer:
             names = (before.keys() | now.keys()) - _OF_KERAS
             if any(before.get(name) is not now.get(name) for name in names):
                 raise TraceError(_CHANGES_LAYER)
-            if any(isinstance(value, KerasTensor) for value in now.values()):
+            is_input = isinstance(inner, keras.layers.InputLayer)
+            if not is_input and any(isinstance(value, KerasTensor) for value in now.values()):
                 raise TraceError(_TENSOR_IN_LAYER)
 
     def _run_inside(self, layer, args, kwargs) -> Any:

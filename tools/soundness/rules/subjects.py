@@ -206,6 +206,8 @@ class _Builder:
         except Exception as error:
             raise Illegal(f"{subject.text}: {first_line(error)}") from error
         value = np.asarray(value).reshape(-1, self.probe.units)
+        if not len(value):
+            raise Illegal(f"{subject.text}: it has no entries")
         self.probe.bias.assign_sub(value[self.rng.integers(len(value))])
 
     # The model --------------------------------------------------------------------------------
