@@ -14,10 +14,11 @@ class OrthogonalConv2D(keras.layers.Layer):
 
     The channels are split into `k * k` groups of nearly equal size for a kernel of side `k`. Each
     group moves by one of the offsets of the kernel, the first groups by the smallest ones, so that
-    the image of a group is shifted and zeros come in at the border. Then `OrthogonalDense` mixes the channels of
-    each pixel. As one convolution, its kernel has the entry `Q[i, o]` at the offset of channel `i`
-    and zeros elsewhere. No length changes in the 2-norm, except that pixels leave at the border and
-    directions are dropped if there are fewer filters than channels. So the Lipschitz constant is 1.
+    the image of a group is shifted and zeros come in at the border. Then `OrthogonalDense` mixes
+    the channels of each pixel. As one convolution, its kernel has the entry `Q[i, o]` at the offset
+    of channel `i` and zeros elsewhere. No length changes in the 2-norm, except that pixels leave at
+    the border and directions are dropped if there are fewer filters than channels. So the Lipschitz
+    constant is 1.
 
     One layer sees less than a free kernel, since each channel is read at one offset. Layers in a
     row, with orthogonal kernels between the shifts, are the block convolutions of Li et al. It
