@@ -19,6 +19,7 @@ import typing
 import char_model
 import corpora
 import report
+from char_lm import chosen_rate
 from char_model import Size
 from char_training import Kept, Plan, certificates, finite_or_none, nats_per_character, train
 
@@ -120,13 +121,12 @@ def tuning_run(variant, rate, setting, corpus):
 
 def large_run(variant, tuning, setting, corpus):
     """A large model at the rate that was best on the validation text, trained and tested."""
-    rows = [row for row in tuning if row["variant"] == variant and row["valid_nats"] is not None]
-    best = min(rows, key=lambda row: row["valid_nats"], default={"rate": setting.rates[0]})
-    model, curve = train(variant, setting.size, corpus, setting.plan, best["rate"], seed=0)
+    rate = chosen_rate(tuning, variant, setting)
+    model, curve = train(variant, setting.size, corpus, setting.plan, rate, seed=0)
     found = certificates(model)
     return {
         "variant": variant,
-        "rate": best["rate"],
+        "rate": rate,
         "parameters": char_model.trainable_weights(model),
         "curve": curve,
         "test_nats": nats_per_character(model, corpus.test),
