@@ -123,6 +123,34 @@ def test_an_attack_contradicts_no_certificate(trained, norm, several):
     assert found.attacked(RADII[-1]) < 0.5 < found.attacked(RADII[0])
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_an_attack_changes_the_array_of_floats_and_keeps_masks(named):
+    keras.utils.set_random_seed(0)
+    series, mask = keras.Input((5, 3), name="series"), keras.Input((5,), dtype="bool", name="mask")
+    x = kl.TransformerEncoder(8, 2)(kl.OrthogonalDense(8)(series), padding_mask=mask)
+    logits = kl.OrthogonalDense(3)(keras.layers.GlobalAveragePooling1D()(x, mask=mask))
+    model = keras.Model([mask, series], logits)
+    rng = np.random.default_rng(0)
+    arrays = {
+        "mask": np.arange(5) < rng.integers(1, 6, size=(60, 1)),
+        "series": rng.uniform(size=(60, 5, 3)).astype("float32"),
+    }
+    x = arrays if named else list(arrays.values())
+    y = model.predict(x, verbose=0).argmax(axis=1)
+    attack = descent.L2ProjectedGradientDescentAttack(steps=10)
+    found = kl.certified_accuracy(model, x, y, RADII, attack=attack, batch_size=25)
+    assert found.contradictions == 0
+    assert found.attacked(RADII[-1]) < found.attacked(RADII[0])
+    for size in RADII:
+        assert found.certified(size) <= found.attacked(size)
+    # One changed step of a short series moves its mean more than one of a long series.
+    within = {"mask": np.ones((60, 5), bool), "series": arrays["series"]}
+    longer = within if named else list(within.values())
+    y = model.predict(longer, verbose=0).argmax(axis=1)
+    full = kl.certified_accuracy(model, longer, y, RADII, attack=attack)
+    assert full.attacked(0.2) != found.attacked(0.2)
+
+
 def test_a_certificate_that_an_attack_contradicts_is_named(trained):
     x, y = problem()
     found = kl.certified_accuracy(trained, x, y, RADII, attack=True)
@@ -164,3 +192,5 @@ def test_bad_arguments_are_named(trained):
         kl.certified_accuracy(regression, x, y, RADII)
     with pytest.raises(ValueError, match="no attack"):
         kl.certified_accuracy(trained, x, y, RADII).attacked(0.1)
+    with pytest.raises(ValueError, match="exactly one array of floating-point"):
+        kl.certified_accuracy(trained, (10 * x).astype("int32"), y, RADII, attack=True)

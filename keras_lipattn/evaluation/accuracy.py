@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Sequence
@@ -156,7 +157,9 @@ def certified_accuracy(
         model: A built classifier: one vector of two or more logits or of probabilities an example,
             or logits of every token. In the latter case every token counts as an example, padded
             ones too, and `local` and `attack` are not available.
-        x: Examples, as for `model.predict`. With `attack`, one array of floating-point numbers.
+        x: Examples, as for `model.predict`. With `attack`, an array of floating-point numbers, or a
+            list or dictionary with one such array. It is attacked; integers and booleans, such as
+            masks, stay as they are.
         y: Integer classes, `(examples,)` or `(examples, 1)`, or `(examples, tokens)`.
         radii: Radii to report, in units of the model's input.
         norm: Norm of the radii: `"l2"`, `"token"` or `"linf"`, see `certify`.
@@ -167,7 +170,7 @@ def certified_accuracy(
             `"l2"` the attack of Rony et al. 2019 as well; or an attack of foolbox, or a list of
             them, for the norm of the radii. `None` for no attack.
         bounds: Smallest and largest entry of an input that the attack may use. By default those of
-            `x`.
+            the attacked array.
         batch_size: Examples in one step of the computation.
         **options: Further arguments of `certify`, such as `input_radius=2.0`.
 
@@ -235,7 +238,6 @@ def certified_accuracy(
     found = np.maximum(found, certificate.certified_radius(logits))
     broken_at = None
     if attack is not None:
-        bounds = bounds or (float(np.min(x)), float(np.max(x)))
         broken_at = np.where(correct, math.inf, 0.0)
         _attack(model, x, classes, broken_at, radii, norm, attack, bounds, batch_size)
     return RobustAccuracy(
@@ -261,28 +263,55 @@ def _attack(model, x, classes, broken_at, radii, norm, attack, bounds, batch_siz
         )
     import tensorflow as tf
 
+    attacked, fixed, inputs = _attacked_array(x)
+    if bounds is None:
+        bounds = (float(attacked.min()), float(attacked.max()))
     if attack is True:
         attack = _default_attacks(foolbox.attacks, norm)
     attacks = attack if isinstance(attack, (list, tuple)) else [attack]
-    x = np.asarray(x, keras.backend.floatx())
+
+    @tf.function(reduce_retracing=True)
+    def compiled(array, others):
+        return model(inputs(array, others), training=False)
+
     # The weights do not change, so nothing is computed from them again in the steps of an attack.
     within = any(layer.is_condensed for layer in lipschitz_layers(model))
     with contextlib.nullcontext() if within else condensed(model):
-        compiled = tf.function(lambda images: model(images, training=False), reduce_retracing=True)
-        attacked = TensorFlowModel(compiled, bounds=bounds, device="cpu:0")
         for one in attacks:
             # A search for the smallest change serves all radii at once.
             smallest = isinstance(one, foolbox.attacks.base.MinimizationAttack)
             for group in [list(radii)] if smallest else [[radius] for radius in radii]:
                 rows = np.flatnonzero(broken_at > group[0])
-                for batch in np.split(rows, range(batch_size, len(rows), batch_size)):
-                    if not len(batch):
-                        continue
-                    images, labels = tf.constant(x[batch]), tf.constant(classes[batch], tf.int64)
-                    _, _, success = one(attacked, images, labels, epsilons=group)
+                for start in range(0, len(rows), batch_size):
+                    batch = rows[start : start + batch_size]
+                    others = [tf.constant(array[batch]) for array in fixed]
+                    victim = TensorFlowModel(
+                        functools.partial(compiled, others=others), bounds=bounds, device="cpu:0"
+                    )
+                    arguments = tf.constant(attacked[batch]), tf.constant(classes[batch], tf.int64)
+                    _, _, success = one(victim, *arguments, epsilons=group)
                     for radius, broken in zip(group, np.asarray(success), strict=True):
                         reached = np.where(broken, radius, math.inf)
                         broken_at[batch] = np.minimum(broken_at[batch], reached)
+
+
+def _attacked_array(x) -> tuple[np.ndarray, list[np.ndarray], Any]:
+    """The floating-point array of the inputs, the other ones, and what puts them together."""
+    arrays = [np.asarray(part) for part in keras.tree.flatten(x)]
+    places = [i for i, part in enumerate(arrays) if np.issubdtype(part.dtype, np.floating)]
+    if len(places) != 1:
+        kinds = sorted({part.dtype.name for part in arrays})
+        raise ValueError(
+            "With `attack`, `x` must hold exactly one array of floating-point numbers. "
+            f"Received: {len(arrays)} arrays with the dtypes {kinds}"
+        )
+    (place,) = places
+    attacked = arrays.pop(place).astype(keras.backend.floatx())
+
+    def inputs(array, others):
+        return keras.tree.pack_sequence_as(x, [*others[:place], array, *others[place:]])
+
+    return attacked, arrays, inputs
 
 
 def _default_attacks(attacks, norm: str) -> list[Any]:
