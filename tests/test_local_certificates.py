@@ -22,7 +22,7 @@ from keras import layers
 
 import keras_lipattn as kl
 from keras_lipattn.certification import Certificate, certified_radii, certify
-from keras_lipattn.certification.certifying import local_certificate
+from keras_lipattn.certification.certifying import LocalCertifier
 from keras_lipattn.certification.options import Options
 from keras_lipattn.estimation.norms import norm_of
 
@@ -76,7 +76,8 @@ def values_near(model, x, radius, norm="l2", **options):
             **options,
         }
     )
-    return local_certificate(model, settings, None, x, radius)
+    certifier = LocalCertifier(model, settings, None, x)
+    return certifier.near(certifier.examples, radius)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -601,11 +602,12 @@ def test_the_search_ends_where_the_local_constant_is_the_global_one(monkeypatch)
     globally = certify(model).certified_radius(np.asarray(model(x)))
     tried = []
 
-    def counting(*arguments):
-        tried.append(arguments[-1])
-        return local_certificate(*arguments)
+    class Counting(LocalCertifier):
+        def near(self, examples, radius):
+            tried.append(radius)
+            return super().near(examples, radius)
 
-    monkeypatch.setattr(certified_radii, "local_certificate", counting)
+    monkeypatch.setattr(certified_radii, "LocalCertifier", Counting)
     np.testing.assert_allclose(kl.certified_radius(model, x), globally, rtol=2e-3)
     assert len(tried) == 2
 

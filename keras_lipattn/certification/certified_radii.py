@@ -8,9 +8,8 @@ import keras
 import numpy as np
 
 from keras_lipattn._arguments import require_positive_integer
-from keras_lipattn.certification.centers import examples_of
 from keras_lipattn.certification.certificate import Certificate
-from keras_lipattn.certification.certifying import certify, local_certificate
+from keras_lipattn.certification.certifying import LocalCertifier, certify
 from keras_lipattn.certification.classifier_head import logits_of
 from keras_lipattn.certification.keras_models import call_specs
 from keras_lipattn.certification.options import Options
@@ -20,6 +19,8 @@ from keras_lipattn.linalg import SAFETY
 
 # Factor of the radius of the global certificate to try first.
 _JUST_ABOVE = 1.001
+# The search ends when the best radius is known up to this factor.
+_CLOSE = 1.0001
 
 
 def certified_radius(
@@ -36,9 +37,10 @@ def certified_radius(
     `certify(model).certified_radius(logits)` divides the margin of the logits by a constant that
     holds for all inputs. This function uses the smaller constants `L(r)` of
     `certify(model, center=x, radius=r)` and finds the largest `r` for which the margin exceeds
-    `sqrt(2) L(r) r`, or the corresponding bound for each pair of classes. The search is a
-    bisection, since `L(r)` usually grows with `r`. Every radius it tries is certified, and the
-    result is never smaller than the radius that the global certificate gives for the same margins.
+    `sqrt(2) L(r) r`, or the corresponding bound for each pair of classes. The search takes for
+    granted that `L(r)` grows with `r`; where it does not, a larger radius may be missed. Every
+    radius it returns is certified, and is never smaller than that of the global certificate for the
+    same margins.
 
     The logits at `x` are computed in float64, and a bound of their rounding is subtracted from the
     margins. Layers with caps whose norms are not known yet remember them first, as by
@@ -50,7 +52,7 @@ def certified_radius(
         model: a built classifier.
         x: one input of the model without a batch axis, or a batch.
         norm: norm of the balls, `"l2"`, `"token"` or `"linf"`, see `certify`.
-        steps: certificates per example.
+        steps: largest number of certificates per example.
         allowance: subtracted from every margin, for the rounding of the logits that are served.
         **options: further arguments of `certify`, such as `assume_fixed_mask=True`.
 
@@ -76,7 +78,6 @@ def certified_radius(
     Reference: docs/theory.md, sections 6 and 8.
     """
     require_positive_integer("steps", steps)
-    structure, examples = examples_of(model, x)
     _remember_caps(model)
     globally = certify(model, norm, **options)
     if globally.head == "token logits":
@@ -87,13 +88,18 @@ def certified_radius(
         )
     options.pop("check", None)
     inputs = options.pop("inputs", None)
-    settings = Options(norm=norm, **options)
+    certifier = LocalCertifier(model, Options(norm=norm, **options), inputs, x)
+    structure = certifier.structure
     radii = []
-    for index in range(len(examples)):
+    for index, example in enumerate(certifier.examples):
         one = keras.tree.map_structure(lambda array, i=index: array[i : i + 1], structure)
 
-        def near(radius: float, one=one) -> tuple[Certificate, Enclosure]:
-            return _near(model, settings, inputs, one, radius)
+        def near(radius: float, example=example, one=one) -> tuple[Certificate, Enclosure]:
+            certificate, (found,) = certifier.near([example], radius)
+            if found is None:
+                # Only the logits are not known: the constants hold all the same.
+                found = Enclosure(_predicted_logits(model, one, certificate.head))
+            return certificate, found
 
         radii.append(_radius(near, globally, steps, allowance))
     single = np.ndim(keras.tree.flatten(x)[0]) < keras.tree.flatten(structure)[0].ndim
@@ -105,14 +111,6 @@ def _remember_caps(model: keras.Model) -> None:
     for layer in lipschitz_layers(model):
         if layer.built and not layer.caps_are_exact():
             layer.condense()
-
-
-def _near(model, settings, inputs, x, radius: float) -> tuple[Certificate, Enclosure]:
-    certificate, (found,) = local_certificate(model, settings, inputs, x, radius)
-    if found is None:
-        # Only the logits are not known: the constants hold all the same.
-        found = Enclosure(_predicted_logits(model, x, certificate.head))
-    return certificate, found
 
 
 def _predicted_logits(model: keras.Model, x: Any, head: str) -> np.ndarray:
@@ -131,21 +129,28 @@ def _radius(near, globally: Certificate, steps: int, allowance: float) -> float:
     high = _uncapped(certificate, logits, allowance)
     if math.isinf(high):
         high = 10.0 * (1.0 + float(np.linalg.norm(logits)))
+    tried_high = False
     for step in range(steps):
-        if not low < high:
+        if not _CLOSE * low < high:
             break
-        # The best radius may be orders of magnitude above the global one.
-        middle = math.sqrt(low * high) if low > 0.0 else 0.5 * high
         is_probe = step == 0 and low > 0.0
         if is_probe:
-            middle = min(_JUST_ABOVE * low, middle)
+            middle = min(_JUST_ABOVE * low, high)
+        elif not tried_high:
+            # The best radius if the constant is the same in larger balls.
+            middle = high / _CLOSE
+        else:
+            # The best radius may be orders of magnitude above the global one.
+            middle = math.sqrt(low * high) if low > 0.0 else 0.5 * high
         found = _uncapped(near(middle)[0], logits, allowance)
         # Within the ball the constant holds, so what it gives is certified as far as the ball.
         low = max(low, min(found, middle))
+        # In a larger ball the constant is larger, which gives no more than this one.
+        high = min(high, max(found, middle))
         if found < middle:
-            high = middle
+            tried_high = True
             if is_probe:
-                # The local constant is that of all inputs already: larger balls give no more.
+                # The local constant is that of all inputs already.
                 break
     return low
 

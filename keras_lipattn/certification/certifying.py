@@ -1,7 +1,9 @@
 """Certification of a model: `certify`, and local certificates."""
 
 import dataclasses
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -124,7 +126,8 @@ def certify(
         mask=mask,
     )
     if center is not None:
-        return local_certificate(model, options, inputs, center, float(radius or 0.0))[0]
+        certifier = LocalCertifier(model, options, inputs, center)
+        return certifier.near(certifier.examples, float(radius or 0.0))[0]
     traced = TracedModel(model, inputs, sequence_length)
     propagation, certificate = _certify_traced(traced, options)
     if check:
@@ -159,61 +162,86 @@ def _refused(traced: TracedModel, propagation: Propagation) -> list[TensorState]
     return [propagation.refuse(model.name, type(model).__name__, reason, states)]
 
 
-def local_certificate(
-    model: keras.Model, options: Options, inputs: Any, center: Any, radius: float
-) -> tuple[Certificate, list[Enclosure | None]]:
-    """The certificate near some inputs, and for each of them the enclosure of the output."""
-    require_float64()
-    if options.sequence_length is not None:
-        raise ValueError(
-            "`sequence_length` must be omitted with `center`, which has its own length. "
-            f"Received: sequence_length={options.sequence_length}"
+class LocalCertifier:
+    """Certificates of a model near some inputs, for the weights it has now.
+
+    The model is traced once for all of them.
+
+    Args:
+        model: a built model.
+        options: arguments of `certify`.
+        inputs: for models without a graph, the inputs of a call, see `certify`.
+        center: one example or a batch, see `certify`.
+
+    Attributes:
+        structure: the batch, in the structure of the call.
+        examples: for each example, the flat list of its inputs, each of shape `(1, ...)`.
+    """
+
+    def __init__(self, model: keras.Model, options: Options, inputs: Any, center: Any):
+        require_float64()
+        if options.sequence_length is not None:
+            raise ValueError(
+                "`sequence_length` must be omitted with `center`, which has its own length. "
+                f"Received: sequence_length={options.sequence_length}"
+            )
+        self.structure, self.examples = examples_of(model, center)
+        _check_inside(options.input_radius, self.examples)
+        if inputs is None:
+            inputs = _specs(model, self.structure)
+        shapes = [array.shape[1:] for array in self.examples[0]]
+        self._options = options
+        self._traced = TracedModel(model, inputs, shapes=shapes)
+
+    def near(
+        self, examples: Sequence[list[np.ndarray]], radius: float
+    ) -> tuple[Certificate, list[Enclosure | None]]:
+        """The certificate near some of the examples, and for each the enclosure of the output."""
+        found = [self._near(example, radius) for example in examples]
+        certificates = [certificate for certificate, _ in found]
+        worst = max(certificates, key=lambda one: one.total)
+        pairs = np.max([one.pairwise_constants for one in certificates], axis=0)
+        lost = {path: reason for one in certificates for path, reason in one.threat_model.lost}
+        # The bound of dot-product attention depends on the ball that holds its tokens. A smaller
+        # ball with another center may give a larger bound than the global ball.
+        everywhere = self._everywhere
+        if everywhere.total < worst.total:
+            worst = everywhere
+        if everywhere.pairwise_constants and everywhere.is_finite:
+            pairs = np.minimum(pairs, everywhere.pairwise_constants)
+        threat = dataclasses.replace(
+            worst.threat_model,
+            center=describe(examples),
+            radius=radius,
+            lost=tuple(lost.items()),
         )
-    structure, examples = examples_of(model, center)
-    _check_inside(options.input_radius, examples)
-    if inputs is None:
-        inputs = _specs(model, structure)
-    shapes = [array.shape[1:] for array in examples[0]]
-    traced = TracedModel(model, inputs, shapes=shapes)
-    certificates, enclosures = [], []
-    for example in examples:
+        certificate = dataclasses.replace(
+            worst,
+            threat_model=threat,
+            pairwise_constants=tuple(tuple(float(value) for value in row) for row in pairs),
+            content_hash="",
+        )
+        return certificate, [enclosure for _, enclosure in found]
+
+    @functools.cached_property
+    def _everywhere(self) -> Certificate:
+        return _certify_traced(self._traced, self._options)[1]
+
+    def _near(self, example, radius: float) -> tuple[Certificate, Enclosure | None]:
+        traced, options = self._traced, self._options
         try:
             local = LocalPass(
                 traced.single, example, radius, options.norm, logit_call=traced.logit_call
             )
         except TraceError:
             # Without a trace there are no values.
-            certificates.append(_certify_traced(traced, options)[1])
-            enclosures.append(None)
-            continue
+            return self._everywhere, None
         in_l2, certificate = _certify_traced(traced, dataclasses.replace(options, norm="l2"), local)
-        enclosures.append(
-            None if traced.failure else in_l2.state_of(traced.trace.outputs[0]).enclosure
-        )
+        found = None if traced.failure else in_l2.state_of(traced.trace.outputs[0]).enclosure
         if options.norm != "l2":
             _, certificate = _certify_traced(traced, options, local)
         threat = dataclasses.replace(certificate.threat_model, lost=tuple(local.lost.items()))
-        certificates.append(dataclasses.replace(certificate, threat_model=threat, content_hash=""))
-    worst = max(certificates, key=lambda one: one.total)
-    pairs = np.max([one.pairwise_constants for one in certificates], axis=0)
-    # The bound of dot-product attention depends on the ball that holds its tokens. A smaller ball
-    # with another center may give a larger bound than the global ball.
-    _, everywhere = _certify_traced(traced, options)
-    lost = {path: reason for one in certificates for path, reason in one.threat_model.lost}
-    if everywhere.total < worst.total:
-        worst = everywhere
-    if everywhere.pairwise_constants and everywhere.is_finite:
-        pairs = np.minimum(pairs, everywhere.pairwise_constants)
-    threat = dataclasses.replace(
-        worst.threat_model, center=describe(examples), radius=radius, lost=tuple(lost.items())
-    )
-    total = dataclasses.replace(
-        worst,
-        threat_model=threat,
-        pairwise_constants=tuple(tuple(float(value) for value in row) for row in pairs),
-        content_hash="",
-    )
-    return total, enclosures
+        return dataclasses.replace(certificate, threat_model=threat, content_hash=""), found
 
 
 def _check_inside(input_radius, examples) -> None:
@@ -365,4 +393,4 @@ def _exp(log: float) -> float:
     return math.exp(log) if log < 709.7 else math.inf
 
 
-__all__ = ["_rules", "certify", "local_certificate"]
+__all__ = ["LocalCertifier", "_rules", "certify"]
