@@ -171,6 +171,30 @@ def test_the_table_has_a_row_for_each_radius_and_the_plot_is_written(trained, tm
         assert (tmp_path / "curve.png").stat().st_size > 1000
 
 
+def test_weights_choose_the_tokens_that_count():
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((5, 3))
+    model = keras.Model(inputs, kl.OrthogonalDense(4)(inputs))
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(30, 5, 3)).astype("float32"), rng.integers(0, 4, size=(30, 5))
+    valid = np.arange(5) < rng.integers(1, 6, size=(30, 1))
+    # Padded tokens have a class that does not exist.
+    found = kl.certified_accuracy(
+        model, x, np.where(valid, y, -1), RADII, sample_weight=valid, norm="token"
+    )
+    every = kl.certified_accuracy(model, x, y, RADII, norm="token")
+    counted = valid.ravel()
+    assert found.clean == every.correct[counted].mean()
+    assert found.average_radius == pytest.approx(every.certified_radii[counted].mean())
+    for size in RADII:
+        assert found.certified(size) == (every.certified_radii[counted] > size).mean()
+    assert str(found).startswith(f"{counted.sum()} examples")
+    twice = kl.certified_accuracy(model, x, y, RADII, sample_weight=1.0 + valid, norm="token")
+    both = (every.correct.sum() + every.correct[counted].sum()) / (150 + counted.sum())
+    assert twice.clean == pytest.approx(both)
+    assert every.sample_weight is None
+
+
 def test_bad_arguments_are_named(trained):
     x, y = problem()
     for arguments, message in [
@@ -184,6 +208,13 @@ def test_bad_arguments_are_named(trained):
     for classes in (y[:5], y.astype("float32"), np.eye(3)[y]):
         with pytest.raises(ValueError, match="`y` must"):
             kl.certified_accuracy(trained, x, classes, RADII)
+    for weights in (np.ones(5), -np.ones(len(y)), np.zeros(len(y)), np.full(len(y), np.nan)):
+        with pytest.raises(ValueError, match="`sample_weight` must"):
+            kl.certified_accuracy(trained, x, y, RADII, sample_weight=weights)
+    with pytest.raises(TypeError, match="certified_accuracy.*Received: ignore_class"):
+        kl.certified_accuracy(trained, x, y, RADII, ignore_class=-1)
+    with pytest.raises(ValueError, match="for each pair of tokens.*inputs of the model"):
+        kl.certified_accuracy(trained, x, y, RADII, mask=x > 0.0)
     other = keras.models.clone_model(trained)
     with pytest.raises(ValueError, match="of other weights"):
         kl.certified_accuracy(trained, x, y, RADII, certificate=kl.certify(other))

@@ -382,6 +382,15 @@ def _check_arguments(model, norm, sequence_length, input_radius, mask) -> None:
         raise ValueError(
             f'`mask` must be "full", "causal", "any" or a boolean array. Received: mask={mask!r}'
         )
+    if mask is not None and not isinstance(mask, str):
+        visible = np.asarray(mask)
+        if visible.dtype != bool or visible.ndim < 2 or visible.shape[-1] != visible.shape[-2]:
+            raise ValueError(
+                "An array `mask` must be boolean and say for each pair of tokens whether the first "
+                "sees the second, shape (tokens, tokens). Masks of padded tokens that are inputs "
+                "of the model, or computed from such inputs, are known without it. "
+                f"Received: mask of shape {visible.shape} and dtype {visible.dtype}"
+            )
     if not model.built:
         raise ValueError(
             "The model has no weights yet: build it, or call it on data, before certifying it. "
