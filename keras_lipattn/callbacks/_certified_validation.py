@@ -123,8 +123,10 @@ class CertifiedValidation:
         if certificate.head not in ("softmax", "logits"):
             raise ValueError(
                 "`certified_accuracy_radii` is for classifiers with one vector of two or more "
-                f"logits or probabilities an example. Received: model {self._model.name!r}, whose "
-                f"head is {certificate.head!r}"
+                "logits or probabilities an example. For logits of every token call "
+                "`certified_accuracy` after training, or compile with the metric "
+                f"`CertifiedAccuracy`. Received: model {self._model.name!r}, whose head is "
+                f"{certificate.head!r}"
             )
         gaps = _gaps(certificate, self._radii)
         if self._head != certificate.head:
