@@ -211,9 +211,9 @@ def test_bad_arguments_are_named(trained):
     for weights in (np.ones(5), -np.ones(len(y)), np.zeros(len(y)), np.full(len(y), np.nan)):
         with pytest.raises(ValueError, match="`sample_weight` must"):
             kl.certified_accuracy(trained, x, y, RADII, sample_weight=weights)
-    with pytest.raises(TypeError, match="certified_accuracy.*Received: ignore_class"):
+    with pytest.raises(TypeError, match=r"certified_accuracy.*Received: ignore_class"):
         kl.certified_accuracy(trained, x, y, RADII, ignore_class=-1)
-    with pytest.raises(ValueError, match="for each pair of tokens.*inputs of the model"):
+    with pytest.raises(ValueError, match=r"for each pair of tokens.*inputs of the model"):
         kl.certified_accuracy(trained, x, y, RADII, mask=x > 0.0)
     other = keras.models.clone_model(trained)
     with pytest.raises(ValueError, match="of other weights"):
