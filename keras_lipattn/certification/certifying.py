@@ -172,7 +172,7 @@ def local_certificate(
     structure, examples = examples_of(model, center)
     _check_inside(options.input_radius, examples)
     if inputs is None:
-        inputs = _specs(model, structure)
+        inputs = specs_of_examples(model, structure)
     shapes = [array.shape[1:] for array in examples[0]]
     traced = TracedModel(model, inputs, shapes=shapes)
     certificates, enclosures = [], []
@@ -231,7 +231,7 @@ def _check_inside(input_radius, examples) -> None:
                 )
 
 
-def _specs(model: keras.Model, structure: Any) -> Any:
+def specs_of_examples(model: keras.Model, structure: Any) -> Any:
     """The inputs of a subclassed model: floats in its own dtype, everything else unchanged."""
 
     def spec(array):
@@ -365,4 +365,4 @@ def _exp(log: float) -> float:
     return math.exp(log) if log < 709.7 else math.inf
 
 
-__all__ = ["_rules", "certify", "local_certificate"]
+__all__ = ["_rules", "certify", "local_certificate", "specs_of_examples"]
