@@ -289,6 +289,8 @@ def test_a_sum_that_depends_on_the_number_of_examples_has_no_bound():
         lambda x: x - ops.mean(x, axis=2, keepdims=True),
         lambda x: ops.mean(x, axis=2, keepdims=True) + x,
         lambda x: x + ops.mean(x, axis=(1, 2), keepdims=True),
+        lambda x: 1.0 + ops.mean(x, axis=2, keepdims=True),
+        lambda x: ops.add(np.ones(3), ops.mean(x, axis=2)),
         lambda x: x[..., :2] + ops.mean(x, axis=2, keepdims=True),
     ],
 )

@@ -90,19 +90,18 @@ def _adds_elsewhere(operands: list[TensorState]) -> bool:
     """
     if keras.backend.backend() != "tensorflow":
         return False
-    shape: tuple[int | None, ...] = ()
-    for index, state in enumerate(operands):
-        own = (state.fold, *state.shape) if state.fold else state.shape
+    shapes = [(state.fold, *state.shape) if state.fold else state.shape for state in operands]
+    total = shapes[0]
+    for state, own in zip(operands[1:], shapes[1:], strict=True):
         long = [axis - len(own) for axis, size in enumerate(own) if size != 1]
-        if index and state.fold and len(long) == 1 and not any(state.dynamic):
-            (axis,) = long
-            ends = (shape[-1], -1), (shape[1] if len(shape) > 1 else None, 1 - len(shape))
-            taken = [place for size, place in ends if size == own[axis]]
-            if taken and taken[0] != axis:
+        if state.fold and len(long) == 1 and len(total) > 1 and not any(state.dynamic):
+            ends = (total[-1], -1), (total[1], 1 - len(total))
+            taken = [place for size, place in ends if size == own[long[0]]]
+            if taken and taken[0] != long[0]:
                 return True
-        width = max(len(shape), len(own))
-        padded = [(1,) * (width - len(one)) + tuple(one) for one in (shape, own)]
-        shape = tuple(b if a == 1 else a for a, b in zip(*padded, strict=True))
+        width = max(len(total), len(own))
+        padded = [(1,) * (width - len(one)) + tuple(one) for one in (total, own)]
+        total = tuple(b if a == 1 else a for a, b in zip(*padded, strict=True))
     return False
 
 
