@@ -225,3 +225,57 @@ def test_bad_arguments_are_named(trained):
         kl.certified_accuracy(trained, x, y, RADII).attacked(0.1)
     with pytest.raises(ValueError, match="exactly one array of floating-point"):
         kl.certified_accuracy(trained, (10 * x).astype("int32"), y, RADII, attack=True)
+
+
+def over_tokens():
+    x = keras.Input((None, 2))
+    return keras.Model(x, keras.layers.Dense(2)(keras.ops.sum(x, axis=1)))
+
+
+class ByLength(keras.layers.Layer):
+    def call(self, x):
+        return x * (1.0 if x.shape[1] == 3 else 100.0)
+
+
+def by_length():
+    x = keras.Input((None, 2))
+    return keras.Model(
+        x, keras.layers.Dense(2)(keras.layers.GlobalAveragePooling1D()(ByLength()(x)))
+    )
+
+
+def looked_up():
+    tokens = keras.Input((4,), dtype="int32")
+    x = keras.layers.GlobalAveragePooling1D()(keras.layers.Embedding(5, 2)(tokens))
+    return keras.Model(tokens, keras.layers.Dense(2)(x))
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "inside", "outside"),
+    [
+        (over_tokens, {"input_radius": 2.0, "sequence_length": 9}, np.ones((2, 3, 2)), 3.0),
+        (over_tokens, {"sequence_length": 3}, np.ones((2, 3, 2)), np.ones((2, 9, 2))),
+        (by_length, {"sequence_length": 3}, np.ones((2, 3, 2)), np.ones((2, 2, 2))),
+        (looked_up, {"input_radius": 1.0}, None, np.ones((2, 4), "int32")),
+    ],
+    ids=["radius", "length", "shape", "embeddings"],
+)
+def test_examples_that_the_certificate_does_not_cover_have_no_radius(
+    make, options, inside, outside
+):
+    model = make()
+    outside = outside * inside if np.ndim(outside) == 0 else outside
+    for x, is_covered in ((inside, True), (outside, False)):
+        if x is None:
+            continue
+        y = model.predict(x, verbose=0).argmax(axis=1)
+        found = kl.certified_accuracy(model, x, y, RADII, **options)
+        assert found.clean == 1.0 and (found.certified_radii > 0.0).all() == is_covered
+        assert (found.certified_radii > 0.0).any() == is_covered
+
+
+def test_a_certificate_near_an_input_is_refused(trained):
+    x, y = problem(2)
+    certificate = kl.certify(trained, center=x[0], radius=0.1)
+    with pytest.raises(ValueError, match="must be global"):
+        kl.certified_accuracy(trained, x, y, RADII, certificate=certificate)

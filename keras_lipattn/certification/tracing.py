@@ -17,6 +17,7 @@ from keras.src import backend
 
 from keras_lipattn.certification.class_code import (
     changes_of,
+    has_known_shapes,
     operation_name,
     overrides_call_operator,
 )
@@ -54,6 +55,10 @@ _CHANGES_STATE = Reason(
 _CHANGES_LAYER = (
     "a layer's weights or attributes are replaced while the model is called, so its rule does not "
     "apply"
+)
+_OTHER_SHAPES = Reason(
+    "its code returns other shapes than its `compute_output_shape` says",
+    remedy="correct that method, or the shapes of its weights",
 )
 _TENSOR_IN_LAYER = "an attribute of a layer is a tensor that a model computes"
 _RUNS_FUNCTION = "an operation runs a function, which may use any tensor of the model"
@@ -242,6 +247,8 @@ class _Tracer:
         self.runs_code = False
         try:
             outputs = type(layer).symbolic_call(layer, *args, **kwargs)
+            if not refusal and not has_known_shapes(layer):
+                refusal = _refuse_shapes(layer, args, kwargs, outputs)
         finally:
             self.runs_code = True
         # A layer may return its input itself.
@@ -394,6 +401,16 @@ def _is_graph(layer: keras.layers.Layer) -> bool:
     return (
         isinstance(layer, keras.Model) and function_of(layer) is not None and not changes_of(layer)
     )
+
+
+def _refuse_shapes(layer, args, kwargs, outputs) -> Reason | None:
+    """A reason if the code of a layer does not return the shapes that the layer says."""
+    try:
+        found = backend.compute_output_spec(layer.call, *args, **kwargs)
+    except TRACE_ERRORS as error:
+        return _explain(error)
+    says, does = ([tuple(one.shape) for one in symbols_in(part)] for part in (outputs, found))
+    return None if says == does else _OTHER_SHAPES
 
 
 def _expansion_of(layer: keras.layers.Layer) -> Callable | None:

@@ -16,6 +16,7 @@ from keras_lipattn._figures import save
 from keras_lipattn._plots import accuracy_figure
 from keras_lipattn.certification import Certificate, certified_radius, certify
 from keras_lipattn.certification.classifier_head import logits_of
+from keras_lipattn.certification.coverage import are_covered
 from keras_lipattn.layers import condensed, lipschitz_layers
 
 # Arguments of `certify` that `certified_accuracy` passes on.
@@ -180,7 +181,9 @@ def certified_accuracy(
         norm: Norm of the radii: `"l2"`, `"token"` or `"linf"`, see `certify`.
         local: Whether to certify every example by itself with `certified_radius`: larger radii,
             and some ten certificates an example.
-        certificate: A certificate of these weights; made with `certify` by default.
+        certificate: A certificate of these weights; made with `certify` by default. Examples that
+            it does not cover, for instance outside of its `input_radius` or longer than its
+            `sequence_length`, have the radius 0.
         attack: `True` for 40 steps of projected gradient descent, started three times, and for
             `"l2"` the attack of Rony et al. 2019 as well; or an attack of foolbox, or a list of
             them, for the norm of the radii. `None` for no attack.
@@ -237,6 +240,11 @@ def certified_accuracy(
             f"certificate in the norm {certificate.norm!r}"
             f"{'' if certificate.matches(model) else ' of other weights'}"
         )
+    if certificate.threat_model.center:
+        raise ValueError(
+            "`certificate` must be global; pass `local=True` for local certificates. Received: a "
+            f"certificate for inputs within {certificate.threat_model.radius:g} of a center"
+        )
     if certificate.head not in ("logits", "softmax", "token logits"):
         raise ValueError(
             "The model must end in one vector of two or more logits or probabilities an example, "
@@ -249,6 +257,8 @@ def certified_accuracy(
             f"Received: local={local}, attack={attack}"
         )
     logits = logits_of(model.predict(x, batch_size=batch_size, verbose=0), certificate.head)
+    covered = _covered(certificate, model, x, len(logits))
+    covered = np.repeat(covered, math.prod(logits.shape[1:-1]))
     logits = logits.reshape(-1, logits.shape[-1])
     classes = np.asarray(y)
     if classes.size != len(logits) or not np.issubdtype(classes.dtype, np.integer):
@@ -260,7 +270,7 @@ def certified_accuracy(
     weights = None if sample_weight is None else _weights(sample_weight, len(logits))
     correct = (logits.argmax(axis=-1) == classes) & np.isfinite(logits).all(axis=-1)
     found = certified_radius(model, x, norm, **options) if local else 0.0
-    found = np.maximum(found, certificate.certified_radius(logits))
+    found = np.maximum(found, np.where(covered, certificate.certified_radius(logits), 0.0))
     broken_at = None
     if attack is not None:
         broken_at = np.where(correct, math.inf, 0.0)
@@ -284,6 +294,19 @@ def _weights(sample_weight: Any, count: int) -> np.ndarray:
             f"of them negative and not all 0. Received: shape={weights.shape}"
         )
     return weights.reshape(count)
+
+
+def _covered(certificate: Certificate, model: keras.Model, x: Any, count: int) -> np.ndarray:
+    """Whether the certificate is about each of the examples."""
+    threat = certificate.threat_model
+    if math.isinf(threat.input_radius) and not threat.shapes and threat.max_tokens is None:
+        return np.ones(count, bool)
+    if not all(hasattr(leaf, "shape") for leaf in keras.tree.flatten(x)):
+        raise ValueError(
+            "`x` must consist of arrays where a certificate does not cover all inputs. Received: "
+            f"x of type {type(x).__name__}"
+        )
+    return keras.ops.convert_to_numpy(are_covered(certificate, model, x))
 
 
 def _attack(model, x, classes, broken_at, radii, norm, attack, bounds, batch_size) -> None:
