@@ -165,6 +165,7 @@ def evaluate(model: keras.Model, images: np.ndarray, classes: np.ndarray, radii)
         "constant": certificate.total,
         "clean": found.clean,
         "average radius": found.average_radius,
+        "median radius": float(np.median(found.certified_radii)),
         "certified": {f"{radius:g}": found.certified(radius) for radius in radii},
     }
     print(found)
