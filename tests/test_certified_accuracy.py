@@ -171,6 +171,30 @@ def test_the_table_has_a_row_for_each_radius_and_the_plot_is_written(trained, tm
         assert (tmp_path / "curve.png").stat().st_size > 1000
 
 
+def test_weights_choose_the_tokens_that_count():
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((5, 3))
+    model = keras.Model(inputs, kl.OrthogonalDense(4)(inputs))
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(30, 5, 3)).astype("float32"), rng.integers(0, 4, size=(30, 5))
+    valid = np.arange(5) < rng.integers(1, 6, size=(30, 1))
+    # Padded tokens have a class that does not exist.
+    found = kl.certified_accuracy(
+        model, x, np.where(valid, y, -1), RADII, sample_weight=valid, norm="token"
+    )
+    every = kl.certified_accuracy(model, x, y, RADII, norm="token")
+    counted = valid.ravel()
+    assert found.clean == every.correct[counted].mean()
+    assert found.average_radius == pytest.approx(every.certified_radii[counted].mean())
+    for size in RADII:
+        assert found.certified(size) == (every.certified_radii[counted] > size).mean()
+    assert str(found).startswith(f"{counted.sum()} examples")
+    twice = kl.certified_accuracy(model, x, y, RADII, sample_weight=1.0 + valid, norm="token")
+    both = (every.correct.sum() + every.correct[counted].sum()) / (150 + counted.sum())
+    assert twice.clean == pytest.approx(both)
+    assert every.sample_weight is None
+
+
 def test_bad_arguments_are_named(trained):
     x, y = problem()
     for arguments, message in [
@@ -184,6 +208,13 @@ def test_bad_arguments_are_named(trained):
     for classes in (y[:5], y.astype("float32"), np.eye(3)[y]):
         with pytest.raises(ValueError, match="`y` must"):
             kl.certified_accuracy(trained, x, classes, RADII)
+    for weights in (np.ones(5), -np.ones(len(y)), np.zeros(len(y)), np.full(len(y), np.nan)):
+        with pytest.raises(ValueError, match="`sample_weight` must"):
+            kl.certified_accuracy(trained, x, y, RADII, sample_weight=weights)
+    with pytest.raises(TypeError, match=r"certified_accuracy.*Received: ignore_class"):
+        kl.certified_accuracy(trained, x, y, RADII, ignore_class=-1)
+    with pytest.raises(ValueError, match=r"for each pair of tokens.*inputs of the model"):
+        kl.certified_accuracy(trained, x, y, RADII, mask=x > 0.0)
     other = keras.models.clone_model(trained)
     with pytest.raises(ValueError, match="of other weights"):
         kl.certified_accuracy(trained, x, y, RADII, certificate=kl.certify(other))
@@ -194,3 +225,57 @@ def test_bad_arguments_are_named(trained):
         kl.certified_accuracy(trained, x, y, RADII).attacked(0.1)
     with pytest.raises(ValueError, match="exactly one array of floating-point"):
         kl.certified_accuracy(trained, (10 * x).astype("int32"), y, RADII, attack=True)
+
+
+def over_tokens():
+    x = keras.Input((None, 2))
+    return keras.Model(x, keras.layers.Dense(2)(keras.ops.sum(x, axis=1)))
+
+
+class ByLength(keras.layers.Layer):
+    def call(self, x):
+        return x * (1.0 if x.shape[1] == 3 else 100.0)
+
+
+def by_length():
+    x = keras.Input((None, 2))
+    return keras.Model(
+        x, keras.layers.Dense(2)(keras.layers.GlobalAveragePooling1D()(ByLength()(x)))
+    )
+
+
+def looked_up():
+    tokens = keras.Input((4,), dtype="int32")
+    x = keras.layers.GlobalAveragePooling1D()(keras.layers.Embedding(5, 2)(tokens))
+    return keras.Model(tokens, keras.layers.Dense(2)(x))
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "inside", "outside"),
+    [
+        (over_tokens, {"input_radius": 2.0, "sequence_length": 9}, np.ones((2, 3, 2)), 3.0),
+        (over_tokens, {"sequence_length": 3}, np.ones((2, 3, 2)), np.ones((2, 9, 2))),
+        (by_length, {"sequence_length": 3}, np.ones((2, 3, 2)), np.ones((2, 2, 2))),
+        (looked_up, {"input_radius": 1.0}, None, np.ones((2, 4), "int32")),
+    ],
+    ids=["radius", "length", "shape", "embeddings"],
+)
+def test_examples_that_the_certificate_does_not_cover_have_no_radius(
+    make, options, inside, outside
+):
+    model = make()
+    outside = outside * inside if np.ndim(outside) == 0 else outside
+    for x, is_covered in ((inside, True), (outside, False)):
+        if x is None:
+            continue
+        y = model.predict(x, verbose=0).argmax(axis=1)
+        found = kl.certified_accuracy(model, x, y, RADII, **options)
+        assert found.clean == 1.0 and (found.certified_radii > 0.0).all() == is_covered
+        assert (found.certified_radii > 0.0).any() == is_covered
+
+
+def test_a_certificate_near_an_input_is_refused(trained):
+    x, y = problem(2)
+    certificate = kl.certify(trained, center=x[0], radius=0.1)
+    with pytest.raises(ValueError, match="must be global"):
+        kl.certified_accuracy(trained, x, y, RADII, certificate=certificate)

@@ -1,5 +1,8 @@
 """A rule is about the code of a class: layers and operations that run other code have no rule."""
 
+import collections
+import math
+
 import keras
 import numpy as np
 import pytest
@@ -7,7 +10,9 @@ from helpers.certify_cases import jacobians
 from keras import layers, ops
 
 import keras_lipattn as kl
+from keras_lipattn.bounds import LipschitzBound
 from keras_lipattn.certification import certify, register_rule
+from keras_lipattn.certification.registry import find_rule
 
 TOKENS, WIDTH = 3, 4
 
@@ -194,6 +199,9 @@ PARTS = {
     "equation": (set_part("_output_dense", "equation", "abcd,cde->aeb"), "linear map"),
     "call": (set_part("_key_dense", "call", lambda x, training=None: x), "replaced"),
     "softmax": (set_part("_softmax", "call", lambda x, mask=None: 10.0 * x), "replaced"),
+    "axis": (set_part("_softmax", "axis", -2), "axis of their softmax"),
+    "scores": (lambda layer: vars(layer).update(_dot_product_equation=""), "equations"),
+    "sum": (lambda layer: vars(layer).update(_combine_equation=""), "equations"),
 }
 
 
@@ -221,6 +229,146 @@ def test_parts_of_an_attention_layer_are_those_of_keras(attention, change, reaso
 )
 def test_methods_replaced_on_an_instance_are_seen(model):
     assert sound(model(), input_radius=1.0)
+
+
+class Bounded(layers.Layer):
+    """States its constant by a method `lipschitz`."""
+
+    def call(self, x):
+        return self.inner(x)
+
+    def inner(self, x):
+        return ops.tanh(x)
+
+    def lipschitz(self, sequence_length=None, norm="l2", mask="full"):
+        return LipschitzBound(value=1.0, norm=norm, kind="certified", theorem="largest slope")
+
+
+class LoudCall(Bounded):
+    def call(self, x):
+        return 100.0 * super().call(x)
+
+
+class LoudInner(Bounded):
+    def inner(self, x):
+        return 100.0 * x
+
+
+class BoundedAgain(LoudCall):
+    def call(self, x):
+        return 0.5 * ops.tanh(x)
+
+    def lipschitz(self, sequence_length=None, norm="l2", mask="full"):
+        return LipschitzBound(value=1.0, norm=norm, kind="certified", theorem="largest slope")
+
+
+class OfOne:
+    def lipschitz(self, sequence_length=None, norm="l2", mask="full"):
+        return LipschitzBound(value=1.0, norm=norm, kind="certified", theorem="largest slope")
+
+
+class ByMixin(OfOne, layers.Layer):
+    def call(self, x):
+        return ops.tanh(x)
+
+
+class PositionAttention(kl.layers.SelfAttention):
+    """Attention by the distance of positions, as its base class documents it."""
+
+    def add_kernels(self):
+        self.add_attention_kernel("value", (self.features, self.num_heads * self.value_dim))
+        self.add_attention_kernel("out", (self.num_heads * self.value_dim, *self.output_token))
+
+    def fold(self, kernels, factors, xp):
+        kernels = (kernel * factor for kernel, factor in zip(kernels, factors, strict=True))
+        return collections.namedtuple("Folded", ["projection", "output"])(*kernels)
+
+    def matrices(self, weights, norm, xp):
+        return {"product": xp.matmul(weights.projection, weights.output)}
+
+    def bound(self, weights, norms, norm, tokens, mask, xp):
+        return math.sqrt(tokens) * norms["product"]
+
+    def attend(self, tokens, weights, mask, training, return_scores):
+        position = ops.arange(tokens.shape[1], dtype=tokens.dtype)
+        pairs = mask.softmax(-ops.abs(position[:, None] - position)[None, None])
+        return ops.matmul(pairs[:, 0], ops.matmul(tokens, weights.projection)), None, pairs
+
+
+class LoudAttention(PositionAttention):
+    def attend(self, tokens, weights, mask, training, return_scores):
+        heads, *others = super().attend(tokens, weights, mask, training, return_scores)
+        return 100.0 * heads, *others
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [LoudCall, LoudInner, lambda: LoudAttention(2, 2)],
+    ids=["call", "helper", "scores of attention"],
+)
+def test_a_constant_is_about_the_code_of_the_class_that_states_it(layer):
+    model = of(layer())
+    rule, reason = find_rule(model.layers[0])
+    assert rule is None and "whose constant it inherits" in reason
+    assert sound(model)
+
+
+@pytest.mark.parametrize("layer", [Bounded, BoundedAgain, ByMixin, lambda: PositionAttention(2, 2)])
+def test_a_class_may_state_its_constant(layer):
+    model = of(layer())
+    assert find_rule(model.layers[0])[0] is not None
+    assert certify(model).is_finite and sound(model)
+
+
+class WiderBias(layers.Dense):
+    def build(self, input_shape):
+        super().build(input_shape)
+        self.bias = self.add_weight(shape=(6, self.units))
+
+
+class LongerShape(layers.Dense):
+    def compute_output_shape(self, input_shape):
+        return (input_shape[0], 100, self.units)
+
+
+class LongerSpec(layers.LeakyReLU):
+    def compute_output_spec(self, x):
+        return keras.KerasTensor((x.shape[0], 100, x.shape[2]))
+
+
+class PlainShape(layers.MaxPooling1D):
+    def build(self, input_shape):
+        super().build(input_shape)
+
+    def compute_output_shape(self, input_shape):
+        return super().compute_output_shape(input_shape)
+
+
+def with_array(layer, name, shape):
+    model = of(layer, layers.GlobalAveragePooling1D(), shape=(1, WIDTH))
+    setattr(layer, name, np.ones(shape, "float32"))
+    return model
+
+
+SHAPES = {
+    "bias": lambda: with_array(layers.Dense(WIDTH), "bias", (6, WIDTH)),
+    "slopes": lambda: with_array(layers.PReLU(), "alpha", (6, WIDTH)),
+    "own bias": lambda: of(kl.SpectralDense(WIDTH, spectral_norm=1.0), WiderBias(2), shape=(1, 4)),
+    "shape": lambda: of(LongerShape(WIDTH), layers.GlobalAveragePooling1D()),
+    "spec": lambda: of(LongerSpec(), layers.GlobalAveragePooling1D()),
+}
+
+
+@pytest.mark.parametrize("model", SHAPES.values(), ids=SHAPES)
+def test_shapes_are_those_that_the_code_returns(model):
+    model = model()
+    assert sound(model)
+    assert "returns other shapes" in certify(model).reasons[0]
+
+
+def test_a_subclass_that_says_the_right_shapes_keeps_the_rule():
+    certificate = certify(of(PlainShape(2)))
+    assert certificate.rows[0].layer == "PlainShape" and certificate.is_finite
 
 
 def test_own_attention_overrides_only_what_it_is_asked_to():

@@ -259,3 +259,46 @@ def test_layers_that_note_what_they_saw_have_a_certificate():
 
     inputs = keras.Input((4,))
     assert certify(keras.Model(inputs, Notes()(inputs))).is_finite
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(
+    "layer", [layers.Identity, layers.ActivityRegularization, lambda: layers.Dropout(0.5)]
+)
+def test_layers_of_several_tensors_keep_them_apart(layer, norm):
+    x, kept = keras.Input((3, 4)), keras.Input((3, 4), dtype="bool")
+    first, second = layer()([x, ops.cast(kept, "float64")])
+    assert certify(keras.Model([x, kept], first - second), norm).total >= 1.0
+    first, second = layer()([x, -2.0 * x])
+    assert certify(keras.Model(x, first - second), norm).total >= 3.0
+
+
+def test_a_sum_that_depends_on_the_number_of_examples_has_no_bound():
+    x = keras.Input((3, 3))
+    model = keras.Model(x, x + ops.mean(x, axis=2, keepdims=True))
+    example = _rng.normal(size=(1, 3, 3))
+    alone, together = model(example), model(np.repeat(example, 2, axis=0))
+    assert not np.allclose(alone[0], together[0])
+    assert "a single example" in certify(model).reasons[0]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x + ops.mean(x, axis=1, keepdims=True),
+        lambda x: x - ops.mean(x, axis=2, keepdims=True),
+        lambda x: ops.mean(x, axis=2, keepdims=True) + x,
+        lambda x: x + ops.mean(x, axis=(1, 2), keepdims=True),
+        lambda x: 1.0 + ops.mean(x, axis=2, keepdims=True),
+        lambda x: ops.add(np.ones(3), ops.mean(x, axis=2)),
+        lambda x: x[..., :2] + ops.mean(x, axis=2, keepdims=True),
+    ],
+)
+def test_other_sums_with_broadcasting_keep_their_bound(function):
+    x = keras.Input((3, 3))
+    model = keras.Model(x, function(x))
+    example = _rng.normal(size=(1, 3, 3))
+    np.testing.assert_allclose(
+        model(example)[0], model(np.repeat(example, 2, axis=0))[0], rtol=1e-12
+    )
+    assert certify(model).is_finite

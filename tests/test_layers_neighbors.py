@@ -348,6 +348,25 @@ def test_the_constant_of_a_residual_is_attained(alpha):
     assert jacobians.norms(jac)["l2"] == pytest.approx(expected)
 
 
+def test_a_graph_with_skip_and_branch_exchanged_is_noticed():
+    inputs = keras.Input((4, 6))
+    branch = keras.layers.Dense(6)(keras.layers.MultiHeadAttention(2, 3)(inputs, inputs))
+    with pytest.warns(
+        UserWarning, match=r"computed from the second.*`Residual\(\)\(\[x, f\(x\)\]\)`"
+    ):
+        kl.Residual(0.25)([branch, inputs])
+    # Warnings are errors here. In a sum the order does not matter, and two branches have none.
+    kl.Residual(0.25)([inputs, branch])
+    kl.Residual()([branch, inputs])
+    kl.Residual(0.25)([keras.layers.Dense(6)(inputs), branch])
+    kl.Residual(0.25)([inputs, inputs])
+    # A skip further back than a branch is not searched for.
+    deep = inputs
+    for _ in range(200):
+        deep = keras.ops.add(deep, 1.0)
+    kl.Residual(0.25)([deep, inputs])
+
+
 def test_residuals_carry_the_mask_of_the_skip(x):
     x[:, 2:] = 0.0
     masked = keras.layers.Masking(0.0)(x)

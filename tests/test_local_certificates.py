@@ -406,6 +406,31 @@ def test_radii_of_a_local_certificate_end_where_it_ends():
     assert other != certificate.threat_model.center
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_radii_are_those_of_the_length_of_the_example(given):
+    class Summed(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(2)
+
+        def call(self, x):
+            return self.dense(keras.ops.sum(x, axis=1))
+
+    model = Summed()
+    short, long = (np.random.default_rng(0).normal(size=(1, n, 4)) for n in (3, 27))
+    model(short)
+    options = {"inputs": keras.KerasTensor((None, 3, 4))} if given else {}
+    radius = certified_radii.certified_radius(model, long, **options)
+    logits = np.asarray(model(long))
+    kernel = np.asarray(model.dense.kernel)
+    # The change of the logits is linear, so that this radius is the largest.
+    exact = abs(logits[0, 0] - logits[0, 1]) / (
+        np.sqrt(27.0) * np.linalg.norm(kernel[:, 0] - kernel[:, 1])
+    )
+    # Without a global certificate for this length, ten steps of bisection start at 0.
+    assert 0.99 * exact <= radius <= (1.0 + 1e-5) * exact
+
+
 def test_what_has_no_meaning_is_refused():
     model = attention_model()
     x = np.zeros((5, 4))

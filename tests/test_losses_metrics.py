@@ -68,6 +68,29 @@ def test_the_efficient_loss_is_its_formula(radius, temperature, lipschitz):
     assert found == pytest.approx(expected.mean() / temperature, rel=1e-5)
 
 
+@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "sum", None])
+@pytest.mark.parametrize("kind", [MarginCrossentropy, EfficientMarginCrossentropy])
+def test_an_ignored_class_counts_neither_in_the_loss_nor_in_its_mean(kind, reduction):
+    labels, logits = examples(4, 6)
+    ignored = RNG.random((4, 6)) < 0.4
+    padded = np.where(ignored, -1, labels)
+    loss = kind(0.2, 5.0, ignore_class=-1, reduction=reduction)
+    found = np.array(loss(padded, logits))
+    if reduction is None:
+        assert (found[ignored] == 0.0).all()
+        found = found[~ignored]
+    expected = kind(0.2, 5.0, reduction=reduction)(labels[~ignored], logits[~ignored])
+    # Sums of float32 in another order.
+    np.testing.assert_allclose(found, np.array(expected), rtol=1e-6)
+    with tf.GradientTape() as tape:
+        tensor = tf.constant(logits)
+        tape.watch(tensor)
+        total = tf.reduce_sum(loss(padded, tensor))
+    gradient = tape.gradient(total, tensor).numpy()
+    assert (gradient[ignored] == 0.0).all() and (gradient[~ignored] != 0.0).any()
+    assert kind.from_config(loss.get_config()).get_config() == loss.get_config()
+
+
 @pytest.mark.parametrize("temperature", [1.0, 10.0])
 def test_both_margin_losses_agree_once_every_margin_is_large(temperature):
     labels, logits = examples(20)

@@ -39,12 +39,15 @@ def log_softmax():
 class Recorded(keras.callbacks.Callback):
     """What `certified_accuracy` says at the end of every epoch; after the monitor."""
 
-    def __init__(self, x, y, norm="l2"):
+    def __init__(self, x, y, norm="l2", **options):
         super().__init__()
         self.data, self.norm, self.rows, self.logs = (x, y), norm, [], []
+        self.options = options
 
     def on_epoch_end(self, epoch, logs=None):
-        found = kl.certified_accuracy(self.model, *self.data, radii=RADII, norm=self.norm)
+        found = kl.certified_accuracy(
+            self.model, *self.data, radii=RADII, norm=self.norm, **self.options
+        )
         self.rows.append([found.certified(radius) if radius else found.clean for radius in RADII])
         self.logs.append([(logs or {})[key] for key in KEYS])
 
@@ -75,6 +78,18 @@ def test_it_is_the_certified_accuracy_of_the_model(make, norm):
         assert history[key] == monitor.history[key] == list(column)
     assert np.all(np.diff(recorded.logs, axis=1) <= 0.0)
     assert monitor.certificate.matches(model)
+
+
+def test_examples_outside_of_the_certificate_do_not_count():
+    keras.utils.set_random_seed(1)
+    model = compiled(monitor_models.functional(), learning_rate=0.3)
+    x, y = separable()
+    radius = float(np.median(np.linalg.norm(x, axis=-1).max(axis=-1)))
+    monitor = LipschitzMonitor("l2", certified_accuracy_radii=RADII, input_radius=radius)
+    recorded = Recorded(x, y, input_radius=radius)
+    fit(model, monitor, recorded)
+    np.testing.assert_allclose(recorded.logs, recorded.rows, rtol=0, atol=1e-6)
+    assert recorded.rows[-1][0] > 0.6 and 0.0 < recorded.rows[-1][1] <= 0.5
 
 
 @pytest.mark.parametrize("shape", ["one-hot", "column"])

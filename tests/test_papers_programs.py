@@ -17,6 +17,7 @@ import density
 import invertible
 import measures
 import numpy as np
+import padded_series
 import pretrained
 import pytest
 import report
@@ -25,6 +26,8 @@ import tensorflow as tf
 import tightness
 import vowels
 
+import keras_lipattn as kl
+
 KEPT = pathlib.Path(__file__).parents[1] / "docs" / "papers"
 PROGRAMS = {
     "blow_up": blow_up,
@@ -32,6 +35,7 @@ PROGRAMS = {
     "tightness": tightness,
     "invertible": invertible,
     "density": density,
+    "padded_series": padded_series,
     "continuous_depth": continuous_depth,
     "measures": measures,
     "pretrained": pretrained,
@@ -215,10 +219,11 @@ def test_critical_stack_has_its_input_where_the_derivative_is_largest():
 
 def test_series_are_read_with_their_lengths():
     text = "@classLabel true 1\n@data\n" + "\n".join(
-        ":".join([",".join(str(10 * c + t) for t in range(length)) for c in range(12)] + ["1"])
-        for length in (7, 29)
+        ":".join([",".join(str(10 * c + t) for t in range(length)) for c in range(12)] + [speaker])
+        for length, speaker in ((7, "1"), (29, "9"))
     )
-    series, mask = vowels.parse(text)
+    series, mask, speakers = vowels.parse(text)
+    assert speakers.tolist() == [0, 8]
     assert mask.sum(axis=1).tolist() == [7, 29]
     np.testing.assert_array_equal(series[0, 6], 10 * np.arange(12) + 6)
     np.testing.assert_array_equal(series[0, 7:], 0.0)
@@ -240,6 +245,25 @@ def test_density_of_series_counts_their_steps_only(monkeypatch):
     other = np.where(mask[..., None], series, 5.0).astype("float32")
     again = np.asarray(flow.log_density(tf.constant(other), tf.constant(mask), method="exact"))
     np.testing.assert_allclose(again, whole, rtol=1e-5)
+
+
+@pytest.mark.parametrize("variant", padded_series.VARIANTS)
+def test_padding_does_not_reach_the_class_of_a_series(variant):
+    model = padded_series.build(variant)
+    rng = np.random.default_rng(0)
+    series = rng.normal(size=(3, vowels.LENGTH, vowels.CHANNELS)).astype("float32")
+    mask = np.arange(vowels.LENGTH) < np.array([[7], [20], [29]])
+    other = np.where(mask[..., None], series, 1e4).astype("float32")
+    np.testing.assert_array_equal(model([series, mask]), model([other, mask]))
+    mean = "valid steps" in variant
+    assert kl.certify(model).total <= (1.0 if mean else vowels.LENGTH**-0.5) * (1.0 + 1e-5)
+
+
+def test_kept_series_are_certified_below_what_attacks_leave():
+    results = kept("padded_series")
+    assert all(run["contradictions"] == 0 for run in results["runs"])
+    for run in results["runs"]:
+        assert np.all(np.array(run["certified"]) <= run["under attack"])
 
 
 def test_kept_residual_networks_converge_to_the_flow_under_its_certificate():

@@ -103,7 +103,7 @@ def bits_per_dimension(flow, series, mask, **options):
 
 def gaussian_bits(data, full_covariance):
     """Test bits per dimension of one normal distribution of all steps, fitted to the training."""
-    train, test = (series[mask].astype(np.float64) for series, mask in data.values())
+    train, test = (series[mask].astype(np.float64) for series, mask, _ in data.values())
     centered = test - train.mean(axis=0)
     covariance = np.cov(train.T)
     if not full_covariance:
@@ -116,7 +116,7 @@ def gaussian_bits(data, full_covariance):
 def train(variant, seed, data, epochs):
     """A trained flow and its training curve in bits per dimension."""
     keras.utils.set_random_seed(seed)
-    series, mask = data["train"]
+    series, mask, _ = data["train"]
     flow = Flow(variant, seed)
     flow.build((None, vowels.LENGTH, vowels.CHANNELS))
     steps = epochs * (len(series) // BATCH)
@@ -145,7 +145,7 @@ def train(variant, seed, data, epochs):
 def compute(full):
     """Train all variants for 10 epochs with one seed; in the full setting, 100 epochs, 3 seeds."""
     data = vowels.load()
-    series, mask = data["test"]
+    series, mask, _ = data["test"]
     results = {
         "epochs": 100 if full else 10,
         "gaussian": {

@@ -11,6 +11,7 @@ from keras import ops
 
 from keras_lipattn._arguments import require_nonnegative
 from keras_lipattn.certification import Certificate
+from keras_lipattn.certification.coverage import are_covered
 from keras_lipattn.linalg import SAFETY
 
 # Probabilities below this become it before the logarithm, which makes margins smaller.
@@ -67,6 +68,7 @@ class CertifiedValidation:
         self._original: Any = None
         self._head = ""
         self._gaps: Any = None
+        self._certificate: Any = None
         self._metrics: list[keras.metrics.Mean] = []
         self._found: dict[str, float] = {}
         self._warned = False
@@ -123,9 +125,12 @@ class CertifiedValidation:
         if certificate.head not in ("softmax", "logits"):
             raise ValueError(
                 "`certified_accuracy_radii` is for classifiers with one vector of two or more "
-                f"logits or probabilities an example. Received: model {self._model.name!r}, whose "
-                f"head is {certificate.head!r}"
+                "logits or probabilities an example. For logits of every token call "
+                "`certified_accuracy` after training, or compile with the metric "
+                f"`CertifiedAccuracy`. Received: model {self._model.name!r}, whose head is "
+                f"{certificate.head!r}"
             )
+        self._certificate = certificate
         gaps = _gaps(certificate, self._radii)
         if self._head != certificate.head:
             self._head = certificate.head
@@ -152,11 +157,13 @@ class CertifiedValidation:
         others = ops.one_hot(y, classes) == 0.0
         # A class out of range has no logit: it is never certified.
         counted = ops.any(~others, axis=-1) & ops.all(ops.isfinite(logits), axis=-1)
+        covered = are_covered(self._certificate, self._model, x)
         own = ops.sum(ops.where(others, 0.0, logits), axis=-1, keepdims=True)
         rows = ops.clip(y, 0, self._gaps.shape[1] - 1)
         for index, metric in enumerate(self._metrics):
             needed = ops.take(self._gaps[index], rows, axis=0)
             leads = ops.all((own - logits > needed) | ~others, axis=-1)
+            leads = leads & covered if self._radii[index] else leads
             metric.update_state(ops.cast(leads & counted, "float32"), sample_weight)
         return self._original(x, y, y_pred, sample_weight)
 

@@ -8,10 +8,12 @@ import keras
 import numpy as np
 
 from keras_lipattn._arguments import require_positive_integer
+from keras_lipattn.certification.centers import examples_of
 from keras_lipattn.certification.certificate import Certificate
-from keras_lipattn.certification.certifying import LocalCertifier, certify
+from keras_lipattn.certification.certifying import LocalCertifier, certify, specs_of_examples
 from keras_lipattn.certification.classifier_head import logits_of
-from keras_lipattn.certification.keras_models import call_specs
+from keras_lipattn.certification.coverage import are_covered
+from keras_lipattn.certification.keras_models import call_specs, function_of
 from keras_lipattn.certification.options import Options
 from keras_lipattn.certification.tensor_state import Enclosure
 from keras_lipattn.layers import lipschitz_layers
@@ -78,8 +80,13 @@ def certified_radius(
     Reference: docs/theory.md, sections 6 and 8.
     """
     require_positive_integer("steps", steps)
+    structure, _ = examples_of(model, x)
     _remember_caps(model)
-    globally = certify(model, norm, **options)
+    inputs = options.pop("inputs", None)
+    if function_of(model) is None and inputs is None:
+        # It may have been built for another length.
+        inputs = specs_of_examples(model, structure)
+    globally = certify(model, norm, inputs=inputs, **options)
     if globally.head == "token logits":
         raise ValueError(
             "`model` must return one vector of logits per example. For logits of every token use "
@@ -87,9 +94,8 @@ def certified_radius(
             f"{globally.head!r}"
         )
     options.pop("check", None)
-    inputs = options.pop("inputs", None)
     certifier = LocalCertifier(model, Options(norm=norm, **options), inputs, x)
-    structure = certifier.structure
+    covered = keras.ops.convert_to_numpy(are_covered(globally, model, structure))
     radii = []
     for index, example in enumerate(certifier.examples):
         one = keras.tree.map_structure(lambda array, i=index: array[i : i + 1], structure)
@@ -101,7 +107,7 @@ def certified_radius(
                 found = Enclosure(_predicted_logits(model, one, certificate.head))
             return certificate, found
 
-        radii.append(_radius(near, globally, steps, allowance))
+        radii.append(_radius(near, globally if covered[index] else None, steps, allowance))
     single = np.ndim(keras.tree.flatten(x)[0]) < keras.tree.flatten(structure)[0].ndim
     return np.asarray(radii[0] if single else radii)
 
@@ -121,11 +127,13 @@ def _predicted_logits(model: keras.Model, x: Any, head: str) -> np.ndarray:
     return logits_of(keras.ops.convert_to_numpy(output), head)
 
 
-def _radius(near, globally: Certificate, steps: int, allowance: float) -> float:
+def _radius(near, globally: Certificate | None, steps: int, allowance: float) -> float:
     certificate, center = near(0.0)
     logits = center.value[0]
     allowance = allowance + 2.0 * SAFETY * center.rounding_error
-    low = float(globally.certified_radius(logits, allowance=allowance))
+    low = 0.0
+    if globally is not None:
+        low = float(globally.certified_radius(logits, allowance=allowance))
     high = _uncapped(certificate, logits, allowance)
     if math.isinf(high):
         high = 10.0 * (1.0 + float(np.linalg.norm(logits)))

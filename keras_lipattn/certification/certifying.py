@@ -188,7 +188,7 @@ class LocalCertifier:
         self.structure, self.examples = examples_of(model, center)
         _check_inside(options.input_radius, self.examples)
         if inputs is None:
-            inputs = _specs(model, self.structure)
+            inputs = specs_of_examples(model, self.structure)
         shapes = [array.shape[1:] for array in self.examples[0]]
         self._options = options
         self._traced = TracedModel(model, inputs, shapes=shapes)
@@ -259,7 +259,7 @@ def _check_inside(input_radius, examples) -> None:
                 )
 
 
-def _specs(model: keras.Model, structure: Any) -> Any:
+def specs_of_examples(model: keras.Model, structure: Any) -> Any:
     """The inputs of a subclassed model: floats in its own dtype, everything else unchanged."""
 
     def spec(array):
@@ -382,6 +382,15 @@ def _check_arguments(model, norm, sequence_length, input_radius, mask) -> None:
         raise ValueError(
             f'`mask` must be "full", "causal", "any" or a boolean array. Received: mask={mask!r}'
         )
+    if mask is not None and not isinstance(mask, str):
+        visible = np.asarray(mask)
+        if visible.dtype != bool or visible.ndim < 2 or visible.shape[-1] != visible.shape[-2]:
+            raise ValueError(
+                "An array `mask` must be boolean and say for each pair of tokens whether the first "
+                "sees the second, shape (tokens, tokens). Masks of padded tokens that are inputs "
+                "of the model, or computed from such inputs, are known without it. "
+                f"Received: mask of shape {visible.shape} and dtype {visible.dtype}"
+            )
     if not model.built:
         raise ValueError(
             "The model has no weights yet: build it, or call it on data, before certifying it. "
@@ -393,4 +402,4 @@ def _exp(log: float) -> float:
     return math.exp(log) if log < 709.7 else math.inf
 
 
-__all__ = ["LocalCertifier", "_rules", "certify"]
+__all__ = ["LocalCertifier", "_rules", "certify", "specs_of_examples"]

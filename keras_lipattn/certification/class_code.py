@@ -6,6 +6,7 @@ import types
 from typing import Any
 
 import keras
+import numpy as np
 
 # Methods that may be replaced without changing the function that a layer computes. Keras itself
 # wraps `build` and `quantize` and sets `loss`, and a trace replaces `symbolic_call`.
@@ -44,6 +45,25 @@ def changes_of(operation: Any) -> str:
     ]
     names = ", ".join(sorted(replaced))
     return f"its `{names}` was replaced on the instance" if names else ""
+
+
+def has_known_shapes(layer: keras.layers.Layer) -> bool:
+    """Whether the shapes of the outputs and of the weights of a layer are those that Keras gives.
+
+    A class from elsewhere may say something else about its outputs or build other weights, and an
+    array may have taken the place of a weight.
+    """
+    methods = ("build", "compute_output_shape", "compute_output_spec")
+    modules = [getattr(type(layer), name).__module__ for name in methods]
+    own = all(module.startswith(("keras.src.", "keras_lipattn.")) for module in modules)
+    return own and not any(map(_is_plain_array, vars(layer).values()))
+
+
+def _is_plain_array(value: Any) -> bool:
+    """Whether a value is an array that is no weight of Keras."""
+    if isinstance(value, keras.Variable):
+        return False
+    return isinstance(value, np.ndarray) or keras.ops.is_tensor(value)
 
 
 def overrides_call_operator(layer: keras.layers.Layer) -> bool:

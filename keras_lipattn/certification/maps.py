@@ -111,6 +111,16 @@ class LipschitzMap:
                 f"Received: constant={self.constant}, reason={str(self.reason)!r}"
             )
 
+    def of_several_outputs(self) -> "LipschitzMap":
+        """The same bounds for a call with several outputs, each of which has them.
+
+        Only a mixing of tokens says nothing that would hold for one output alone.
+        """
+        if type(self) in (LipschitzMap, TokenMixing):
+            return self
+        names = (field.name for field in dataclasses.fields(LipschitzMap))
+        return LipschitzMap(**{name: getattr(self, name) for name in names})
+
     # Bounds -----------------------------------------------------------------------------------
 
     def propagate(

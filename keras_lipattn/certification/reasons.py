@@ -117,7 +117,10 @@ def _remedy_of_cause(cause: Cause, operation: Any, sequence_length: int | None) 
     if cause is Cause.UNBOUNDED:
         return "bound them by a saturating activation, a normalization or `input_radius`"
     if cause is Cause.MASK:
-        fixed = "pass `assume_fixed_mask=True` to certify for a fixed mask"
+        fixed = (
+            "make the mask a boolean input of the model, `keras.Input(shape, dtype='bool')`, or "
+            "pass `assume_fixed_mask=True` to certify for a fixed mask"
+        )
         is_layer = isinstance(operation, keras.layers.Layer)
         if is_layer and "use_causal_mask" in operation._call_signature.parameters:
             return f"pass `use_causal_mask=True` if it is the causal mask, else {fixed}"

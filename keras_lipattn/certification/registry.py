@@ -1,5 +1,6 @@
 """The registry of rules for layer classes and operations."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,9 @@ Rule = Callable[[Any, LayerCall], LipschitzMap | float]
 LAYER_RULES: dict[type, tuple[Rule, bool]] = {}
 OPERATION_RULES: dict[str, Rule] = {}
 _own_bound: list[Rule] = []
+
+# A class that defines one of these methods states the constant of its code.
+_STATES_CONSTANT = frozenset({"bound", "certified", "lipschitz", "matrices"})
 
 
 def register_rule(*layer_classes: type, subclasses: bool = False) -> Callable[[Rule], Rule]:
@@ -101,7 +105,17 @@ def find_rule(operation: Any) -> tuple[Rule | None, str]:
     if changes:
         return None, changes
     overridden: list[str] = []
+    inherited: str | None = None
     for ancestor in cls.__mro__:
+        if inherited is None and not _STATES_CONSTANT.isdisjoint(vars(ancestor)):
+            # Its constant is not about code that a subclass overrides.
+            later = sorted(name for name in overridden if _is_code_of(ancestor, name))
+            inherited = (
+                f"it overrides `{', '.join(later)}` of {ancestor.__name__}, whose constant it "
+                "inherits"
+                if later and ancestor not in LAYER_RULES
+                else ""
+            )
         if ancestor in LAYER_RULES:
             rule, subclasses = LAYER_RULES[ancestor]
             if overridden and not subclasses:
@@ -109,6 +123,8 @@ def find_rule(operation: Any) -> tuple[Rule | None, str]:
                     f"it overrides `{', '.join(sorted(overridden))}` of {ancestor.__name__}, so "
                     "the rule for that class does not apply"
                 )
+            if inherited and rule.__module__.startswith("keras_lipattn."):
+                return None, inherited
             return rule, ""
         overridden += [
             name
@@ -120,8 +136,14 @@ def find_rule(operation: Any) -> tuple[Rule | None, str]:
             and _is_inherited(cls, ancestor, name)
         ]
     if callable(getattr(operation, "lipschitz", None)):
-        return _own_bound[0], ""
+        return (None, inherited) if inherited else (_own_bound[0], "")
     return None, "no rule is registered for it"
+
+
+def _is_code_of(cls: type, name: str) -> bool:
+    """Whether a class has this method, and not only as every layer of Keras has it."""
+    found = inspect.getattr_static(cls, name, None)
+    return found not in (None, inspect.getattr_static(keras.layers.Layer, name, None))
 
 
 def _is_inherited(cls: type, ancestor: type, name: str) -> bool:

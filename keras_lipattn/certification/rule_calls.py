@@ -71,7 +71,8 @@ class RuleCalls:
             drop_activation=index == self._logit_call,
             keras_masks=tuple(self._state_of(mask) for mask in call.keras_masks),
         )
-        return _as_map(rule(call.operation, layer_call))
+        rule_map = _as_map(rule(call.operation, layer_call))
+        return rule_map if len(call.outputs) == 1 else rule_map.of_several_outputs()
 
     def _layer_call(self, arguments, layout: Layout, norm: str, **fields) -> LayerCall:
         return LayerCall(

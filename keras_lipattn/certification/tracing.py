@@ -17,6 +17,7 @@ from keras.src import backend
 
 from keras_lipattn.certification.class_code import (
     changes_of,
+    has_known_shapes,
     operation_name,
     overrides_call_operator,
 )
@@ -58,6 +59,10 @@ _CHANGES_LAYER = (
 _UNTRACKED = Reason(
     "it calls a layer that Keras does not find in it",
     remedy="create the layer in `__init__` and store it as an attribute",
+)
+_OTHER_SHAPES = Reason(
+    "its code returns other shapes than its `compute_output_shape` says",
+    remedy="correct that method, or the shapes of its weights",
 )
 _TENSOR_IN_LAYER = "an attribute of a layer is a tensor that a model computes"
 _RUNS_FUNCTION = "an operation runs a function, which may use any tensor of the model"
@@ -246,6 +251,8 @@ class _Tracer:
         self.runs_code = False
         try:
             outputs = type(layer).symbolic_call(layer, *args, **kwargs)
+            if not refusal and not has_known_shapes(layer):
+                refusal = _refuse_shapes(layer, args, kwargs, outputs)
         finally:
             self.runs_code = True
         # A layer may return its input itself.
@@ -401,6 +408,16 @@ def _is_graph(layer: keras.layers.Layer) -> bool:
     return (
         isinstance(layer, keras.Model) and function_of(layer) is not None and not changes_of(layer)
     )
+
+
+def _refuse_shapes(layer, args, kwargs, outputs) -> Reason | None:
+    """A reason if the code of a layer does not return the shapes that the layer says."""
+    try:
+        found = backend.compute_output_spec(layer.call, *args, **kwargs)
+    except TRACE_ERRORS as error:
+        return _explain(error)
+    says, does = ([tuple(one.shape) for one in symbols_in(part)] for part in (outputs, found))
+    return None if says == does else _OTHER_SHAPES
 
 
 def _expansion_of(layer: keras.layers.Layer) -> Callable | None:

@@ -16,8 +16,11 @@ from keras_lipattn._figures import save
 from keras_lipattn._plots import accuracy_figure
 from keras_lipattn.certification import Certificate, certified_radius, certify
 from keras_lipattn.certification.classifier_head import logits_of
+from keras_lipattn.certification.coverage import are_covered
 from keras_lipattn.layers import condensed, lipschitz_layers
 
+# Arguments of `certify` that `certified_accuracy` passes on.
+_OPTIONS = {"sequence_length", "input_radius", "assume_fixed_mask", "mask", "inputs", "check"}
 _TEXTS = {"l2": "2-norm", "token": "token norm", "linf": "max norm"}
 
 
@@ -34,6 +37,7 @@ class RobustAccuracy:
         broken_at: Smallest of `radii` at which the attack changed the class of each example, 0
             where the class was wrong from the start and `inf` where it never changed. `None`
             without an attack.
+        sample_weight: Weight of each example in the shares, `None` for equal weights.
 
     Example:
 
@@ -53,15 +57,22 @@ class RobustAccuracy:
     correct: np.ndarray
     certified_radii: np.ndarray
     broken_at: np.ndarray | None
+    sample_weight: np.ndarray | None = None
+
+    def _mean(self, values: np.ndarray) -> float:
+        if self.sample_weight is None:
+            return float(values.mean())
+        counts = self.sample_weight > 0.0
+        return float(np.average(values[counts], weights=self.sample_weight[counts]))
 
     @property
     def clean(self) -> float:
         """Accuracy on the examples as they are."""
-        return float(self.correct.mean())
+        return self._mean(self.correct)
 
     def certified(self, radius: float) -> float:
         """Share of examples that are correct, and provably stay so within `radius`."""
-        return float((self.correct & (self.certified_radii > radius)).mean())
+        return self._mean(self.correct & (self.certified_radii > radius))
 
     def attacked(self, radius: float) -> float:
         """Share of examples that are correct, and stayed so under attacks up to `radius`.
@@ -71,7 +82,7 @@ class RobustAccuracy:
         """
         if self.broken_at is None:
             raise ValueError("There was no attack. Pass `attack=` to `certified_accuracy`")
-        return float((self.broken_at > radius).mean())
+        return self._mean(self.broken_at > radius)
 
     @property
     def average_radius(self) -> float:
@@ -79,7 +90,7 @@ class RobustAccuracy:
 
         `inf` if a radius is.
         """
-        return float(self.certified_radii.mean())
+        return self._mean(self.certified_radii)
 
     @property
     def contradictions(self) -> int:
@@ -102,11 +113,15 @@ class RobustAccuracy:
         return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
     def __str__(self) -> str:
+        weights = self.sample_weight
+        counted = len(self.correct) if weights is None else np.count_nonzero(weights)
         lines = [
-            f"{len(self.correct)} examples, radii in the {_TEXTS[self.norm]}, certified constant "
+            f"{counted} examples, radii in the {_TEXTS[self.norm]}, certified constant "
             f"{self.constant:.4g}, average certified radius {self.average_radius:.4g}",
             self.table(),
         ]
+        if math.isinf(self.constant):
+            lines.append("The constant is inf: `certify(model).reasons` says why.")
         if self.contradictions:
             lines.append(
                 f"The attack changed the class of {self.contradictions} examples within their "
@@ -149,14 +164,15 @@ def certified_accuracy(
     attack: Any = None,
     bounds: tuple[float, float] | None = None,
     batch_size: int = 256,
+    sample_weight: Any = None,
     **options: Any,
 ) -> RobustAccuracy:
     """Clean accuracy, certified accuracy at several radii, and accuracy under attack.
 
     Args:
         model: A built classifier: one vector of two or more logits or of probabilities an example,
-            or logits of every token. In the latter case every token counts as an example, padded
-            ones too, and `local` and `attack` are not available.
+            or logits of every token. In the latter case every token counts as an example, so pass
+            the mask of padded tokens as `sample_weight`; `local` and `attack` are not available.
         x: Examples, as for `model.predict`. With `attack`, an array of floating-point numbers, or a
             list or dictionary with one such array. It is attacked; integers and booleans, such as
             masks, stay as they are.
@@ -165,13 +181,17 @@ def certified_accuracy(
         norm: Norm of the radii: `"l2"`, `"token"` or `"linf"`, see `certify`.
         local: Whether to certify every example by itself with `certified_radius`: larger radii,
             and some ten certificates an example.
-        certificate: A certificate of these weights; made with `certify` by default.
+        certificate: A certificate of these weights; made with `certify` by default. Examples that
+            it does not cover, for instance outside of its `input_radius` or longer than its
+            `sequence_length`, have the radius 0.
         attack: `True` for 40 steps of projected gradient descent, started three times, and for
             `"l2"` the attack of Rony et al. 2019 as well; or an attack of foolbox, or a list of
             them, for the norm of the radii. `None` for no attack.
         bounds: Smallest and largest entry of an input that the attack may use. By default those of
             the attacked array.
         batch_size: Examples in one step of the computation.
+        sample_weight: Weights of the examples or tokens in all shares, of the shape of `y`. A
+            boolean mask counts where it is true.
         **options: Further arguments of `certify`, such as `input_radius=2.0`.
 
     Returns:
@@ -181,6 +201,7 @@ def certified_accuracy(
     Raises:
         ValueError: If the model is not such a classifier, the certificate is not for these weights
             or this norm, sizes differ, or an argument is out of range.
+        TypeError: If an argument is unknown.
         ImportError: If `attack` is given and foolbox is not installed.
 
     Example:
@@ -198,6 +219,12 @@ def certified_accuracy(
         Rauber et al., "Foolbox: a Python toolbox to benchmark the robustness of machine learning
         models", 2017.
     """
+    unknown = sorted(set(options) - _OPTIONS)
+    if unknown:
+        raise TypeError(
+            f"`certified_accuracy` takes the arguments {sorted(_OPTIONS)} of `certify`, and those "
+            f"of its own. Received: {', '.join(unknown)}"
+        )
     radii = tuple(float(radius) for radius in radii)
     for radius in radii:
         require_nonnegative("radii", radius)
@@ -213,6 +240,11 @@ def certified_accuracy(
             f"certificate in the norm {certificate.norm!r}"
             f"{'' if certificate.matches(model) else ' of other weights'}"
         )
+    if certificate.threat_model.center:
+        raise ValueError(
+            "`certificate` must be global; pass `local=True` for local certificates. Received: a "
+            f"certificate for inputs within {certificate.threat_model.radius:g} of a center"
+        )
     if certificate.head not in ("logits", "softmax", "token logits"):
         raise ValueError(
             "The model must end in one vector of two or more logits or probabilities an example, "
@@ -225,6 +257,8 @@ def certified_accuracy(
             f"Received: local={local}, attack={attack}"
         )
     logits = logits_of(model.predict(x, batch_size=batch_size, verbose=0), certificate.head)
+    covered = _covered(certificate, model, x, len(logits))
+    covered = np.repeat(covered, math.prod(logits.shape[1:-1]))
     logits = logits.reshape(-1, logits.shape[-1])
     classes = np.asarray(y)
     if classes.size != len(logits) or not np.issubdtype(classes.dtype, np.integer):
@@ -233,9 +267,10 @@ def certified_accuracy(
             f"Received: shape={classes.shape}, dtype={classes.dtype}"
         )
     classes = classes.reshape(len(logits))
+    weights = None if sample_weight is None else _weights(sample_weight, len(logits))
     correct = (logits.argmax(axis=-1) == classes) & np.isfinite(logits).all(axis=-1)
     found = certified_radius(model, x, norm, **options) if local else 0.0
-    found = np.maximum(found, certificate.certified_radius(logits))
+    found = np.maximum(found, np.where(covered, certificate.certified_radius(logits), 0.0))
     broken_at = None
     if attack is not None:
         broken_at = np.where(correct, math.inf, 0.0)
@@ -247,7 +282,31 @@ def certified_accuracy(
         correct=correct,
         certified_radii=np.where(correct, found, 0.0),
         broken_at=broken_at,
+        sample_weight=weights,
     )
+
+
+def _weights(sample_weight: Any, count: int) -> np.ndarray:
+    weights = np.asarray(sample_weight, np.float64)
+    if weights.size != count or not (weights >= 0.0).all() or not 0.0 < weights.sum() < math.inf:
+        raise ValueError(
+            f"`sample_weight` must hold a weight for each of the {count} examples or tokens, none "
+            f"of them negative and not all 0. Received: shape={weights.shape}"
+        )
+    return weights.reshape(count)
+
+
+def _covered(certificate: Certificate, model: keras.Model, x: Any, count: int) -> np.ndarray:
+    """Whether the certificate is about each of the examples."""
+    threat = certificate.threat_model
+    if math.isinf(threat.input_radius) and not threat.shapes and threat.max_tokens is None:
+        return np.ones(count, bool)
+    if not all(hasattr(leaf, "shape") for leaf in keras.tree.flatten(x)):
+        raise ValueError(
+            "`x` must consist of arrays where a certificate does not cover all inputs. Received: "
+            f"x of type {type(x).__name__}"
+        )
+    return keras.ops.convert_to_numpy(are_covered(certificate, model, x))
 
 
 def _attack(model, x, classes, broken_at, radii, norm, attack, bounds, batch_size) -> None:

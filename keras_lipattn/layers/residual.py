@@ -1,12 +1,17 @@
 """Residual connections with a known Lipschitz constant."""
 
+import collections
 import math
+import warnings
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 from scipy.special import expit
+
+# Operations of a graph that are searched for the skip.
+_LONGEST_BRANCH = 100
 
 
 @keras.saving.register_keras_serializable(package="keras_lipattn")
@@ -24,7 +29,8 @@ class Residual(keras.layers.Layer):
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
-        inputs: A pair `[x, f(x)]` of tensors of the same shape.
+        inputs: A pair `[x, f(x)]` of tensors of the same shape. The order `[f(x), x]` is noticed
+            in the graph of a Functional model, with a warning.
 
     Raises:
         ValueError: If `alpha` is out of range, or the inputs are not two tensors of the same shape.
@@ -57,6 +63,13 @@ class Residual(keras.layers.Layer):
         if not isinstance(inputs, list | tuple):
             raise _shape_error(f"a single input, input_shape={_shape_of(inputs)}")
         _require_same_shapes([_shape_of(each) for each in inputs])
+        if self.alpha is not None and _is_computed_from(*inputs):
+            warnings.warn(
+                f"The first tensor of `Residual` {self.name!r} is computed from the second, so "
+                "`alpha` is the weight of the skip. To give it to the branch, write "
+                "`Residual()([x, f(x)])`.",
+                stacklevel=2,
+            )
         return super().__call__(inputs, **kwargs)
 
     def build(self, input_shape):
@@ -118,6 +131,26 @@ def _shape_error(received):
         "`Residual` merges a list of two tensors of the same shape, a skip and a branch: call it "
         f"as `Residual()([x, f(x)])`. Received: {received}"
     )
+
+
+def _is_computed_from(tensor, other):
+    """Whether `other` is among the tensors of the graph that `tensor` is computed from."""
+    if not (isinstance(tensor, keras.KerasTensor) and isinstance(other, keras.KerasTensor)):
+        return False
+    waiting, seen = collections.deque([tensor]), set()
+    # A branch has few operations. What comes before a skip may be a whole model.
+    while waiting and len(seen) < _LONGEST_BRANCH:
+        history = getattr(waiting.popleft(), "_keras_history", None)
+        if history is None or history.operation is None:
+            continue
+        node = history.operation._inbound_nodes[history.node_index]
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if any(each is other for each in node.input_tensors):
+            return True
+        waiting.extend(node.input_tensors)
+    return False
 
 
 def _shape_of(tensor):

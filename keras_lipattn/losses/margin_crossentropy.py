@@ -4,6 +4,7 @@ import math
 
 import keras
 from keras import ops
+from keras.src import backend
 
 from keras_lipattn._arguments import require_nonnegative, require_positive
 from keras_lipattn.losses._logit_loss import LogitLoss
@@ -12,7 +13,7 @@ from keras_lipattn.losses._logit_loss import LogitLoss
 class _MarginLoss(LogitLoss):
     """The arguments that both losses have, and the margin they ask for."""
 
-    def __init__(self, radius, temperature, lipschitz, reduction, name, dtype):
+    def __init__(self, radius, temperature, lipschitz, ignore_class, reduction, name, dtype):
         super().__init__(name=name, reduction=reduction, dtype=dtype)
         require_nonnegative("radius", radius)
         require_positive("temperature", temperature, optional=False)
@@ -20,7 +21,23 @@ class _MarginLoss(LogitLoss):
         self.radius = float(radius)
         self.temperature = float(temperature)
         self.lipschitz = float(lipschitz)
+        self.ignore_class = ignore_class
         self.margin = math.sqrt(2.0) * self.lipschitz * self.radius
+
+    def call(self, y_true, y_pred):
+        classes = ops.cast(ops.reshape(y_true, ops.shape(y_pred)[:-1]), "int32")
+        if self.ignore_class is None:
+            return self.losses(classes, y_pred)
+        counts = ops.not_equal(classes, self.ignore_class)
+        losses = self.losses(ops.where(counts, classes, 0), y_pred)
+        losses = ops.where(counts, losses, 0.0)
+        # Keras takes the mean over the entries of this mask, as for its own `ignore_class`.
+        backend.set_keras_mask(losses, counts)
+        return losses
+
+    def losses(self, classes, logits):
+        """The losses `(...)` for integer classes `(...)` and logits `(..., classes)`."""
+        raise NotImplementedError
 
     def get_config(self):
         return {
@@ -28,6 +45,7 @@ class _MarginLoss(LogitLoss):
             "radius": self.radius,
             "temperature": self.temperature,
             "lipschitz": self.lipschitz,
+            "ignore_class": self.ignore_class,
         }
 
 
@@ -57,6 +75,7 @@ class MarginCrossentropy(_MarginLoss):
             that training aims for. It only sets the size of the margin; the loss neither measures
             nor bounds the constant.
         annealing: Power of `1 - p`, not negative; 0 gives cross-entropy. Lai et al. use 5.
+        ignore_class: A class whose entries do not count, such as -1 for padded tokens.
         reduction: As for `keras.losses.Loss`.
         name: Name of the loss.
         dtype: As for `keras.losses.Loss`.
@@ -88,17 +107,18 @@ class MarginCrossentropy(_MarginLoss):
         temperature=1.0,
         lipschitz=1.0,
         annealing=0.0,
+        ignore_class=None,
         reduction: str | None = "sum_over_batch_size",
         name="margin_crossentropy",
         dtype=None,
     ):
-        super().__init__(radius, temperature, lipschitz, reduction, name, dtype)
+        super().__init__(radius, temperature, lipschitz, ignore_class, reduction, name, dtype)
         require_nonnegative("annealing", annealing)
         self.annealing = float(annealing)
 
-    def call(self, y_true, y_pred):
-        classes, correct = _classes_of(y_true, y_pred)
-        losses = _crossentropy(classes, y_pred - self.margin * correct, self.temperature)
+    def losses(self, classes, logits):
+        correct = ops.one_hot(classes, logits.shape[-1], dtype=logits.dtype)
+        losses = _crossentropy(classes, logits - self.margin * correct, self.temperature)
         if self.annealing:
             # `-expm1(-loss)` is `1 - p`. At 0 the power of a number below 1 has no derivative.
             other = -ops.expm1(-self.temperature * losses)
@@ -123,13 +143,16 @@ class EfficientMarginCrossentropy(_MarginLoss):
     A class that already leads, or that an attack within `radius` can bring level, is raised no
     further than to a tie. `MarginCrossentropy` raises all by `K * radius`: it asks for the whole
     radius even where an example is far from it. Both are equal once every margin is large enough.
-    A loss below `log(2) / t` means that the example is certified at `radius`.
+    A loss below `log(2) / t` means that the example is certified at `radius`. The source takes a
+    constant `K` for each pair of classes. If the last layer is an `OrthogonalDense` with at least
+    as many features as classes, all of them are this `K`.
 
     Args:
         radius: The radius to certify, in the 2-norm and the units of the model's input.
         temperature: Factor `t` of the logits.
         lipschitz: The Lipschitz constant of the logits as a function of the input, in the 2-norm,
             that training aims for. The loss neither measures nor bounds the constant.
+        ignore_class: A class whose entries do not count, such as -1 for padded tokens.
         reduction: As for `keras.losses.Loss`.
         name: Name of the loss.
         dtype: As for `keras.losses.Loss`.
@@ -159,23 +182,18 @@ class EfficientMarginCrossentropy(_MarginLoss):
         radius,
         temperature=1.0,
         lipschitz=1.0,
+        ignore_class=None,
         reduction: str | None = "sum_over_batch_size",
         name="efficient_margin_crossentropy",
         dtype=None,
     ):
-        super().__init__(radius, temperature, lipschitz, reduction, name, dtype)
+        super().__init__(radius, temperature, lipschitz, ignore_class, reduction, name, dtype)
 
-    def call(self, y_true, y_pred):
-        classes, correct = _classes_of(y_true, y_pred)
-        lead = ops.sum(correct * y_pred, axis=-1, keepdims=True) - y_pred
+    def losses(self, classes, logits):
+        correct = ops.one_hot(classes, logits.shape[-1], dtype=logits.dtype)
+        lead = ops.sum(correct * logits, axis=-1, keepdims=True) - logits
         raised = ops.stop_gradient(ops.clip(lead, 0.0, self.margin))
-        return _crossentropy(classes, y_pred + raised, self.temperature)
-
-
-def _classes_of(y_true, y_pred):
-    """Classes as integers of shape `(...)`, and as one-hot rows."""
-    classes = ops.cast(ops.reshape(y_true, ops.shape(y_pred)[:-1]), "int32")
-    return classes, ops.one_hot(classes, y_pred.shape[-1], dtype=y_pred.dtype)
+        return _crossentropy(classes, logits + raised, self.temperature)
 
 
 def _crossentropy(classes, logits, temperature):

@@ -6,6 +6,7 @@ import re
 
 import keras
 import numpy as np
+from keras.src.layers.attention import multi_head_attention as multi_head_attention_module
 
 from keras_lipattn.bounds.compact import (
     CrossConstants,
@@ -231,7 +232,20 @@ def _changed_part(layer) -> str:
             changes = "it is not a linear map of the features"
         if changes:
             return f"its part `{name}` was changed: {changes}"
+    equations = layer._dot_product_equation, layer._combine_equation
+    if (*equations, layer._softmax.axis) != _scores_of(layer):
+        return "its scores were changed: their equations or the axis of their softmax"
     return ""
+
+
+def _scores_of(layer) -> tuple:
+    """The equations of the scores and the axis of the softmax that Keras builds a layer with."""
+    if isinstance(layer, keras.layers.GroupQueryAttention):
+        return "bquh,bkuh->buqk", "buqk,bkuh->bquh", -1
+    rank = len(layer._query_dense.equation.partition("->")[2])
+    axes = layer._attention_axes
+    *equations, scores = multi_head_attention_module._build_attention_equation(rank, axes)
+    return *equations, tuple(range(scores - len(axes), scores))
 
 
 def _is_projection(part: keras.layers.EinsumDense, contracted: int) -> bool:

@@ -66,6 +66,45 @@ def weighted_sum(
     )
 
 
+_ADDS_ELSEWHERE = Reason(
+    "TensorFlow adds one of its tensors along another axis where the batch has a single example",
+    remedy="use `keras.ops.subtract(x, -y)`, or repeat the tensor along that axis before",
+    cause=Cause.BATCH,
+)
+
+
+def _added(
+    operands: list[TensorState], call: LayerCall, theorem: str, coefficient: float = 1.0
+) -> LipschitzMap:
+    """The map of a sum by `keras.ops.add`, times a number."""
+    if _adds_elsewhere(operands):
+        return unbounded(_ADDS_ELSEWHERE)
+    return weighted_sum(operands, [coefficient] * len(operands), call, theorem)
+
+
+def _adds_elsewhere(operands: list[TensorState]) -> bool:
+    """Whether Keras takes a later tensor for a bias if the batch has a single example.
+
+    On TensorFlow, `keras.ops.add(x, y)` adds a `y` with one axis longer than 1 along the last axis
+    of `x`, or else along the axis after the batch, wherever the size fits.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return False
+    shapes = [(state.fold, *state.shape) if state.fold else state.shape for state in operands]
+    total = shapes[0]
+    for state, own in zip(operands[1:], shapes[1:], strict=True):
+        long = [axis - len(own) for axis, size in enumerate(own) if size != 1]
+        if state.fold and len(long) == 1 and len(total) > 1 and not any(state.dynamic):
+            ends = (total[-1], -1), (total[1], 1 - len(total))
+            taken = [place for size, place in ends if size == own[long[0]]]
+            if taken and taken[0] != long[0]:
+                return True
+        width = max(len(total), len(own))
+        padded = [(1,) * (width - len(one)) + tuple(one) for one in (total, own)]
+        total = tuple(b if a == 1 else a for a, b in zip(*padded, strict=True))
+    return False
+
+
 def _sum_range(operands, sizes, call: LayerCall) -> TokenRange | None:
     """The range of a sum with broadcasting."""
     width = call.shape[-1] if call.shape and not call.dynamic[-1] else None
@@ -80,8 +119,7 @@ def _sum_range(operands, sizes, call: LayerCall) -> TokenRange | None:
 
 @register_rule(keras.layers.Add)
 def add(layer, call):
-    operands = operands_of(call, "inputs")
-    return weighted_sum(operands, [1.0] * len(operands), call, "sum of branches")
+    return _added(operands_of(call, "inputs"), call, "sum of branches")
 
 
 @register_rule(keras.layers.Subtract)
@@ -92,12 +130,12 @@ def subtract(layer, call):
 @register_rule(keras.layers.Average)
 def average(layer, call):
     operands = operands_of(call, "inputs")
-    return weighted_sum(operands, [1.0 / len(operands)] * len(operands), call, "mean of branches")
+    return _added(operands, call, "mean of branches", 1.0 / len(operands))
 
 
 @register_operation("Add")
 def add_operation(operation, call):
-    return weighted_sum(operands_of(call, "x1", "x2"), [1.0, 1.0], call, "sum of branches")
+    return _added(operands_of(call, "x1", "x2"), call, "sum of branches")
 
 
 @register_operation("Subtract")
