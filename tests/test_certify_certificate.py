@@ -507,6 +507,38 @@ def test_large_factors_are_named_in_a_certificate_that_is_not_vacuous_too():
     assert certificate.proposals == ("3 Add (x + f(x)), factor 8: use Residual",)
 
 
+def _pooled(x, mask, divisor):
+    weights = keras.ops.cast(mask, x.dtype)[..., None]
+    total = keras.ops.sum(x * weights, axis=1)
+    if divisor is None:
+        return total
+    if isinstance(divisor, str):
+        return total / keras.ops.maximum(keras.ops.sum(weights, axis=1), float(divisor))
+    return total / divisor
+
+
+@pytest.mark.parametrize(
+    "divisor, factor",
+    [("40", None), ("96", None), (96.0, None), ("1", 9.8), (1.0, 9.8), (None, 9.8)],
+)
+def test_a_sum_that_is_divided_by_a_large_count_is_a_mean(divisor, factor):
+    x, mask = keras.Input((96, 6)), keras.Input((96,), dtype="bool")
+    hidden = kl.OrthogonalDense(16)(x)
+    logits = kl.OrthogonalDense(4)(_pooled(hidden, mask, divisor))
+    certificate = certify(keras.Model([x, mask], logits))
+    assert next(row for row in certificate.rows if row.layer == "Sum").cost > 2.0
+    named = [line for line in certificate.proposals if "Sum" in line]
+    assert bool(named) == (factor is not None)
+    assert all(f"factor {factor}" in line for line in named)
+
+
+def test_a_division_elsewhere_does_not_hide_the_cost_of_a_sum():
+    x = keras.Input((96, 6))
+    y = kl.OrthogonalDense(16)(x / 255.0)
+    (line,) = certify(keras.Model(x, keras.ops.sum(y, axis=1))).proposals
+    assert line.startswith("1 Sum, factor 9.8")
+
+
 def test_every_proposal_names_what_keras_or_this_package_has():
     for replacement in set(REPLACEMENTS.values()):
         names = set(re.findall(r"\b[A-Z]\w+", replacement)) - {"True"}

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -173,7 +174,7 @@ class Certificate:
         total, the classes without a bound that another layer can replace.
         """
         classes: dict[str, list[CertificateRow]] = {}
-        for row in self.rows:
+        for row in _with_divided_sums(self.rows):
             classes.setdefault(row.layer, []).append(row)
         if math.isinf(self.log10):
             return tuple(_proposals_without_bound(classes))
@@ -386,6 +387,14 @@ class Certificate:
                 f"after it was certified. Received: {entries['content_hash']!r} for {found}"
             )
         return certificate
+
+
+def _with_divided_sums(rows: tuple[CertificateRow, ...]) -> Iterator[CertificateRow]:
+    """The rows, with the cost of a division in that of the sum just before it: it is a mean."""
+    for row, after in zip(rows, (*rows[1:], None), strict=True):
+        if row.layer == "Sum" and after and after.layer in ("Divide", "TrueDivide"):
+            row = dataclasses.replace(row, cost=row.cost + min(after.cost, 0.0))
+        yield row
 
 
 def _proposals_without_bound(classes: dict[str, list[CertificateRow]]):

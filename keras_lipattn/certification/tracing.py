@@ -56,6 +56,10 @@ _CHANGES_LAYER = (
     "a layer's weights or attributes are replaced while the model is called, so its rule does not "
     "apply"
 )
+_UNTRACKED = Reason(
+    "it calls a layer that Keras does not find in it",
+    remedy="create the layer in `__init__` and store it as an attribute",
+)
 _OTHER_SHAPES = Reason(
     "its code returns other shapes than its `compute_output_shape` says",
     remedy="correct that method, or the shapes of its weights",
@@ -303,7 +307,10 @@ class _Tracer:
                 raise TraceError("it uses a symbolic tensor from outside the model")
             node = history.operation._inbound_nodes[history.node_index]
             waiting = [one for one in node.input_tensors if id(one) not in self._producers]
-            if not node.input_tensors or isinstance(node.operation, keras.layers.Layer):
+            is_layer = isinstance(node.operation, keras.layers.Layer)
+            if is_layer and node.input_tensors and not waiting:
+                raise TraceError(_UNTRACKED)
+            if is_layer or not node.input_tensors:
                 raise TraceError("it uses a symbolic tensor from outside the model")
             if waiting:
                 stack += reversed(waiting)

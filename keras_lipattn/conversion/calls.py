@@ -1,11 +1,12 @@
 """The calls of the layers of a model, for decisions that need to know what a layer is called on."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 from keras import KerasTensor, layers
 from keras.src import backend
-from keras.src.ops.numpy import Add, GetItem
+from keras.src.ops.numpy import Add, GetItem, Reshape
 
 from keras_lipattn.certification.trace import Trace, TracedCall
 
@@ -19,25 +20,61 @@ class Calls:
     Attributes:
         last: The `id`s of the layers and operations that return outputs of the model.
         exchanged: The `id`s of the operations that will be replaced.
-        averaged: Paths of the sums in the code of layers that `terms_before` has found.
+        without_activation: Maps the `id`s of the layers and operations whose softmax or sigmoid
+            will be left out to its name.
     """
 
     def __init__(self, trace: Trace):
         self._trace = trace
         self.exchanged: set[int] = set()
-        self.averaged: set[str] = set()
+        self.without_activation: dict[int, str] = {}
         self._of: dict[int, list[TracedCall]] = {}
         self._producer: dict[int, TracedCall] = {}
         for call in trace.calls:
             self._of.setdefault(id(call.operation), []).append(call)
             for tensor in call.outputs:
                 self._producer[id(tensor)] = call
-        producers = [self._producer_of(tensor) for tensor in trace.outputs]
-        self.last = {id(call.operation) for call in producers if call is not None}
+        self.last = {id(call.operation) for call in self.ends()}
 
     def of(self, operation: Any) -> list[TracedCall]:
         """The calls of a layer, or of an operation of a graph."""
         return self._of.get(id(operation), [])
+
+    def ends(self) -> list[TracedCall]:
+        """The calls that return outputs of the model, before a reshape that keeps the classes."""
+        passed = {id(call.outputs[0]): call.tensors[0] for call in self._last_reshapes}
+        outputs = map(self._trace.resolve, self._trace.outputs)
+        producers = [self._producer_of(passed.get(id(one), one)) for one in outputs]
+        return [call for call in producers if call is not None]
+
+    def only_ends(self, operation: Any) -> bool:
+        """Whether all that a layer or operation returns are outputs, used by nothing else."""
+        ends = [id(call) for call in self.ends()]
+        used = self._used(but=self._last_reshapes)
+        return all(
+            id(call) in ends and not used.intersection(map(id, call.outputs))
+            for call in self.of(operation)
+        )
+
+    @functools.cached_property
+    def _last_reshapes(self) -> list[TracedCall]:
+        """Reshapes at the end that keep the last axis, such as that of `TimeDistributed`."""
+        used = self._used()
+        calls = [self._producer_of(tensor) for tensor in self._trace.outputs]
+        return [
+            call
+            for call in calls
+            if call is not None
+            and type(call.operation) is Reshape
+            and call.tensors[0].shape[-1] == call.outputs[0].shape[-1]
+            and id(call.outputs[0]) not in used
+        ]
+
+    def _used(self, but: Sequence[TracedCall] = ()) -> set[int]:
+        """The `id`s of the tensors that calls use."""
+        calls = [call for call in self._trace.calls if not any(call is one for one in but)]
+        tensors = [tensor for call in calls for tensor in (*call.tensors, *call.keras_masks)]
+        return {id(self._trace.resolve(tensor)) for tensor in tensors}
 
     def input_shape(self, layer: Any) -> tuple[int | None, ...] | None:
         """Shape that all inputs of a layer have, `None` for sizes that differ or vary.
@@ -125,7 +162,6 @@ class Calls:
         terms = self.terms(call)
         if terms is None:
             return 1
-        self.averaged.add(call.path)
         return sum(self._added(term) for term in terms)
 
     def _producer_of(self, tensor: KerasTensor) -> TracedCall | None:

@@ -18,7 +18,7 @@ def copy_model(
         model: A built model.
         arguments: Arguments of its call, as symbolic tensors.
         substitutes: Maps the `id` of an operation of a graph to the layer that takes its place,
-            which is called on the list of its tensors.
+            which is called on its tensor, or on the list of its tensors.
     """
     substitutes = substitutes or {}
     copies: dict[int, Any] = {}
@@ -41,7 +41,8 @@ def copy_model(
 
     def call(operation, *args, **kwargs):
         if any(operation is layer for layer in substitutes.values()):
-            return operation([*args, *kwargs.values()])
+            tensors = [*args, *kwargs.values()]
+            return operation(tensors if len(tensors) > 1 else tensors[0])
         return operation(*args, **kwargs)
 
     try:
@@ -65,7 +66,10 @@ def _copy_graph(model: Any, copy_of: Callable, call: Callable) -> keras.Model:
             lambda tensor: copy_of(tensor._keras_history.operation).output, model.input
         )
         options["call_function"] = call
-    return keras.models.clone_model(model, clone_function=copy_of, **options)
+    copy = keras.models.clone_model(model, clone_function=copy_of, **options)
+    # Keras compiles it as the original. `compile_alike` does so once the layers are exchanged.
+    copy.compiled = False
+    return copy
 
 
 def call_symbolically(model: keras.Model, arguments: tuple) -> None:

@@ -1,8 +1,5 @@
 """From an ordinary model to the same architecture of Lipschitz layers."""
 
-import dataclasses
-import math
-import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -10,7 +7,6 @@ import keras
 from keras.src.ops.numpy import Add
 
 from keras_lipattn._arguments import require_norm, require_positive
-from keras_lipattn._text import number
 from keras_lipattn.certification import Certificate, certify
 from keras_lipattn.certification.keras_models import (
     call_specs,
@@ -20,6 +16,11 @@ from keras_lipattn.certification.keras_models import (
 )
 from keras_lipattn.certification.traced_model import TracedModel
 from keras_lipattn.conversion.calls import Calls
+from keras_lipattn.conversion.conversion_report import (
+    LipschitzConversion,
+    described,
+    kept_with_large_rows,
+)
 from keras_lipattn.conversion.copying import (
     call_symbolically,
     compile_alike,
@@ -32,74 +33,28 @@ from keras_lipattn.conversion.replacements import (
     DENSE,
     Choices,
     Kept,
+    identity,
     merged,
+    probabilities,
     replacement,
 )
 from keras_lipattn.conversion.slots import all_paths, exchange, inner_layers, is_plain_graph
 
-# Constants above 1 by more than roundings are worth a line.
-_LARGE = 1.0 + 1e-3
-_SUM_IN_CODE = (
-    "a sum in the code of a layer; write it as `keras.layers.Add()([x, y])`, or put a "
-    "normalization after it"
-)
 _KEEPS_MASK = ", which passes on the mask that `x + y` loses: later layers leave the padding out"
+_LOSS_KEEPS_MASK = ", which passes on the mask: the loss leaves the padding out"
 _ONE_TOKEN = (
     "One of {} tokens goes on, as by `x[:, 0]`. It learns little of the others, which reach it "
     "through weighted means: pool all tokens by `Flatten` or `GlobalAveragePooling1D` instead."
 )
-
-
 _LENGTHENED = (
     "Radii are in units of the vectors of the embedding, which training may lengthen: "
     "`embeddings_constraint=keras.constraints.MaxNorm(1.0, axis=1)` limits their length to 1."
 )
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class LipschitzConversion:
-    """The Lipschitz version of a model, and what was replaced in it.
-
-    Args:
-        model: The new model, with new weights in part: it must be trained.
-        replaced: Maps the paths of the replaced layers, such as `"encoder/attention"`, to what was
-            replaced by what, such as `"Dense -> OrthogonalDense, MaxMin"`. The new layers have the
-            same paths.
-        kept: Maps the paths of layers that stayed, and have or may get a constant above 1, to the
-            reasons. Layers of constant 1 or less, such as `Dropout`, are not listed.
-        certificate: The certificate of the new model with its first weights.
-        advice: Lines on what may keep the new model from learning.
-
-    Example:
-
-    >>> dense = keras.layers.Dense(4, activation="gelu", name="dense")
-    >>> model = keras.Sequential([keras.Input((8,)), dense, keras.layers.Dense(3)])
-    >>> result = keras_lipattn.make_lipschitz(model)
-    >>> result.replaced["dense"]
-    'Dense -> OrthogonalDense, MaxMin'
-    >>> result.kept, result.certificate.total <= 1.0 + 1e-6
-    ({}, True)
-    """
-
-    model: keras.Model
-    replaced: Mapping[str, str]
-    kept: Mapping[str, str]
-    certificate: Certificate
-    advice: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        lines = [f"{self.model.name}: {len(self.replaced)} replaced, {len(self.kept)} kept"]
-        width = max((len(path) for path in (*self.replaced, *self.kept)), default=0)
-        for title, entries in (("replaced:", self.replaced), ("kept:", self.kept)):
-            if entries:
-                lines.append(title)
-                lines += [f"  {path.ljust(width)}  {text}" for path, text in entries.items()]
-        total = self.certificate.total
-        bound = f"<= {number(total)}" if math.isfinite(total) else "no bound"
-        lines.append(f"Lipschitz constant before training ({self.certificate.norm}): {bound}")
-        lines += [f"  {reason}" for reason in self.certificate.reasons]
-        lines += self.advice
-        return "\n".join([*lines, "The new model must be trained."])
+_ENDS_IN_SOFTMAX = "It ends in a softmax (`{}`), and the losses of this package take logits: {}."
+_NO_SOFTMAX = "`logits=True` found no softmax or sigmoid at the end."
+_NOT_COMPILED = (
+    "It is not compiled: the loss of the original may take probabilities, and it returns logits."
+)
 
 
 def make_lipschitz(
@@ -113,6 +68,7 @@ def make_lipschitz(
     token_radius: float = 1.0,
     sequence_length: int | None = None,
     keep: Collection[str] = (),
+    logits: bool = False,
     inputs: Any = None,
     **certify_options: Any,
 ) -> LipschitzConversion:
@@ -122,7 +78,7 @@ def make_lipschitz(
     1 where everything could be replaced, before and after training. **It is another function: train
     it.** `convert_attention(model, to="bounded")` is the function that keeps what a trained model
     computes. The original does not change. If it is compiled, so is the new model, with a new
-    optimizer.
+    optimizer, unless `logits=True` left out a softmax or sigmoid that its loss expects.
 
     - `Dense`, and `EinsumDense` and convolutions that are dense layers on the last axis:
       `OrthogonalDense`.
@@ -140,8 +96,9 @@ def make_lipschitz(
 
     Normalizations have large constants, `1 / sqrt(epsilon)` for `LayerNormalization`. Convex
     combinations keep tokens from growing without them. A sum of tensors of which one does not
-    change, such as an embedding of positions, stays a sum. The activation of the last layer stays,
-    and so do embeddings, poolings, dropout and everything else of constant 1 or less.
+    change, such as an embedding of positions, stays a sum. The activation of the last layer stays
+    unless `logits=True` leaves it out. Embeddings, poolings, dropout and everything else of
+    constant 1 or less stay too.
 
     Kernels, biases and embeddings of the original are the first weights of the new layers.
     Attention starts with orthogonal kernels.
@@ -149,7 +106,9 @@ def make_lipschitz(
     Layers are found wherever Keras finds them: in graphs, nested models, and attributes, lists and
     dictionaries of custom layers and subclassed models. A layer that is used twice stays one layer.
     The code of a custom layer is not changed: a sum `x + y` in it has the constant 2 if both
-    branches have 1. Write it as `keras.layers.Add()([x, y])`, or put a normalization after it.
+    branches have 1. Normalizations after it become scales that make up for this, but then radii
+    after training are smaller than with a `Residual`. The report lists such sums in `kept`. For
+    each, create a `keras.layers.Add()` in `__init__`, and write `self.add([x, y])`.
 
     Keras passes the mask of `Embedding(mask_zero=True)` from layer to layer and loses it at a sum
     `x + y` of a graph. `Residual` keeps it, so that later layers leave the padding out. The report
@@ -169,6 +128,9 @@ def make_lipschitz(
         token_radius: Radius of the ball of `BoundedMultiHeadAttention`.
         sequence_length: Largest number of tokens, for models with an axis of unknown size.
         keep: Names or paths of layers that stay as they are, with the layers inside.
+        logits: Whether to leave out a softmax or sigmoid at the end: a layer, an operation of a
+            graph, or the `activation` of the last layer. The losses of this package take logits.
+            The new model is then not compiled.
         inputs: For subclassed models, the inputs of a call, see `certify`.
         **certify_options: Further arguments of `certify`, such as `assume_fixed_mask=True`.
 
@@ -188,12 +150,15 @@ def make_lipschitz(
     ...     y = keras.layers.LayerNormalization()(x)
     ...     x = keras.layers.Add()([x, keras.layers.MultiHeadAttention(2, 4)(y, y)])
     ...     x = keras.layers.Add()([x, keras.layers.Dense(8, activation="gelu")(x)])
-    >>> logits = keras.layers.Dense(3)(keras.layers.Flatten()(x))
-    >>> result = keras_lipattn.make_lipschitz(keras.Model(tokens, logits))
-    >>> result.certificate.total <= 1.0 + 1e-6, result.kept
+    >>> classes = keras.layers.Dense(3, "softmax", name="head")(keras.layers.Flatten()(x))
+    >>> model = keras.Model(tokens, classes)
+    >>> conversion = keras_lipattn.make_lipschitz(model, logits=True)
+    >>> conversion.certificate.total <= 1.0 + 1e-6, conversion.kept
     (True, {})
-    >>> sorted(set(result.replaced.values()))[:2]
-    ['Add -> Residual', 'Dense -> OrthogonalDense']
+    >>> conversion.replaced["head"]
+    'Dense -> OrthogonalDense, without its softmax'
+    >>> sorted(set(conversion.replaced.values()))[:2]
+    ['Add -> Residual', 'Dense -> OrthogonalDense, MaxMin']
     """
     choices = _choices(
         dense, attention, lipschitz_bound, norm, branch_weight, token_radius, sequence_length
@@ -208,21 +173,32 @@ def make_lipschitz(
         )
     arguments = _with_dtypes(call_specs(model, inputs)[0], traced.arguments)
     layers = inner_layers(model, _opens)
-    sums = _sums_of_graphs(model)
-    kept = _kept_by_user(keep, [*layers, *sums])
+    operations = _operations_of_graphs(model)
+    kept = _kept_by_user(keep, [*layers, *operations])
     calls = Calls(traced.trace)
+    if logits:
+        stay = {id(_called((layers | operations)[path])) for path in kept}
+        calls.without_activation = {
+            id(call.operation): name
+            for call in calls.ends()
+            if (name := probabilities(call))
+            and id(call.operation) not in stay
+            and calls.only_ends(call.operation)
+        }
     with names_kept():
-        new_sums = {}
-        for path, operation in sums.items():
-            # An inner model may be unused.
-            if path not in kept and calls.of(operation):
-                new_sums[path] = merged(operation, calls, choices)
-        new_sums = {path: new for path, new in new_sums.items() if new is not None}
-        calls.exchanged = {id(sums[path]) for path in new_sums}
+        new_operations = {}
+        for path, operation in operations.items():
+            if path in kept:
+                continue
+            if id(operation) in calls.without_activation:
+                new_operations[path] = identity(operation, calls)
+            elif type(operation) is Add and (new := merged(operation, calls, choices)):
+                new_operations[path] = new
+        calls.exchanged = {id(operations[path]) for path in new_operations}
         news, reasons = _replacements(layers, kept, calls, choices)
-        substitutes = {id(sums[path]): new for path, new in new_sums.items()}
+        substitutes = {id(operations[path]): new for path, new in new_operations.items()}
         copy = copy_model(model, arguments, substitutes)
-        added = {id(new) for new in new_sums.values()}
+        added = {id(new) for new in new_operations.values()}
         olds, others = model._flatten_layers(), copy._flatten_layers()
         pairs = zip(olds, [one for one in others if id(one) not in added], strict=True)
         copies = {
@@ -245,28 +221,43 @@ def make_lipschitz(
     for old, new in list(pairs):
         if id(new) not in gone:
             copy_state(old, new)
-    compile_alike(copy, model)
+    olds = {path: (layers | operations)[path] for path in (*new_operations, *news)}
+    without = {
+        path: calls.without_activation[id(_called(old))]
+        for path, old in olds.items()
+        if id(_called(old)) in calls.without_activation
+    }
+    if not without:
+        compile_alike(copy, model)
     certificate = certify(copy, norm, sequence_length, inputs=inputs, **certify_options)
     replaced = {}
-    for path, new in new_sums.items():
-        note = _KEEPS_MASK if calls.loses_mask(sums[path]) else ""
-        replaced[path] = f"Add -> {_described(new)}{note}"
-    for path, new in news.items():
-        replaced[path] = f"{type(layers[path]).__name__} -> {_described(new)}"
+    for path, new in (new_operations | news).items():
+        replaced[path] = f"{type(olds[path]).__name__} -> {described(new)}"
+        if path in without and not isinstance(new, keras.layers.Identity):
+            replaced[path] += f", without its {without[path]}"
+        if path in new_operations and calls.loses_mask(olds[path]):
+            replaced[path] += _LOSS_KEEPS_MASK if path in without else _KEEPS_MASK
     known = {id(news.get(path, slot)): path for path, slot in slots.items()}
-    known |= {id(new): path for path, new in new_sums.items()}
+    known |= {id(new): path for path, new in new_operations.items()}
     in_copy = {
         path: known[id(layer)] for path, layer in all_paths(copy, _opens) if id(layer) in known
     }
-    known = {id(layer): path for path, layer in layers.items()}
-    in_model = {path: known[id(layer)] for path, layer in all_paths(model, _opens)}
-    averaged = {_first_path(path, in_model) for path in calls.averaged}
+    adds = {
+        path
+        for path, one in (layers | operations).items()
+        if type(one) in (Add, keras.layers.Add) and calls.of(one) and path not in replaced
+    }
     return LipschitzConversion(
         model=copy,
         replaced=replaced,
-        kept=_with_large_rows(kept | reasons, {*replaced, *averaged}, certificate, in_copy),
+        kept=kept_with_large_rows(kept | reasons, replaced, certificate, in_copy, adds),
         certificate=certificate,
-        advice=tuple(_advice(copy, calls, certificate)),
+        advice=(
+            *_advice(copy, calls, certificate),
+            *_advice_on_logits(
+                logits, calls, {id(_called(olds[path])) for path in without}, model.compiled
+            ),
+        ),
     )
 
 
@@ -281,6 +272,21 @@ def _advice(copy: keras.Model, calls: Calls, certificate: Certificate) -> Iterat
         for layer in copy._flatten_layers()
     ):
         yield _LENGTHENED
+
+
+def _advice_on_logits(
+    logits: bool, calls: Calls, without: Collection[int], compiled: bool
+) -> Iterator[str]:
+    """What to know about a softmax at the end; `without` are the `id`s of those left out."""
+    ends = {call.path: call for call in calls.ends() if id(call.operation) not in without}
+    left = [path for path, call in ends.items() if probabilities(call) == "softmax"]
+    for path in left:
+        remedy = "build the model without it" if logits else "pass `logits=True` to leave it out"
+        yield _ENDS_IN_SOFTMAX.format(path, remedy)
+    if logits and not without and not left:
+        yield _NO_SOFTMAX
+    if without and compiled:
+        yield _NOT_COMPILED
 
 
 def _choices(
@@ -317,8 +323,13 @@ def _opens(layer: Any) -> bool:
     )
 
 
-def _sums_of_graphs(model: keras.Model, prefix: str = "") -> dict[str, Any]:
-    """Maps paths to the sums in graphs that are copied call by call, each once."""
+def _called(layer: Any) -> Any:
+    """The layer or operation whose call is traced: for `TimeDistributed`, the layer inside."""
+    return layer.layer if type(layer) is keras.layers.TimeDistributed else layer
+
+
+def _operations_of_graphs(model: keras.Model, prefix: str = "") -> dict[str, Any]:
+    """Maps paths to the operations in graphs that are copied call by call, each once."""
     found: dict[str, Any] = {}
     if not is_plain_graph(model):
         return found
@@ -327,10 +338,10 @@ def _sums_of_graphs(model: keras.Model, prefix: str = "") -> dict[str, Any]:
     assert function is not None
     for operation in function._operations:
         if isinstance(operation, keras.Model):
-            found |= _sums_of_graphs(operation, f"{prefix}{names[id(operation)]}/")
-        elif type(operation) is Add:
+            found |= _operations_of_graphs(operation, f"{prefix}{names[id(operation)]}/")
+        elif not isinstance(operation, keras.layers.Layer):
             found[prefix + operation.name] = operation
-    return {path: one for path, one in found.items() if one is not None}
+    return found
 
 
 def _kept_by_user(keep: Collection[str], paths: list[str]) -> dict[str, str]:
@@ -374,56 +385,3 @@ def _with_dtypes(arguments: tuple, known: tuple) -> tuple:
     return keras.tree.map_structure(
         lambda one, other: keras.KerasTensor(one.shape, other.dtype), arguments, known
     )
-
-
-def _described(new: Any) -> str:
-    layers = new.layers if isinstance(new, keras.Sequential) else [new]
-    names = []
-    for layer in layers:
-        scale = f"({layer.scale:.3g})" if isinstance(layer, keras.layers.Rescaling) else ""
-        names.append(type(layer).__name__ + scale)
-    return ", ".join(names)
-
-
-def _with_large_rows(
-    reasons: Mapping[str, str],
-    changed: Collection[str],
-    certificate: Certificate,
-    firsts: Mapping[str, str],
-) -> dict[str, str]:
-    """What was kept: layers with a reason, with their constants, and others with a large one.
-
-    Args:
-        reasons: Maps paths to the reasons why layers were kept.
-        changed: Paths of what was replaced.
-        certificate: The certificate of the new model.
-        firsts: Maps paths in the new model, whose generated names differ, to those of `reasons`.
-    """
-    kept = dict(reasons)
-    for row in certificate.rows:
-        path = _first_path(re.sub(r":call\d+$", "", row.path), firsts)
-        large = not row.is_finite or row.constant > _LARGE
-        if not large or row.explained_by or _inside(path, changed):
-            continue
-        place = next((one for one in reasons if path == one or path.startswith(f"{one}/")), None)
-        constant = f"constant {number(row.constant)}"
-        if place is None:
-            in_code = row.layer == "Add" and path not in firsts.values()
-            why = _SUM_IN_CODE if in_code else row.theorem if row.is_finite else row.reason
-            kept[path] = f"{row.layer}, {constant}: {why}"
-        elif constant not in kept[place]:
-            kept[place] += f"; {constant}"
-    return kept
-
-
-def _inside(path: str, paths: Collection[str]) -> bool:
-    return any(path == one or path.startswith(f"{one}/") for one in paths)
-
-
-def _first_path(path: str, firsts: Mapping[str, str]) -> str:
-    """The first path, in the original model, of a layer or of an operation inside one."""
-    above, rest = path, ""
-    while above and above not in firsts:
-        above, _, last = above.rpartition("/")
-        rest = f"/{last}{rest}"
-    return f"{firsts[above]}{rest}" if above else path

@@ -12,6 +12,7 @@ from keras_lipattn.layers import (
     BoundedMultiHeadAttention,
     L2MultiHeadAttention,
     MaxMin,
+    NormalizedDense,
     OrthogonalDense,
     Residual,
     ScaledCosineAttention,
@@ -63,11 +64,20 @@ _UNREPLACED = (
     keras.layers.SeparableConv1D,
     keras.layers.SeparableConv2D,
 )
+_OWN_DENSE = (NormalizedDense, OrthogonalDense, SpectralDense)
+_WITH_ACTIVATION = (
+    keras.layers.Activation,
+    keras.layers.Dense,
+    *_UNREPLACED,
+    *_OWN_DENSE,
+)
 _ATTENTION_OF_KERAS = (
     keras.layers.AdditiveAttention,
     keras.layers.Attention,
     keras.layers.GroupQueryAttention,
 )
+# Names of activations that return probabilities, by the class of their layer or operation.
+_PROBABILITIES = {"LogSoftmax": "log_softmax", "Sigmoid": "sigmoid", "Softmax": "softmax"}
 _SHARED = (
     "activation use_bias bias_initializer kernel_regularizer bias_regularizer activity_regularizer "
     "kernel_constraint bias_constraint name trainable dtype"
@@ -117,6 +127,10 @@ def replacement(old: Any, calls: Calls, choices: Choices) -> keras.layers.Layer 
         return _normalization(old, calls)
     if kind is keras.layers.Add:
         return merged(old, calls, choices)
+    if kind in _OWN_DENSE:
+        return _without_activation(old) if id(old) in calls.without_activation else None
+    if kind is keras.layers.Softmax:
+        return identity(old, calls) if id(old) in calls.without_activation else None
     if kind is keras.layers.Activation or kind in _RECTIFIER_LAYERS:
         return _activation(old, calls)
     if kind in _MAX_POOLING:
@@ -131,6 +145,28 @@ def replacement(old: Any, calls: Calls, choices: Choices) -> keras.layers.Layer 
     return None
 
 
+def probabilities(call: Any) -> str:
+    """Name of the softmax or sigmoid that a call ends in, over its last axis; else empty."""
+    operation = call.operation
+    kind = type(operation)
+    if kind in _WITH_ACTIVATION:
+        name = name_of(operation.activation)
+        return name if name in _PROBABILITIES.values() else ""
+    if not _is_of_keras(kind) or call.arguments.get("mask") is not None:
+        return ""
+    over_classes = getattr(operation, "axis", -1) in (-1, len(call.outputs[0].shape) - 1)
+    return _PROBABILITIES.get(kind.__name__, "") if over_classes else ""
+
+
+def identity(old: Any, calls: Calls) -> keras.layers.Layer:
+    """A layer of the same name that returns its input, in place of a layer or operation."""
+    if isinstance(old, keras.layers.Layer):
+        dtype = old.dtype_policy.name
+    else:
+        dtype = calls.of(old)[0].outputs[0].dtype
+    return keras.layers.Identity(name=old.name, dtype=dtype)
+
+
 def _is_of_keras(kind: type) -> bool:
     return kind.__module__.startswith("keras.")
 
@@ -143,7 +179,10 @@ def _attention(old: Any, calls: Calls, choices: Choices) -> keras.layers.Layer:
     if config.pop("use_gate"):
         raise Kept("it has a gate, and a product with a gate has no Lipschitz bound")
     if not calls.of(old):
-        raise Kept("the model does not call it at inference, so its keys are unknown")
+        raise Kept(
+            "no call of it at inference was seen, so it is not known whether it attends to other "
+            "tokens than its own"
+        )
     is_cross = any(calls.is_cross_attention(call) for call in calls.of(old))
     kind = ATTENTION["bounded" if is_cross else choices.attention]
     if config["kernel_initializer"]["class_name"] == "GlorotUniform":
@@ -268,8 +307,10 @@ def _with_kernel(
     config.setdefault("use_bias", old.bias is not None)
     shared = {name: config[name] for name in _SHARED if name in config}
     activation, after = old.activation, []
+    if id(old) in calls.without_activation:
+        activation = None
     shared["name"] = place.name
-    if name_of(activation) in RECTIFIERS and id(place) not in calls.last:
+    if name_of(activation) in RECTIFIERS and id(old) not in calls.last:
         shape = shape or calls.input_shape(place)
         if kernel.shape[-1] % 2 or shape is None:
             activation = keras.activations.relu
@@ -304,17 +345,17 @@ def _in_a_row(layers: list[Any], old: Any, shape: tuple | None) -> keras.layers.
 def _normalization(old: Any, calls: Calls) -> keras.layers.Layer:
     """The identity; after a sum of `n` tensors in the code of a layer, their mean."""
     terms = calls.terms_before(old)
-    options = {"name": old.name, "dtype": old.dtype_policy.name}
     if terms > 1:
-        return keras.layers.Rescaling(1.0 / terms, **options)
-    return keras.layers.Identity(**options)
+        return keras.layers.Rescaling(1.0 / terms, name=old.name, dtype=old.dtype_policy.name)
+    return identity(old, calls)
 
 
 def merged(old: Any, calls: Calls, choices: Choices) -> keras.layers.Layer | None:
     """The convex combination in place of a sum, an `Add` layer or operation; `None` for none."""
     called = calls.of(old)
     if not called:
-        raise Kept("the model does not call it at inference, so its tensors are unknown")
+        # An `Add` layer that the model does not call at inference costs nothing.
+        return None
     terms = [each for call in called if (each := calls.terms(call)) is not None]
     if len(terms) < len(called):
         # A constant, or a tensor that does not change, is a translation.
@@ -329,7 +370,17 @@ def merged(old: Any, calls: Calls, choices: Choices) -> keras.layers.Layer | Non
     return Residual(weights.get(tuple(skips), 0.5), trainable_alpha=True, **name)
 
 
+def _without_activation(old: Any) -> keras.layers.Layer:
+    """A dense layer of this package with the same weights and no activation."""
+    new = type(old).from_config({**old.get_config(), "activation": None})
+    new.build_from_config(old.get_build_config())
+    new.set_weights(old.get_weights())
+    return new
+
+
 def _activation(old: Any, calls: Calls) -> keras.layers.Layer | None:
+    if id(old) in calls.without_activation:
+        return identity(old, calls)
     name = "relu"
     if type(old) is keras.layers.Activation:
         name = name_of(old.activation)

@@ -14,7 +14,7 @@ class LogitLoss(keras.losses.Loss):
         if hasattr(y_pred, "_keras_logits"):
             raise ValueError(
                 f"`{type(self).__name__}` takes logits: build the model without a softmax or "
-                "sigmoid at the end. Received: y_pred with the probabilities that such an "
-                "activation returns"
+                "sigmoid at the end, or pass `logits=True` to `make_lipschitz`. Received: y_pred "
+                "with the probabilities that such an activation returns"
             )
         return super().__call__(y_true, y_pred, sample_weight)

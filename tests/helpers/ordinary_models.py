@@ -170,6 +170,19 @@ class Subclassed(keras.Model):
         return self.head(ops.mean(x, axis=1))
 
 
+@register
+class AddsItself(keras.Model):
+    """A model with a sum in its own code, which ends in a softmax."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.branch = layers.Dense(FEATURES, name="branch")
+        self.head = layers.Dense(CLASSES, "softmax", name="head")
+
+    def call(self, x):
+        return self.head(x + self.branch(x))
+
+
 def subclassed():
     model = Subclassed(name="subclassed")
     model(ops.zeros((1, TOKENS, FEATURES)))
