@@ -118,7 +118,8 @@ def draw(results, folder):
         runs = [run for run in results["runs"] if run["variant"] == variant]
         for key, style in (("certified", "-"), ("under attack", ":")):
             curve = np.mean([[run["clean"], *run[key]] for run in runs], axis=0)
-            axes[0].plot(radii, curve, style, color=colors[variant], label=f"{variant}, {key}")
+            label = variant if key == "certified" else None
+            axes[0].plot(radii, curve, style, color=colors[variant], label=label)
         shares = zip(*[[run["clean"], *run["certified"]] for run in runs], strict=True)
         rows.append(
             [
@@ -131,7 +132,8 @@ def draw(results, folder):
             ]
         )
     axes[0].set(xlabel="radius, 2-norm of all steps", ylabel="accuracy", ylim=(0, 1))
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[0].set_title("solid: certified, dotted: under attack", fontsize=10)
+    axes[0].legend(frameon=False, fontsize=8, loc="lower left")
     report.save(fig, folder, "padded_series")
     header = ["model", "certified constant", "clean"]
     header += [f"certified at {radius:g}" for radius in results["radii"]]
