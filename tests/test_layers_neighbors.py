@@ -358,6 +358,8 @@ def test_a_graph_with_skip_and_branch_exchanged_is_noticed():
     # Warnings are errors here. In a sum the order does not matter, and two branches have none.
     kl.Residual(0.25)([inputs, branch])
     kl.Residual()([branch, inputs])
+    # The skip is meant to get the larger weight.
+    kl.Residual(0.75)([branch, inputs])
     kl.Residual(0.25)([keras.layers.Dense(6)(inputs), branch])
     kl.Residual(0.25)([inputs, inputs])
     # A skip further back than a branch is not searched for.

@@ -30,7 +30,7 @@ class Residual(keras.layers.Layer):
 
     Call arguments:
         inputs: A pair `[x, f(x)]` of tensors of the same shape. The order `[f(x), x]` is noticed
-            in the graph of a Functional model, with a warning.
+            in the graph of a Functional model, with a warning if `alpha` is below 1/2.
 
     Raises:
         ValueError: If `alpha` is out of range, or the inputs are not two tensors of the same shape.
@@ -63,7 +63,8 @@ class Residual(keras.layers.Layer):
         if not isinstance(inputs, list | tuple):
             raise _shape_error(f"a single input, input_shape={_shape_of(inputs)}")
         _require_same_shapes([_shape_of(each) for each in inputs])
-        if self.alpha is not None and _is_computed_from(*inputs):
+        # With a larger weight it is meant so, as by `make_lipschitz` for `Add()([f(x), x])`.
+        if self.alpha is not None and self.alpha < 0.5 and _is_computed_from(*inputs):
             warnings.warn(
                 f"The first tensor of `Residual` {self.name!r} is computed from the second, so "
                 "`alpha` is the weight of the skip. To give it to the branch, write "
