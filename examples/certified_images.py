@@ -187,12 +187,12 @@ def evaluate(model: keras.Model, images: np.ndarray, classes: np.ndarray, radii)
     return results
 
 
-def recorded(record: pathlib.Path) -> dict[tuple[str, str, str], list[dict]]:
-    """The runs of each data set, goal and model."""
+def recorded(record: pathlib.Path) -> dict[tuple[str, str, str, int], list[dict]]:
+    """The runs of each data set, goal, model and number of epochs."""
     runs = collections.defaultdict(list)
     for line in record.read_text().splitlines():
         run = json.loads(line)
-        runs[run["dataset"], run["goal"], run["model"]].append(run)
+        runs[run["dataset"], run["goal"], run["model"], run["epochs"]].append(run)
     return runs
 
 
@@ -200,9 +200,9 @@ def table(record: pathlib.Path) -> str:
     """One table a data set: mean over the seeds of each setting, and half of the range."""
     runs = recorded(record)
     lines = []
-    for dataset in sorted({dataset for dataset, _, _ in runs}):
+    for dataset in sorted({key[0] for key in runs}):
         radii = next(iter(runs[key] for key in runs if key[0] == dataset))[0]["certified"]
-        heads = ["data", "goal", "model", "seeds", "clean", *radii, "minutes"]
+        heads = ["data", "goal", "model", "epochs", "seeds", "clean", *radii, "minutes"]
         lines += ["", f"| {' | '.join(heads)} |", len(heads) * "| --- " + "|"]
         for key in sorted(key for key in runs if key[0] == dataset):
             found = runs[key]
@@ -213,7 +213,8 @@ def table(record: pathlib.Path) -> str:
                 for each in columns
             ]
             minutes = f"{np.mean([run['processor seconds'] for run in found]) / 60:.1f}"
-            lines.append(f"| {' | '.join([*key, str(len(found)), *shares, minutes])} |")
+            cells = [*map(str, key), str(len(found)), *shares, minutes]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines[1:])
 
 
@@ -222,12 +223,12 @@ def plot(record: pathlib.Path, image: str) -> None:
     from matplotlib.figure import Figure
 
     runs = recorded(record)
-    datasets = sorted({dataset for dataset, _, _ in runs})
+    datasets = sorted({key[0] for key in runs})
     figure = Figure(figsize=(1.0 + 4.5 * len(datasets), 4.0), layout="constrained")
     colors = {model: f"C{index}" for index, model in enumerate(sorted({key[2] for key in runs}))}
     for place, dataset in enumerate(datasets):
         axes = figure.add_subplot(1, len(datasets), place + 1)
-        for (_, goal, model), found in sorted(
+        for (_, goal, model, _), found in sorted(
             item for item in runs.items() if item[0][0] == dataset
         ):
             radii = [float(radius) for radius in found[0]["certified"]]
