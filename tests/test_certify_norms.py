@@ -126,3 +126,57 @@ def test_prices_are_the_largest_ratios_of_norms():
     assert price(unknown, "token", "l2") == price(unknown, "linf", "l2") == math.inf
     assert price(unknown, "linf", "token") == pytest.approx(math.sqrt(3))
     assert price(state.replace(shape=(), dynamic=(), fold=1), "linf", "l2") == pytest.approx(1.0)
+
+
+class Factors(keras.layers.Layer):
+    """Its input times a weight, broadcast against each other."""
+
+    def __init__(self, shape, first):
+        super().__init__()
+        self.shape, self.first = shape, first
+
+    def build(self, input_shape):
+        self.factors = self.add_weight(shape=self.shape, initializer="glorot_normal")
+
+    def call(self, x):
+        return self.factors * x if self.first else keras.ops.multiply(x, self.factors)
+
+
+@pytest.mark.parametrize(
+    ("shape", "factors"),
+    [
+        ((5, 1), (5, 4)),
+        ((5, 1), (1, 5, 4)),
+        ((5, 1), (4,)),
+        ((1, 4), (5, 4)),
+        ((1, 4), (5, 1)),
+        ((1, 1), (5, 4)),
+        ((1,), (4,)),
+        ((3, 1, 2), (1, 5, 1)),
+        ((3, 1, 1), (5, 2)),
+    ],
+)
+@pytest.mark.parametrize("norm", ["l2", "token", "linf"])
+def test_repeated_entries_count_the_factors_that_each_is_multiplied_by(shape, factors, norm):
+    inputs = keras.Input(shape)
+    layer = Factors(factors, first=len(shape) == 2)
+    model = keras.Model(inputs, layer(inputs))
+    weight = np.random.default_rng(0).normal(size=factors)
+    layer.set_weights([weight])
+
+    def size(values):
+        entries = np.abs(values).reshape(len(values), -1)
+        if norm == "linf":
+            return entries.max(axis=1)
+        if norm == "l2":
+            return np.linalg.norm(entries, axis=1)
+        tokens = np.linalg.norm(values, axis=-1)
+        return tokens.reshape(len(values), -1).max(axis=1)
+
+    # The largest gain is that of an input with a single entry.
+    single = np.eye(math.prod(shape)).reshape(-1, *shape)
+    some = np.random.default_rng(1).normal(size=(200, *shape))
+    kernel = np.array(layer.get_weights()[0], np.float64)
+    gains = [float((size(x * kernel) / size(x)).max()) for x in (single, some)]
+    total = kl.certify(model, norm).total
+    assert max(gains) <= total <= gains[0] * (1.0 + 1e-6)

@@ -242,11 +242,44 @@ def _scaled(scale: np.ndarray, state: TensorState, call: LayerCall) -> Lipschitz
     if math.isinf(repeats):
         return unbounded(REPEATS)
     largest = SAFETY * float(np.abs(scale).max(initial=0.0))
+    token_range = TokenRange.up_to(largest * state.range.largest, call.width)
+    longest = _longest_factors(scale, state, call)
+    if longest is not None:
+        return LipschitzMap(
+            constant=longest, theorem="longest vector of factors", exact=True, range=token_range
+        )
     return LipschitzMap(
-        constant=largest * repeats,
-        theorem="largest factor, repeated",
-        range=TokenRange.up_to(largest * state.range.largest, call.width),
+        constant=largest * repeats, theorem="largest factor, repeated", range=token_range
     )
+
+
+def _longest_factors(scale: np.ndarray, state: TensorState, call: LayerCall) -> float | None:
+    """Largest norm of the factors that one entry of a repeated operand is multiplied by.
+
+    An entry `x` becomes `(s_1 x, s_2 x, ...)`, and no two entries share a place in the output. In
+    the norms of tokens only factors of the same token count together. `None` where sizes vary, or
+    factors differ between the examples of a batch.
+    """
+    rank = len(call.shape) + bool(call.fold)
+    if any(call.dynamic) or None in call.shape or scale.ndim > rank:
+        return None
+    scale = scale.reshape((1,) * (rank - scale.ndim) + scale.shape)
+    if call.fold:
+        if len(scale) != 1:
+            return None
+        scale = scale[0]
+    factors = np.broadcast_to(np.abs(scale), call.shape)
+    repeated = [
+        axis
+        for axis, (old, new) in enumerate(zip(state.shape, call.shape, strict=True))
+        if old == 1 and new != 1
+    ]
+    if call.norm == "linf":
+        repeated = []
+    elif call.norm == "token":
+        repeated = [axis for axis in repeated if axis == len(call.shape) - 1]
+    lengths = np.sqrt(np.square(factors).sum(axis=tuple(repeated)))
+    return SAFETY * float(lengths.max(initial=0.0))
 
 
 _MAY_BE_ZERO = Reason(
