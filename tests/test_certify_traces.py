@@ -292,3 +292,40 @@ def test_a_check_needs_no_gradient_and_changes_nothing():
     kl.certify(built, check=True)
     for old, new in zip(weights, built.get_weights(), strict=True):
         np.testing.assert_array_equal(old, new)
+
+
+class Operator(keras.layers.Layer):
+    """One operator of a weight and the input."""
+
+    def __init__(self, operator):
+        super().__init__()
+        self.operator = operator
+
+    def build(self, input_shape):
+        self.vector = self.add_weight(shape=(input_shape[-1],), initializer="ones")
+        self.matrix = self.add_weight(shape=(2, input_shape[-2]), initializer="ones")
+
+    def call(self, x):
+        return self.operator(self, x)
+
+
+@pytest.mark.parametrize(
+    ("operator", "constant"),
+    [
+        (lambda layer, x: layer.vector * x, 3.0),
+        (lambda layer, x: keras.ops.convert_to_tensor(layer.vector) * x, 3.0),
+        (lambda layer, x: layer.vector + x, 1.0),
+        (lambda layer, x: layer.vector - x, 1.0),
+        (lambda layer, x: layer.matrix @ x, 10.0**0.5),
+        (lambda layer, x: keras.ops.where(layer.vector > 1.0, x, 0.0), 1.0),
+        (lambda layer, x: keras.ops.where(layer.vector > x, x, 0.0), math.inf),
+    ],
+)
+def test_a_weight_may_be_the_first_operand_of_an_operator(operator, constant):
+    inputs = keras.Input((5, 3))
+    layer = Operator(operator)
+    model = keras.Model(inputs, layer(inputs))
+    layer.set_weights([np.array([1.0, 2.0, -3.0]), np.ones((2, 5))])
+    assert kl.certify(model).total == pytest.approx(constant, rel=1e-6)
+    # The operators of weights are as before.
+    assert float(keras.ops.sum(layer.vector * np.ones(3))) == 0.0

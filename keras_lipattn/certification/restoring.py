@@ -1,6 +1,7 @@
 """Context managers for calling a model on symbolic tensors without changing it."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 
 import keras
@@ -41,6 +42,13 @@ def restored(model: keras.Model) -> Iterator[None]:
             kept.update(before)
 
 
+# Operators of two operands.
+_OPERATORS = (
+    *("__add__", "__sub__", "__mul__", "__truediv__", "__floordiv__", "__mod__", "__pow__"),
+    *("__matmul__", "__lt__", "__le__", "__gt__", "__ge__"),
+)
+
+
 @contextlib.contextmanager
 def conversions_as_on_data() -> Iterator[None]:
     """Makes conversions to the dtype that a tensor already has return the tensor itself.
@@ -65,6 +73,34 @@ def conversions_as_on_data() -> Iterator[None]:
                 del one.symbolic_call
             else:
                 one.symbolic_call = original
+
+
+@contextlib.contextmanager
+def weights_before_symbols() -> Iterator[None]:
+    """Makes `weight * x` run on a symbol `x`, as `x * weight` does.
+
+    On symbols, the operators of a variable raise an error instead of leaving the operation to the
+    symbol.
+    """
+    kind = next(one for one in keras.Variable.__mro__ if "__mul__" in vars(one))
+    originals = {name: vars(kind)[name] for name in _OPERATORS}
+
+    def leaving(original):
+        @functools.wraps(original)
+        def operator(weight, other):
+            if isinstance(other, keras.KerasTensor):
+                return NotImplemented
+            return original(weight, other)
+
+        return operator
+
+    for name, original in originals.items():
+        setattr(kind, name, leaving(original))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(kind, name, original)
 
 
 @contextlib.contextmanager

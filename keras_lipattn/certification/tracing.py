@@ -33,6 +33,7 @@ from keras_lipattn.certification.restoring import (
     conversions_as_on_data,
     restored,
     weights_as_they_are,
+    weights_before_symbols,
 )
 from keras_lipattn.certification.trace import Trace, TracedCall, TraceError, symbols_in
 
@@ -128,7 +129,8 @@ def trace(
     with restored(model), conversions_as_on_data(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         scope = keras.StatelessScope(collect_losses=True)
-        with scope, weights_as_they_are(_CHANGES_LAYER, lambda: tracer.runs_code):
+        unchanged = weights_as_they_are(_CHANGES_LAYER, lambda: tracer.runs_code)
+        with scope, unchanged, weights_before_symbols():
             tracer.run(symbols, {} if training is None else {"training": training})
     return tracer.trace
 
