@@ -129,6 +129,21 @@ def test_ties_and_broken_logits_certify_nothing():
     assert certificate.certified_radius(near, allowance=1e-2) == 0.0
 
 
+def test_a_negative_allowance_is_refused():
+    """It would make margins, and radii, larger."""
+    model = classifier()
+    certificate = certify(model)
+    unit = certify(keras.Sequential([keras.Input((4,)), layers.Dense(1, activation="sigmoid")]))
+    for ask in (
+        lambda: certificate.certified_radius(np.eye(4), allowance=-1.0),
+        lambda: certificate.pairwise_radius(np.eye(4), allowance=-1.0),
+        lambda: unit.certified_radius([[0.0]], allowance=-1.0),
+        lambda: kl.certified_radius(model, np.zeros(model.input_shape[1:]), allowance=-1.0),
+    ):
+        with pytest.raises(ValueError, match=r"`allowance` must.*Received"):
+            ask()
+
+
 def test_equal_columns_never_meet():
     model = classifier(2)
     kernel, bias = model.layers[-1].get_weights()

@@ -239,8 +239,10 @@ class Certificate:
             to that of the threat model are valid.
 
         Raises:
-            ValueError: if the model is not a classifier, or `logits` has another number of classes.
+            ValueError: if the model is not a classifier, `logits` has another number of classes, or
+                `allowance` is negative.
         """
+        _check_allowance(allowance)
         logits = np.asarray(logits, np.float64)
         pairs = self._pairwise_constants_for(logits)
         classes = logits.shape[-1]
@@ -276,8 +278,10 @@ class Certificate:
             Shape `(...)`, 0 at ties and where nothing is certified.
 
         Raises:
-            ValueError: if the model is not a classifier, or `logits` has another number of classes.
+            ValueError: if the model is not a classifier, `logits` has another number of classes, or
+                `allowance` is negative.
         """
+        _check_allowance(allowance)
         if self.head in ("sigmoid", "logit"):
             logits = np.asarray(logits, np.float64)
             if logits.ndim and logits.shape[-1] == 1:
@@ -386,6 +390,12 @@ class Certificate:
                 f"after it was certified. Received: {entries['content_hash']!r} for {found}"
             )
         return certificate
+
+
+def _check_allowance(allowance: Any) -> None:
+    # Infinite ones, or NaN, leave no radius.
+    if np.any(np.asarray(allowance) < 0.0):
+        raise ValueError(f"`allowance` must not be negative. Received: allowance={allowance}")
 
 
 def _proposals_without_bound(classes: dict[str, list[CertificateRow]]):
