@@ -477,6 +477,21 @@ def test_the_fingerprint_is_of_every_bit_of_the_weights(tmp_path):
     assert not certificate.matches(classifier())
 
 
+def test_the_fingerprint_notices_another_activation():
+    inputs = keras.Input((4,))
+    layer = layers.Dense(4, activation="tanh", name="hidden")
+    model = keras.Model(inputs, layers.Dense(3)(layer(inputs)))
+    certificate = certify(model)
+    assert certificate.matches(keras.models.clone_model(model)) is False
+    layer.activation = keras.activations.softplus
+    assert not certificate.matches(model)
+    x, y = np.zeros((2, 4)), np.zeros(2, int)
+    with pytest.raises(ValueError, match=r"`certificate` must be for these weights"):
+        kl.certified_accuracy(model, x, y, [0.1], certificate=certificate)
+    layer.activation = keras.activations.tanh
+    assert certificate.matches(model)
+
+
 def pre_norm_block(x, mask=None):
     y = layers.LayerNormalization()(x)
     x = layers.Add()([x, layers.MultiHeadAttention(2, 8)(y, y, attention_mask=mask)])

@@ -378,7 +378,9 @@ def _initialize(path, exports):
     def change(program):
         nodes = program.graph_def.node
         value = nodes.add(name="other", op="Const")
-        value.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(np.float32([100.0, 0.0, 0.0])))
+        value.attr["value"].tensor.CopyFrom(
+            tf.make_tensor_proto(np.array([100.0, 0.0, 0.0], np.float32))
+        )
         value.attr["dtype"].type = tf.float32.as_datatype_enum
         assign = nodes.add(name="assign", op="AssignVariableOp", input=["logits/bias", "other"])
         assign.attr["dtype"].type = tf.float32.as_datatype_enum
@@ -470,9 +472,9 @@ def _add_a_product_of_entries(function, nodes):
 
     def build(x, constant, apply):
         _, small = apply("small", "Mul", [x, constant("scale", np.float32(0.02))], "z")
-        copies = constant("copies", np.int32([1, 20]))
+        copies = constant("copies", np.array([1, 20], np.int32))
         _, many = apply("many", "Tile", [small, copies], "output", "Tmultiples")
-        axis = constant("axis", np.int32([1]))
+        axis = constant("axis", np.array([1], np.int32))
         node, product = apply("product", "Prod", [many, axis], "output", "Tidx")
         node.attr["keep_dims"].b = True
         return apply("sum", "AddV2", [x, product], "z")[1]

@@ -96,7 +96,7 @@ class Certificate:
             `"logits"`, `"logit"`, `"token logits"` or `""`.
         pairwise_constants: for each pair of classes a Lipschitz constant of the difference of their
             logits; empty for models that are not classifiers.
-        fingerprint: SHA-256 of the weights, see `matches`.
+        fingerprint: SHA-256 of the weights and activations, see `matches`.
         content_hash: SHA-256 of all the other entries; computed if it is empty. A copy by
             `dataclasses.replace` keeps the hash of the original, and `matches` then tells them
             apart. Anyone can compute a new hash: it detects changes, it is not a signature.
@@ -318,15 +318,18 @@ class Certificate:
     # Identity ---------------------------------------------------------------------------------
 
     def matches(self, model: keras.Model) -> bool:
-        """Whether this is the certificate of exactly these weights.
+        """Whether this is the certificate of exactly these weights and activations.
+
+        Other attributes of layers, and their code, are not compared.
 
         Args:
             model: a built model.
 
         Returns:
-            `True` if the model has the certified names, dtypes, shapes and values of weights, and
-            the content of the certificate is as it was certified. A changed total, an entry
-            outside of its range, or an edited matrix of pairs gives `False`.
+            `True` if the model has the certified names, dtypes, shapes and values of weights and
+            the certified names of activations, and the content of the certificate is as it was
+            certified. A changed total, an entry outside of its range, or an edited matrix of pairs
+            gives `False`.
         """
         try:
             check_values(self)
