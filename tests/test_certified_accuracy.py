@@ -208,6 +208,8 @@ def test_bad_arguments_are_named(trained):
     for classes in (y[:5], y.astype("float32"), np.eye(3)[y]):
         with pytest.raises(ValueError, match="`y` must"):
             kl.certified_accuracy(trained, x, classes, RADII)
+    with pytest.raises(ValueError, match="`x` must hold at least one example"):
+        kl.certified_accuracy(trained, x[:0], y[:0], RADII)
     for weights in (np.ones(5), -np.ones(len(y)), np.zeros(len(y)), np.full(len(y), np.nan)):
         with pytest.raises(ValueError, match="`sample_weight` must"):
             kl.certified_accuracy(trained, x, y, RADII, sample_weight=weights)

@@ -129,6 +129,21 @@ def test_ties_and_broken_logits_certify_nothing():
     assert certificate.certified_radius(near, allowance=1e-2) == 0.0
 
 
+def test_a_negative_allowance_is_refused():
+    """It would make margins, and radii, larger."""
+    model = classifier()
+    certificate = certify(model)
+    unit = certify(keras.Sequential([keras.Input((4,)), layers.Dense(1, activation="sigmoid")]))
+    for ask in (
+        lambda: certificate.certified_radius(np.eye(4), allowance=-1.0),
+        lambda: certificate.pairwise_radius(np.eye(4), allowance=-1.0),
+        lambda: unit.certified_radius([[0.0]], allowance=-1.0),
+        lambda: kl.certified_radius(model, np.zeros(model.input_shape[1:]), allowance=-1.0),
+    ):
+        with pytest.raises(ValueError, match=r"`allowance` must.*Received"):
+            ask()
+
+
 def test_equal_columns_never_meet():
     model = classifier(2)
     kernel, bias = model.layers[-1].get_weights()
@@ -460,6 +475,21 @@ def test_the_fingerprint_is_of_every_bit_of_the_weights(tmp_path):
     model.layers[1].penalty_coefficient.assign(0.5)
     assert certificate.matches(model)
     assert not certificate.matches(classifier())
+
+
+def test_the_fingerprint_notices_another_activation():
+    inputs = keras.Input((4,))
+    layer = layers.Dense(4, activation="tanh", name="hidden")
+    model = keras.Model(inputs, layers.Dense(3)(layer(inputs)))
+    certificate = certify(model)
+    assert certificate.matches(keras.models.clone_model(model)) is False
+    layer.activation = keras.activations.softplus
+    assert not certificate.matches(model)
+    x, y = np.zeros((2, 4)), np.zeros(2, int)
+    with pytest.raises(ValueError, match=r"`certificate` must be for these weights"):
+        kl.certified_accuracy(model, x, y, [0.1], certificate=certificate)
+    layer.activation = keras.activations.tanh
+    assert certificate.matches(model)
 
 
 def pre_norm_block(x, mask=None):

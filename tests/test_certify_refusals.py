@@ -356,6 +356,25 @@ def test_a_single_broken_weight_is_enough():
     assert [row.is_finite for row in certificate.rows] == [False, True]
 
 
+@pytest.mark.parametrize("norm", ["l2", "token", "linf"])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        layers.GlobalAveragePooling1D(),
+        layers.AveragePooling1D(2, padding="same"),
+        layers.Softmax(axis=1),
+        layers.LayerNormalization(axis=1),
+        kl.L2MultiHeadAttention(2, 4),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_inputs_without_entries_are_refused(layer, norm):
+    empty = model(lambda x: type(layer).from_config(layer.get_config())(x[:, 2:2]))
+    certificate = certify(empty, norm)
+    assert certificate.total == math.inf
+    assert "its input has no entries" in certificate.reasons[0]
+
+
 def test_a_zero_kernel_does_not_hide_what_is_unbounded():
     hidden = model(lambda x: layers.Dense(3, kernel_initializer="zeros")(attend(x)))
     assert certify(hidden).total == math.inf

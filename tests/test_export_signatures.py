@@ -246,6 +246,17 @@ def test_integers_are_certified_in_units_of_their_embeddings(client, identifiers
     assert (answer["class"] == wanted).all()
 
 
+def test_images_of_integers_are_served_with_radii_in_their_units(client, folder):
+    inputs = keras.Input((4, 4, 1), dtype="uint8", name="image")
+    x = layers.Flatten()(layers.Rescaling(1.0 / 255.0)(inputs))
+    model = keras.Model(inputs, layers.Dense(3)(x))
+    export = Export(model, folder / "images")
+    images = np.random.default_rng(0).integers(0, 256, (16, 4, 4, 1)).astype("uint8")
+    answer = client.serve(export.path, {"certified": {"image": images}})["certified"]
+    allowed = export.certificate.certified_radius(model.predict(images, verbose=0))
+    assert (answer["radius"] <= allowed * (1.0 + 1e-5)).all() and (answer["radius"] > 0.0).any()
+
+
 @pytest.fixture(scope="module")
 def exactly(sequences):
     return in_float64(sequences.path, "certified")

@@ -354,6 +354,160 @@ def _write_a_file(path, exports):
     forge(path)
 
 
+def edit_program(path, change):
+    """Edit the parts of a SavedModel that TensorFlow Serving reads and Python does not."""
+    program = saved_model_pb2.SavedModel()
+    file = path / "saved_model.pb"
+    program.ParseFromString(file.read_bytes())
+    change(program.meta_graphs[0])
+    file.write_bytes(program.SerializeToString())
+    forge(path)
+
+
+def _margin_as_radius(path, exports):
+    def change(program):
+        outputs = program.signature_def["certified"].outputs
+        outputs["radius"].name = outputs["margin"].name
+
+    edit_program(path, change)
+
+
+def _initialize(path, exports):
+    """The operation that initializes the model assigns another bias."""
+
+    def change(program):
+        nodes = program.graph_def.node
+        value = nodes.add(name="other", op="Const")
+        value.attr["value"].tensor.CopyFrom(
+            tf.make_tensor_proto(np.array([100.0, 0.0, 0.0], np.float32))
+        )
+        value.attr["dtype"].type = tf.float32.as_datatype_enum
+        assign = nodes.add(name="assign", op="AssignVariableOp", input=["logits/bias", "other"])
+        assign.attr["dtype"].type = tf.float32.as_datatype_enum
+        target = program.signature_def["__saved_model_init_op"].outputs
+        name = target["__saved_model_init_op"].name
+        (node,) = (node for node in nodes if node.name == name)
+        node.input.append("^assign")
+
+    edit_program(path, change)
+
+
+def _restore_others(path, exports):
+    """The operation that restores the variables exchanges two of them."""
+
+    def change(program):
+        for function in program.graph_def.library.function:
+            for node in function.node_def:
+                if "restore" in function.signature.name and node.name.endswith("tensor_names"):
+                    names = [name.decode() for name in node.attr["value"].tensor.string_val]
+                    first, second = (
+                        next(i for i, name in enumerate(names) if f"center.S{part}" in name)
+                        for part in ("beta", "gamma")
+                    )
+                    names[first], names[second] = names[second], names[first]
+                    node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(names))
+
+    edit_program(path, change)
+
+
+def replace_operation(function, node, op, output):
+    """Replace an operation by one with the same inputs and attributes."""
+    old = f"{node.name}:{ {'Identity': 'output', 'Softmax': 'softmax'}[node.op] }:0"
+    node.op = op
+    for one in function.node_def:
+        one.input[:] = [output if name == old else name for name in one.input]
+    for key, name in function.ret.items():
+        function.ret[key] = output if name == old else name
+
+
+def in_function(signature, change):
+    """Edit the function of a signature."""
+
+    def tamper(path, exports):
+        def edit_functions(program):
+            for function in program.graph_def.library.function:
+                if f"inference_{signature}" in function.signature.name:
+                    change(function, {node.name: node for node in function.node_def})
+
+        edit_program(path, edit_functions)
+
+    return tamper
+
+
+def _zeros(name):
+    return in_function(
+        "certified",
+        lambda function, nodes: replace_operation(
+            function, nodes[name], "ZerosLike", f"{name}:y:0"
+        ),
+    )
+
+
+def _sigmoid_for_softmax(function, nodes):
+    (name,) = (name for name in nodes if name.endswith("Softmax") and "logits" in name)
+    replace_operation(function, nodes[name], "Sigmoid", f"{name}:y:0")
+
+
+def insert(function, consumer, build):
+    """Put operations before the first input of one; `build` returns their last tensor."""
+
+    def constant(name, value):
+        node = function.node_def.add(name=name, op="Const")
+        node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(value))
+        node.attr["dtype"].type = tf.as_dtype(value.dtype).as_datatype_enum
+        return f"{name}:output:0"
+
+    def apply(name, op, inputs, output, integers=""):
+        node = function.node_def.add(name=name, op=op, input=inputs)
+        node.attr["T"].type = tf.float32.as_datatype_enum
+        if integers:
+            node.attr[integers].type = tf.int32.as_datatype_enum
+        return node, f"{name}:{output}:0"
+
+    consumer.input[0] = build(consumer.input[0], constant, apply)
+
+
+def _add_a_product_of_entries(function, nodes):
+    """`x + prod_i (x_i / 50)^20`, which is `x` for all small inputs."""
+
+    def build(x, constant, apply):
+        _, small = apply("small", "Mul", [x, constant("scale", np.float32(0.02))], "z")
+        copies = constant("copies", np.array([1, 20], np.int32))
+        _, many = apply("many", "Tile", [small, copies], "output", "Tmultiples")
+        axis = constant("axis", np.array([1], np.int32))
+        node, product = apply("product", "Prod", [many, axis], "output", "Tidx")
+        node.attr["keep_dims"].b = True
+        return apply("sum", "AddV2", [x, product], "z")[1]
+
+    (name,) = (name for name in nodes if name.endswith("BiasAdd") and "logits" in name)
+    insert(function, nodes[name], build)
+
+
+def _clip_far_away(function, nodes):
+    """`max(x, -1000)`, which is `x` for all small inputs."""
+
+    def build(x, constant, apply):
+        return apply("clip", "Maximum", [x, constant("far", np.float32(-1000.0))], "z")[1]
+
+    (name,) = (name for name in nodes if name.endswith("Mean") and "pooling" in name)
+    insert(function, nodes[name], build)
+
+
+def in_both(change):
+    """Edit the functions of both signatures."""
+
+    def tamper(path, exports):
+        for signature in ("certified", "serving_default"):
+            in_function(signature, change)(path, exports)
+
+    return tamper
+
+
+def _smaller_in_record(path, exports):
+    edit(path, "export.json", lambda content: content.update(constant=1e-3))
+    forge(path)
+
+
 def _longer_in_signature(path, exports):
     def change(function, node):
         if node.op != "Const" or not node.name.startswith("LessEqual"):
@@ -429,6 +583,18 @@ TAMPERINGS = {
     "another epsilon in the graph": (_other_epsilon, "does not compute|differs from"),
     "a way around layers": (_bypass, "depends on input 'tokens'|does not compute"),
     "an operation that writes files": (_write_a_file, "operation WriteFile"),
+    "another tensor for Serving": (_margin_as_radius, "Serving computes something else"),
+    "another initialization for Serving": (_initialize, "Serving computes something else"),
+    "other variables for Serving": (_restore_others, "Serving computes something else"),
+    "another class": (_zeros("Identity"), "gives a class that is not"),
+    "another margin": (_zeros("Identity_2"), "gives a margin that is not"),
+    "another head": (
+        in_function("serving_default", _sigmoid_for_softmax),
+        "the head of `serving_default` is not",
+    ),
+    "a product of entries": (in_both(_add_a_product_of_entries), "operation Prod .* decides by"),
+    "a clip in an average": (in_both(_clip_far_away), "it compares entries"),
+    "another constant in the record": (_smaller_in_record, "export.json states constant=0.001"),
     "a missing file": (
         lambda path, exports: (path / "fingerprint.pb").unlink(),
         "fingerprint.pb is missing",
@@ -500,6 +666,27 @@ def test_tampering_is_refused_with_its_reason(one, exports, name):
 
 def test_a_forger_who_changes_nothing_is_verified(one, exports):
     forge(one)
+    assert verify_export(one)
+
+
+def test_a_source_is_a_lookup_and_no_layer_after_it(tmp_path):
+    """Otherwise the certificate would leave out the layers before the source."""
+    _, path = export(integers(), tmp_path / "model")
+    in_proof("PositionEmbedding", lambda step: step.update(kind="source"))(path, None)
+    found = verify_export(path)
+    assert not found and "is no part of a lookup" in found.reason, found.reason
+
+
+def test_exports_of_other_processes_with_the_same_names_are_verified(one):
+    """Names of functions are unique in the process that exported them alone."""
+
+    def change(program):
+        for function in program.graph_def.library.function:
+            if "restore" in function.signature.name:
+                function.node_def.add(name="unused", op="NoOp")
+
+    assert verify_export(one)
+    edit_program(one, change)
     assert verify_export(one)
 
 

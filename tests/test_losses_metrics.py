@@ -226,6 +226,12 @@ def test_labels_that_are_no_class_are_never_certified(label):
     assert float(CertifiedAccuracy(0.0)([label], logits)) == 0.0
 
 
+def test_one_unit_is_refused():
+    """It has no second logit: every example of class 0 would count, for any radius."""
+    with pytest.raises(ValueError, match=r"two or more classes.*certified_radius"):
+        CertifiedAccuracy(1e6)([0, 1], np.ones((2, 1), "float32"))
+
+
 def test_ties_count_as_errors():
     assert float(CertifiedAccuracy(0.0)([0, 1], np.ones((2, CLASSES)))) == 0.0
 

@@ -80,6 +80,27 @@ def test_it_is_the_certified_accuracy_of_the_model(make, norm):
     assert monitor.certificate.matches(model)
 
 
+def test_half_precision_probabilities_count_no_more_than_their_logits():
+    """In float16 they become 0 below 6e-8, which is no proof of a margin above 16."""
+    keras.utils.set_random_seed(1)
+    inputs = keras.Input((TOKENS, FEATURES))
+    kernel = keras.initializers.RandomNormal(stddev=10.0, seed=0)
+    head = keras.layers.Dense(CLASSES, "softmax", kernel_initializer=kernel, dtype="float16")
+    x = keras.layers.GlobalAveragePooling1D()(monitor_models.dense()(inputs))
+    model = keras.Model(inputs, head(x))
+    radii = tuple(np.linspace(0.0, 3.0, 31).tolist())
+    x, _ = separable()
+    y = model.predict(x, verbose=0).argmax(axis=-1)
+    model.compile(keras.optimizers.SGD(0.0), "sparse_categorical_crossentropy")
+    monitor = LipschitzMonitor(certified_accuracy_radii=radii)
+    fit(model, monitor, targets=y, validation_data=(x, y), epochs=1)
+    exact = kl.certified_accuracy(model, x, y, radii=radii)
+    logged = [value for key, (value,) in monitor.history.items() if key.startswith("val_certified")]
+    assert len(logged) == len(radii) and logged[0] == 1.0 and logged[-1] == 0.0
+    for radius, share in zip(radii, logged, strict=True):
+        assert share <= exact.certified(radius) + 1e-6
+
+
 def test_examples_outside_of_the_certificate_do_not_count():
     keras.utils.set_random_seed(1)
     model = compiled(monitor_models.functional(), learning_rate=0.3)

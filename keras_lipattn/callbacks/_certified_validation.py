@@ -14,8 +14,10 @@ from keras_lipattn.certification import Certificate
 from keras_lipattn.certification.coverage import are_covered
 from keras_lipattn.linalg import SAFETY
 
-# Probabilities below this become it before the logarithm, which makes margins smaller.
-_TINY = 1e-37
+# Probabilities below this become it before the logarithm, which makes margins smaller. In float16
+# smaller ones have few digits or are rounded to zero.
+_TINY = {"float16": float(np.finfo(np.float16).tiny)}
+_TINY_ELSEWHERE = 1e-37
 
 
 def check_radii(radii: Sequence[float]) -> tuple[float, ...]:
@@ -149,7 +151,9 @@ class CertifiedValidation:
         if self._head == "softmax":
             # The entries of a log-softmax are not positive, and not all are 0.
             is_log = ops.any(logits < 0.0, axis=-1, keepdims=True)
-            logits = ops.where(is_log, logits, ops.log(ops.maximum(logits, _TINY)))
+            dtype = keras.backend.standardize_dtype(y_pred.dtype)
+            tiny = _TINY.get(dtype, _TINY_ELSEWHERE)
+            logits = ops.where(is_log, logits, ops.log(ops.maximum(logits, tiny)))
         classes = logits.shape[-1]
         if len(y.shape) == 2 and y.shape[-1] == classes:
             y = ops.argmax(y, axis=-1)

@@ -97,7 +97,7 @@ class Certificate:
             `"logits"`, `"logit"`, `"token logits"` or `""`.
         pairwise_constants: for each pair of classes a Lipschitz constant of the difference of their
             logits; empty for models that are not classifiers.
-        fingerprint: SHA-256 of the weights, see `matches`.
+        fingerprint: SHA-256 of the weights and activations, see `matches`.
         content_hash: SHA-256 of all the other entries; computed if it is empty. A copy by
             `dataclasses.replace` keeps the hash of the original, and `matches` then tells them
             apart. Anyone can compute a new hash: it detects changes, it is not a signature.
@@ -240,8 +240,10 @@ class Certificate:
             to that of the threat model are valid.
 
         Raises:
-            ValueError: if the model is not a classifier, or `logits` has another number of classes.
+            ValueError: if the model is not a classifier, `logits` has another number of classes, or
+                `allowance` is negative.
         """
+        _check_allowance(allowance)
         logits = np.asarray(logits, np.float64)
         pairs = self._pairwise_constants_for(logits)
         classes = logits.shape[-1]
@@ -277,8 +279,10 @@ class Certificate:
             Shape `(...)`, 0 at ties and where nothing is certified.
 
         Raises:
-            ValueError: if the model is not a classifier, or `logits` has another number of classes.
+            ValueError: if the model is not a classifier, `logits` has another number of classes, or
+                `allowance` is negative.
         """
+        _check_allowance(allowance)
         if self.head in ("sigmoid", "logit"):
             logits = np.asarray(logits, np.float64)
             if logits.ndim and logits.shape[-1] == 1:
@@ -315,15 +319,18 @@ class Certificate:
     # Identity ---------------------------------------------------------------------------------
 
     def matches(self, model: keras.Model) -> bool:
-        """Whether this is the certificate of exactly these weights.
+        """Whether this is the certificate of exactly these weights and activations.
+
+        Other attributes of layers, and their code, are not compared.
 
         Args:
             model: a built model.
 
         Returns:
-            `True` if the model has the certified names, dtypes, shapes and values of weights, and
-            the content of the certificate is as it was certified. A changed total, an entry
-            outside of its range, or an edited matrix of pairs gives `False`.
+            `True` if the model has the certified names, dtypes, shapes and values of weights and
+            the certified names of activations, and the content of the certificate is as it was
+            certified. A changed total, an entry outside of its range, or an edited matrix of pairs
+            gives `False`.
         """
         try:
             check_values(self)
@@ -395,6 +402,12 @@ def _with_divided_sums(rows: tuple[CertificateRow, ...]) -> Iterator[Certificate
         if row.layer == "Sum" and after and after.layer in ("Divide", "TrueDivide"):
             row = dataclasses.replace(row, cost=row.cost + min(after.cost, 0.0))
         yield row
+
+
+def _check_allowance(allowance: Any) -> None:
+    # Infinite ones, or NaN, leave no radius.
+    if np.any(np.asarray(allowance) < 0.0):
+        raise ValueError(f"`allowance` must not be negative. Received: allowance={allowance}")
 
 
 def _proposals_without_bound(classes: dict[str, list[CertificateRow]]):

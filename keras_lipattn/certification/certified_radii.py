@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_lipattn._arguments import require_positive_integer
+from keras_lipattn._arguments import require_nonnegative, require_positive_integer
 from keras_lipattn.certification.centers import examples_of
 from keras_lipattn.certification.certificate import Certificate
 from keras_lipattn.certification.certifying import LocalCertifier, certify, specs_of_examples
@@ -80,6 +80,7 @@ def certified_radius(
     Reference: docs/theory.md, sections 6 and 8.
     """
     require_positive_integer("steps", steps)
+    require_nonnegative("allowance", allowance)
     structure, _ = examples_of(model, x)
     _remember_caps(model)
     inputs = options.pop("inputs", None)

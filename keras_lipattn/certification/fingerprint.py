@@ -1,4 +1,4 @@
-"""A fingerprint of the weights of a model."""
+"""A fingerprint of the weights of a model and of the names of its activations."""
 
 import hashlib
 
@@ -9,10 +9,11 @@ from keras_lipattn.layers.lipschitz_layer import LipschitzLayer
 
 
 def fingerprint_of(model: keras.Model) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of the weights, in order.
+    """SHA-256 over names, dtypes, shapes and bytes of the weights, in order, and activations.
 
-    The running norms and penalty weights of this package's layers are left out, since the output at
-    inference does not depend on them.
+    An activation has a part in it by its name, so that another one set after `certify` is noticed.
+    Other attributes and the code of layers have none. The running norms and penalty weights of this
+    package's layers are left out, since the output at inference does not depend on them.
 
     Args:
         model: a built model.
@@ -44,6 +45,11 @@ def fingerprint_of(model: keras.Model) -> str:
         digest.update(name.encode())
         # Its bytes, without a copy.
         digest.update(value.reshape(-1).view(np.uint8).data)
+    for layer in model._flatten_layers():
+        activation = getattr(layer, "activation", None)
+        if activation is not None and activation is not keras.activations.linear:
+            name = getattr(activation, "__name__", type(activation).__name__)
+            digest.update(f"{layer.name} {name};".encode())
     return digest.hexdigest()
 
 

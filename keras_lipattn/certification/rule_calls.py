@@ -125,6 +125,8 @@ def _refusal(operation: Any, arguments: Mapping[str, Any], layout: Layout) -> Re
     is_layer = isinstance(operation, keras.layers.Layer)
     if any(map(_is_complex, [*leaves, layout, *(operation.weights if is_layer else ())])):
         return Reason("it computes with complex numbers", cause=Cause.NO_RULE)
+    if is_layer and any(0 in state.shape for state in states):
+        return Reason("its input has no entries", remedy="give every axis a size of at least 1")
     only_batch = any(state.fold and not state.shape for state in states)
     if only_batch and _acts_on_last_axis(operation):
         return Reason("it acts on the batch axis, the only one of its input", cause=Cause.BATCH)

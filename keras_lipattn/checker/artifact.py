@@ -139,6 +139,20 @@ class StatedCertificate:
         return None if math.isinf(self.input_radius) else self.input_radius
 
 
+def check_record(record: dict[str, Any], certificate: StatedCertificate) -> None:
+    """Compare the numbers that `export.json` repeats with the certificate."""
+    expected = {
+        "constant": certificate.total if math.isfinite(certificate.total) else "inf",
+        "norm": certificate.norm,
+        "input_radius": certificate.limit,
+    }
+    for name, value in expected.items():
+        require(
+            record.get(name) == value,
+            f"export.json states {name}={record.get(name)!r}, the certificate {value!r}",
+        )
+
+
 def read_proof(content: dict[str, Any]) -> tuple[str, str, list[dict[str, Any]]]:
     """The signature, the tensor of its output, and the steps of a proof."""
     require(

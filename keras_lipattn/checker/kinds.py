@@ -25,6 +25,7 @@ class Kind:
             output are filled in later.
         allowed: The operations of TensorFlow that may compute it.
         linear: Whether the served graph must multiply by constants only.
+        fixed: Operations that the served graph may apply to what does not change.
         scales: Sizes of the random inputs that both are compared on.
         is_larger: Whether, for an input and a norm, the constant in another norm cannot help.
     """
@@ -33,6 +34,7 @@ class Kind:
     bounds: Callable[[Step, list[Bounds], str, Bounds], Bounds]
     allowed: Callable[[Step], frozenset[str]]
     linear: Callable[[Step], bool] = lambda step: False
+    fixed: frozenset[str] = frozenset()
     scales: Callable[[Step], tuple[float, ...]] = lambda step: (0.1, 1.0, 5.0)
     is_larger: Callable[[Step, Bounds, str, str], bool] = lambda step, state, norm, other: False
 
@@ -259,7 +261,8 @@ KINDS = {
         token_kinds.average_value,
         token_kinds.average_bounds,
         _always(operations.AVERAGES),
-        lambda step: not step.parameters.get("masked"),
+        _linear,
+        frozenset({"Maximum"}),
     ),
     "global_max": Kind(
         token_kinds.largest_value, token_kinds.largest_bounds, _always(operations.LARGEST)

@@ -9,6 +9,7 @@ import numpy as np
 from keras_lipattn.bounds.activated_product import activated_gap_constants
 from keras_lipattn.checker.artifact import StatedCertificate
 from keras_lipattn.checker.kinds import KINDS, Kind
+from keras_lipattn.checker.operations import MOVES
 from keras_lipattn.checker.refusal import NotVerified, require
 from keras_lipattn.checker.served_function import Region, ServedFunction
 from keras_lipattn.checker.step import Step
@@ -157,6 +158,8 @@ class Propagation:
         region.check_operations(kind.allowed(step), step.layer)
         product = region.product() if kind.linear(step) else ""
         require(not product, f"{step.layer}: it multiplies two tensors at {product!r}")
+        decision = region.of_changing(kind.fixed)
+        require(not decision, f"{step.layer}: it compares entries at {decision!r}")
         if step.kind == "global_average" and bool(masks) != bool(step.parameters.get("masked")):
             raise NotVerified(f"{step.layer}: its masks are not those of its parameters")
         try:
@@ -202,6 +205,13 @@ class Propagation:
                 not self.served.depends_on_floats(tensor),
                 f"{layer}: it looks up rows by a floating-point input",
             )
+            looked_up = [f"{name}:0" for name in sorted(self.served.reached(tensor))]
+            region = self.served.region(tensor, looked_up)
+            for name, one in region.operations.items():
+                require(
+                    "float" not in self.served.dtypes[f"{name}:0"] or one.op in MOVES,
+                    f"{layer}: operation {one.op} at {name!r} is no part of a lookup",
+                )
         require("float" in self.served.dtypes[tensor], f"the input {node.name!r} is not looked up")
         self.sources.append(tensor)
         limit = self.certificate.limit

@@ -14,6 +14,8 @@ _COPIES = frozenset({"Identity", "StopGradient", "IdentityN", "PreventGradient"}
 # What inlining puts in front of the names in a signature.
 _PREFIXES = ("StatefulPartitionedCall/", "PartitionedCall/", "")
 _INTEGERS = frozenset({"Shape", "ShapeN", "Size", "Rank"})
+# They belong to any kind of step, but on integers alone.
+_OF_INTEGERS = frozenset({"Prod", "Range"})
 
 
 class ServedFunction:
@@ -24,13 +26,14 @@ class ServedFunction:
     Args:
         concrete: The signature of a loaded SavedModel.
         name: Name of the signature.
+        arguments: Maps the placeholders of the inputs to their names, if these differ.
 
     Attributes:
         inputs: Maps the name of an input to its tensor.
         outputs: Maps the name of an output to its tensor.
     """
 
-    def __init__(self, concrete: Any, name: str):
+    def __init__(self, concrete: Any, name: str, arguments: Mapping[str, str] | None = None):
         from tensorflow.python.framework import convert_to_constants
 
         self.name = name
@@ -44,12 +47,15 @@ class ServedFunction:
             operands = [self.original(_tensor(one)) for one in node.input if one[0] != "^"]
             del node.input[:]
             node.input.extend(operands)
-        self.inputs = {tensor.name.partition(":")[0]: tensor.name for tensor in frozen.inputs}
-        self.specs = {
-            key: (spec.shape.as_list(), spec.dtype.name)
-            for key, spec in concrete.structured_input_signature[1].items()
+        named = {
+            (arguments or {}).get(tensor.name, tensor.name.partition(":")[0]): tensor
+            for tensor in frozen.inputs
         }
-        require(set(self.inputs) == set(self.specs), f"the inputs of {name} are not its arguments")
+        self.inputs = {key: tensor.name for key, tensor in named.items()}
+        self.specs = {
+            key: (tensor.shape.as_list(), tensor.dtype.name) for key, tensor in named.items()
+        }
+        self._arguments = {one.partition(":")[0]: key for key, one in self.inputs.items()}
         self.outputs = {
             key: self.original(tensor.name)
             for key, tensor in zip(sorted(concrete.structured_outputs), frozen.outputs, strict=True)
@@ -151,11 +157,11 @@ class ServedFunction:
             if name in known or not missing:
                 if name not in known:
                     attributes = {
-                        key: value.SerializeToString(deterministic=True)
+                        key: _bytes_of(value)
                         for key, value in node.attr.items()
                         if not key.startswith("_")
                     }
-                    label = name if node.op == "Placeholder" else ""
+                    label = self._arguments.get(name, name) if node.op == "Placeholder" else ""
                     parts = [node.op, label, repr(sorted(attributes.items()))]
                     parts += [
                         known[one.partition(":")[0]] + ":" + one.partition(":")[2] for one in before
@@ -294,9 +300,9 @@ class Region:
             )
             if node.op in _INTEGERS:
                 continue
-            outputs = [self.served.dtypes.get(f"{name}:0", "")]
+            output = self.served.dtypes.get(f"{name}:0", "")
             before = [self.served.dtypes[one] for one in self.served.operands(node)]
-            if "float" not in outputs[0]:
+            if "float" not in output or node.op in _OF_INTEGERS:
                 require(
                     not any("float" in dtype for dtype in before),
                     f"{layer}: operation {node.op} at {name!r} decides by its input",
@@ -304,26 +310,53 @@ class Region:
 
     def product(self) -> str:
         """The name of a product of two tensors that both change; empty if there is none."""
-        products = ("Mul", "MatMul", "BatchMatMulV2", "Einsum", "RealDiv", "Conv2D", "Square")
+        products = ("Mul", "MatMul", "BatchMatMulV2", "Einsum", "Conv2D", "Square")
         for name, node in self.operations.items():
-            if node.op not in products:
-                continue
-            changing = [
-                one
-                for one in self.served.operands(node)
-                if self.served.reached(one) and "float" in self.served.dtypes[one]
-            ]
-            if len(changing) > 1 or (
-                node.op == "RealDiv" and changing[-1:] == [self.served.operands(node)[1]]
-            ):
+            changing = [self._changes(one) for one in self.served.operands(node)]
+            if node.op in products and sum(changing) > 1:
+                return name
+            if node.op in ("RealDiv", "DivNoNan") and changing[1]:
                 return name
         return ""
+
+    def of_changing(self, names: frozenset[str]) -> str:
+        """The name of an operation of these types on a tensor that changes, or empty."""
+        for name, node in self.operations.items():
+            if node.op in names and any(map(self._changes, self.served.operands(node))):
+                return name
+        return ""
+
+    def _changes(self, tensor: str) -> bool:
+        """Whether a tensor depends on a floating-point input of the region, not on masks alone."""
+        return tensor in self._changing or tensor.partition(":")[0] in self._changing
+
+    @functools.cached_property
+    def _changing(self) -> set[str]:
+        found = {one for one in self.inputs if "float" in self.served.dtypes[one]}
+        size = 0
+        while size < len(found):
+            size = len(found)
+            for name, node in self.operations.items():
+                operands = self.served.operands(node)
+                if any(one in found or one.partition(":")[0] in found for one in operands):
+                    found.add(name)
+        return found
 
 
 def hash_of(array: np.ndarray) -> str:
     """SHA-256 of the entries in float64, row by row."""
     entries = np.ascontiguousarray(np.asarray(array, np.float64)).astype("<f8")
     return hashlib.sha256(entries.tobytes()).hexdigest()
+
+
+def _bytes_of(attribute: Any) -> bytes:
+    """An attribute of an operation as bytes; those of an array do not depend on its encoding."""
+    import tensorflow as tf
+
+    if not attribute.HasField("tensor"):
+        return attribute.SerializeToString(deterministic=True)
+    array = tf.make_ndarray(attribute.tensor)
+    return f"{array.dtype} {array.shape} ".encode() + array.tobytes()
 
 
 def _tensor(name: str) -> str:

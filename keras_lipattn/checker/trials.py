@@ -42,6 +42,23 @@ def allowed_radius(propagation: Propagation, logits: np.ndarray) -> np.ndarray:
     return np.where(own, np.inf, radii).min(axis=1)
 
 
+def _check_class(propagation: Propagation, logits: np.ndarray, found: np.ndarray, margin) -> None:
+    """Refuse a class that is not that of the logits, or another margin."""
+    if propagation.certificate.head in ("sigmoid", "logit"):
+        winner, lead = logits[:, 0] > 0.0, np.abs(logits[:, 0])
+    else:
+        ranked = np.sort(logits, axis=1)
+        winner, lead = logits.argmax(axis=1), ranked[:, -1] - ranked[:, -2]
+    require(
+        bool((found == winner).all()),
+        "the signature `certified` gives a class that is not the one of its logits",
+    )
+    require(
+        bool(np.allclose(margin, lead, rtol=1e-5, atol=1e-5 * np.abs(logits).max(initial=0.0))),
+        "the signature `certified` gives a margin that is not the one of its logits",
+    )
+
+
 def _radius(propagation: Propagation) -> str:
     (radius,) = (name for name in propagation.served.outputs if name.endswith("radius"))
     return propagation.served.outputs[radius]
@@ -70,7 +87,9 @@ def _try_logits(propagation: Propagation, logits: str) -> None:
         feeds = propagation.random_inputs(len(batch), propagation.lengths[-1])
         feeds = {name: np.zeros_like(value) for name, value in feeds.items()}
         feeds[logits] = batch
-        (found,) = served.run(feeds, [_radius(propagation)])
+        names = [_radius(propagation), served.outputs["class"], served.outputs["margin"]]
+        found, winner, margin = served.run(feeds, names)
+        _check_class(propagation, batch, winner, margin)
         _check(found, allowed_radius(propagation, batch.astype(np.float32)), "for given logits")
 
 
@@ -84,7 +103,9 @@ def _try_inputs(propagation: Propagation, logits: str) -> None:
             name: propagation.inside(scale * x) if x.dtype.kind == "f" else x
             for name, x in feeds.items()
         }
-        z, found = served.run(feeds, [logits, radius])
+        names = [logits, radius, served.outputs["class"], served.outputs["margin"]]
+        z, found, winner, margin = served.run(feeds, names)
+        _check_class(propagation, np.asarray(z, np.float64), winner, margin)
         allowed = allowed_radius(propagation, z)
         if limit is not None:
             for x in feeds.values():

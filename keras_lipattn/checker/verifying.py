@@ -8,13 +8,16 @@ import pathlib
 import numpy as np
 
 from keras_lipattn.checker import operations
+from keras_lipattn.checker.activations import value
 from keras_lipattn.checker.artifact import (
     FOLDER,
     StatedCertificate,
     check_manifest,
+    check_record,
     read_json,
     read_proof,
 )
+from keras_lipattn.checker.loading import load
 from keras_lipattn.checker.propagation import Propagation, pairwise
 from keras_lipattn.checker.refusal import NotVerified, require
 from keras_lipattn.checker.served_function import ServedFunction
@@ -82,7 +85,9 @@ def verify_export(path: str | os.PathLike) -> Verification:
       found in the graph.
     - The constants of all steps, computed from these arrays in float64, give the total and the
       constants of pairs of classes of the certificate, within a relative error of 1e-9.
-    - `serving_default` computes the same logits as `certified`.
+    - TensorFlow Serving, which reads other parts of a SavedModel than Python, serves the same.
+    - `serving_default` computes the same logits as `certified`, and then the stated softmax or
+      sigmoid. The class and margin of `certified` are those of its logits.
     - The radii of `certified` are at most those that the certificate allows, for logits that try
       every pair of classes, and 0 outside of what is certified.
     - No pair of inputs found by random search and gradient ascent refutes the total.
@@ -125,7 +130,7 @@ def _verify(export: pathlib.Path, stated: list[float]) -> Verification:
     stated.append(certificate.total)
     require(math.isfinite(certificate.total), "nothing finite is certified")
     signature, output, entries = read_proof(read_json(export / FOLDER / "proof.json"))
-    functions = _load(export)
+    functions = load(export)
     require(
         signature == ("certified" if "certified" in functions else "serving_default"),
         f"the proof is of the signature {signature!r}",
@@ -143,43 +148,14 @@ def _verify(export: pathlib.Path, stated: list[float]) -> Verification:
     )
     _check_source(propagation, certificate)
     _check_pairs(certificate, pairwise(bounds, certificate, total))
+    check_record(read_json(export / FOLDER / "export.json"), certificate)
     if signature == "certified":
-        _check_default(functions, logits)
+        _check_default(functions, logits, certificate, propagation.sizes(logits)[-1])
         try_radii(propagation, logits)
     attack(propagation, logits)
     return Verification(
         verified=True, certified=certificate.total, recomputed=total, steps=propagation.checked
     )
-
-
-def _load(export: pathlib.Path) -> dict[str, ServedFunction]:
-    import tensorflow as tf
-    from tensorflow.core.protobuf import saved_model_pb2
-
-    program = saved_model_pb2.SavedModel()
-    try:
-        program.ParseFromString((export / "saved_model.pb").read_bytes())
-    except Exception as error:
-        raise NotVerified(f"saved_model.pb cannot be read: {error}") from error
-    require(len(program.meta_graphs) == 1, "saved_model.pb does not hold one graph")
-    graph = program.meta_graphs[0].graph_def
-    nodes = [*graph.node, *(node for one in graph.library.function for node in one.node_def)]
-    for node in nodes:
-        # Before it is loaded: a graph may read and write files.
-        require(node.op in operations.KNOWN, f"no independent check of operation {node.op}")
-    try:
-        loaded = tf.saved_model.load(str(export))
-    except Exception as error:
-        raise NotVerified(f"TensorFlow cannot load it: {error}") from error
-    names = set(loaded.signatures)
-    require(
-        names in ({"serving_default"}, {"serving_default", "certified"}),
-        f"its signatures are {sorted(names)}",
-    )
-    functions = {name: ServedFunction(loaded.signatures[name], name) for name in sorted(names)}
-    for function in functions.values():
-        function.check_dtypes()
-    return functions
 
 
 def _output(served: ServedFunction, certificate: StatedCertificate) -> str:
@@ -226,7 +202,12 @@ def _check_pairs(certificate: StatedCertificate, recomputed: np.ndarray | None) 
         )
 
 
-def _check_default(functions: dict[str, ServedFunction], logits: str) -> None:
+def _check_default(
+    functions: dict[str, ServedFunction],
+    logits: str,
+    certificate: StatedCertificate,
+    sizes: tuple[int, ...],
+) -> None:
     """Refuse a `serving_default` that does not compute the certified logits."""
     default = functions["serving_default"]
     require(len(default.outputs) == 1, "no independent check of models with several outputs")
@@ -234,5 +215,14 @@ def _check_default(functions: dict[str, ServedFunction], logits: str) -> None:
     wanted = functions["certified"].fingerprint(logits)
     same = [tensor for tensor in default.ancestors(output) if default.fingerprint(tensor) == wanted]
     require(bool(same), "`serving_default` does not compute the logits of `certified`")
-    region = default.region(output, [default.original(same[0])])
+    start = default.original(same[0])
+    region = default.region(output, [start])
     region.check_operations(operations.HEAD, "the head of `serving_default`")
+    z = 5.0 * np.random.default_rng(3).normal(size=(8, *sizes))
+    (found,) = default.run({start: z}, [output], precise=True)
+    heads = {"softmax": ("softmax", "log_softmax"), "sigmoid": ("sigmoid",)}
+    expected = [value(name, z) for name in heads.get(str(certificate.head), ("linear",))]
+    require(
+        any(found.shape == one.shape and np.allclose(found, one, rtol=1e-9) for one in expected),
+        "the head of `serving_default` is not the one that the certificate states",
+    )

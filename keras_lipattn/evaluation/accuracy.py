@@ -232,6 +232,8 @@ def certified_accuracy(
         raise ValueError(f"`radii` must be in ascending order. Received: radii={list(radii)}")
     if attack is not None and norm == "token":
         raise ValueError("No attack of foolbox is for the token norm. Received: norm='token'")
+    if not all(np.shape(leaf)[0] for leaf in keras.tree.flatten(x) if hasattr(leaf, "shape")):
+        raise ValueError("`x` must hold at least one example. Received: an empty array")
     if certificate is None:
         certificate = certify(model, norm, **options)
     if certificate.norm != norm or not certificate.matches(model):

@@ -134,7 +134,8 @@ class CertifiedSignature:
         is_finite = _all_finite(z, tf)
         valid = tf.logical_and(is_finite, self._has_certified_length(inputs, tf))
         for entry in self.perturbed:
-            valid = tf.logical_and(valid, _all_finite(inputs[entry.name], tf))
+            if entry.is_floating:
+                valid = tf.logical_and(valid, _all_finite(inputs[entry.name], tf))
         zero = tf.zeros_like(radius)
         return {
             "logits": z,

@@ -74,6 +74,12 @@ class CertifiedAccuracy(keras.metrics.MeanMetricWrapper):
 def _leads_by(y_true, y_pred, margin):
     """1 where the correct logit exceeds all others by more than `margin`, else 0."""
     logits = ops.convert_to_tensor(y_pred)
+    if logits.shape[-1] == 1:
+        raise ValueError(
+            "`y_pred` must hold the logits of two or more classes. Received: shape="
+            f"{tuple(logits.shape)}. For a model with one unit use "
+            "`certify(model).certified_radius(logits)`"
+        )
     classes = ops.cast(ops.reshape(y_true, ops.shape(logits)[:-1]), "int32")
     correct = ops.one_hot(classes, logits.shape[-1], dtype="bool")
     # A class out of range has no logit: it leads by -inf.
