@@ -416,7 +416,7 @@ def replace_operation(function, node, op, output):
     node.op = op
     for one in function.node_def:
         one.input[:] = [output if name == old else name for name in one.input]
-    for key, name in function.ret.items():
+    for key, name in list(function.ret.items()):
         function.ret[key] = output if name == old else name
 
 
