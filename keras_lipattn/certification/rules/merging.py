@@ -261,17 +261,18 @@ def _longest_factors(scale: np.ndarray, state: TensorState, call: LayerCall) -> 
     factors differ between the examples of a batch.
     """
     rank = len(call.shape) + bool(call.fold)
-    if any(call.dynamic) or None in call.shape or scale.ndim > rank:
+    sizes = [size for size in call.shape if size is not None]
+    if any(call.dynamic) or len(sizes) < len(call.shape) or scale.ndim > rank:
         return None
     scale = scale.reshape((1,) * (rank - scale.ndim) + scale.shape)
     if call.fold:
         if len(scale) != 1:
             return None
         scale = scale[0]
-    factors = np.broadcast_to(np.abs(scale), call.shape)
+    factors = np.broadcast_to(np.abs(scale), sizes)
     repeated = [
         axis
-        for axis, (old, new) in enumerate(zip(state.shape, call.shape, strict=True))
+        for axis, (old, new) in enumerate(zip(state.shape, sizes, strict=True))
         if old == 1 and new != 1
     ]
     if call.norm == "linf":
