@@ -46,7 +46,7 @@ def test_the_images_of_a_record_are_those_of_its_table(tmp_path):
     shares = [run["clean"], *run["certified"].values()]
     assert shares == sorted(shares, reverse=True)
     table = _run("certified_images.py", record, tmp_path, "--table")
-    assert f"| mnist | small | perceptron | 1 | {100 * run['clean']:.2f} |" in table.stdout
+    assert f"| mnist | small | perceptron | 1 | 1 | {100 * run['clean']:.2f} |" in table.stdout
 
 
 @pytest.mark.parametrize("attention", ["positions", "full", "none", "blocks"])
